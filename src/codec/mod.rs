@@ -1,0 +1,313 @@
+//! Codec = id + layout + fit; encode and decode, rayon over rows.
+//!
+//! [`reference`] is the specification; what runs is one fast path per instruction set that gives the same bytes.
+
+pub mod reference;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::fit::{Fit, OutOfRange};
+use crate::layout::{Grouped, Layout, Plane};
+use crate::tensor::DType;
+
+/// A registered way to store a matrix: see [`crate::codecs`].
+#[derive(Debug, PartialEq)]
+pub struct Codec {
+    /// The id in files; `_v<n>` rises when the same parameters would decode differently.
+    pub id: &'static str,
+    /// What the bytes mean.
+    pub layout: Layout,
+    /// How they are chosen.
+    pub fit: Fit,
+}
+
+/// Consecutive rows of every plane of a grouped layout, for reading.
+#[derive(Debug, Clone, Copy)]
+pub struct Planes<'a> {
+    /// Codes.
+    pub codes: &'a [u8],
+    /// Scales.
+    pub scales: &'a [u8],
+    /// Offsets or zero points; empty where the layout has neither.
+    pub addends: &'a [u8],
+}
+
+/// Consecutive rows of every plane of a grouped layout, for writing; zeroed by whoever made them.
+#[derive(Debug)]
+pub struct PlanesMut<'a> {
+    /// Codes.
+    pub codes: &'a mut [u8],
+    /// Scales.
+    pub scales: &'a mut [u8],
+    /// Offsets or zero points; empty where the layout has neither.
+    pub addends: &'a mut [u8],
+}
+
+/// Bytes of one row of codes, scales and addends.
+#[derive(Debug, Clone, Copy)]
+struct Strides {
+    codes: usize,
+    scales: usize,
+    addends: usize,
+}
+
+impl Strides {
+    fn new(layout: &Grouped, cols: usize) -> Self {
+        let addends = match layout.offset() {
+            Some(float) => layout.groups(cols) * float.size(),
+            None if layout.levels() == crate::layout::Levels::ZeroPoint => layout.zero_point_stride(cols),
+            None => 0,
+        };
+        Self { codes: layout.code_stride(cols), scales: layout.groups(cols) * layout.scale().size(), addends }
+    }
+}
+
+impl<'a> Planes<'a> {
+    /// The planes in stored order; a missing third one is empty.
+    fn new(planes: &[&'a [u8]]) -> Self {
+        Self { codes: planes[0], scales: planes[1], addends: planes.get(2).copied().unwrap_or_default() }
+    }
+
+    fn rows(&self, strides: &Strides, first: usize, count: usize) -> Self {
+        Self {
+            codes: &self.codes[first * strides.codes..][..count * strides.codes],
+            scales: &self.scales[first * strides.scales..][..count * strides.scales],
+            addends: &self.addends[first * strides.addends..][..count * strides.addends],
+        }
+    }
+}
+
+impl<'a> PlanesMut<'a> {
+    /// The planes in stored order; a missing third one is empty.
+    pub(crate) fn new(planes: &'a mut [Vec<u8>]) -> Self {
+        let mut planes = planes.iter_mut().map(Vec::as_mut_slice);
+        Self {
+            codes: planes.next().unwrap_or_default(),
+            scales: planes.next().unwrap_or_default(),
+            addends: planes.next().unwrap_or_default(),
+        }
+    }
+
+    fn split(self, strides: &Strides, rows: usize) -> (Self, Self) {
+        let (codes, codes_rest) = self.codes.split_at_mut(rows * strides.codes);
+        let (scales, scales_rest) = self.scales.split_at_mut(rows * strides.scales);
+        let (addends, addends_rest) = self.addends.split_at_mut(rows * strides.addends);
+        (Self { codes, scales, addends }, Self { codes: codes_rest, scales: scales_rest, addends: addends_rest })
+    }
+
+    /// The same rows, for reading what was written.
+    #[must_use]
+    pub fn as_planes(&self) -> Planes<'_> {
+        Planes { codes: self.codes, scales: self.scales, addends: self.addends }
+    }
+
+    /// The rows in runs of `rows`, the last one shorter: the tasks of a parallel encoder.
+    pub(crate) fn chunks(self, layout: &Grouped, cols: usize, total: usize, rows: usize) -> Vec<Self> {
+        let strides = Strides::new(layout, cols);
+        let mut rest = self;
+        let mut left = total;
+        let mut chunks = Vec::with_capacity(total.div_ceil(rows));
+        while left > 0 {
+            let (head, tail) = rest.split(&strides, rows.min(left));
+            chunks.push(head);
+            rest = tail;
+            left -= rows.min(left);
+        }
+        chunks
+    }
+}
+
+/// How many rows one task takes: about 16 Ki weights, so that its floats stay in the second-level cache.
+pub(crate) fn rows_per_task(cols: usize) -> usize {
+    (16_384 / cols.max(1)).max(1)
+}
+
+/// Encodes consecutive rows of finite weights into zeroed planes, on this thread.
+///
+/// # Errors
+/// [`OutOfRange`] when a scale or offset does not fit its stored type.
+pub fn encode_rows(
+    layout: &Grouped,
+    fit: Fit,
+    weights: &[f32],
+    cols: usize,
+    planes: &mut PlanesMut<'_>,
+) -> Result<(), OutOfRange> {
+    let strides = Strides::new(layout, cols);
+    for (r, row) in weights.chunks_exact(cols.max(1)).enumerate() {
+        let mut row_planes = PlanesMut {
+            codes: &mut planes.codes[r * strides.codes..][..strides.codes],
+            scales: &mut planes.scales[r * strides.scales..][..strides.scales],
+            addends: &mut planes.addends[r * strides.addends..][..strides.addends],
+        };
+        reference::encode_row(layout, fit, row, &mut row_planes)?;
+    }
+    Ok(())
+}
+
+/// Decodes consecutive rows, on this thread.
+pub fn decode_rows(layout: &Grouped, planes: &Planes<'_>, cols: usize, out: &mut [f32]) {
+    let strides = Strides::new(layout, cols);
+    for (r, row) in out.chunks_exact_mut(cols.max(1)).enumerate() {
+        reference::decode_row(layout, &planes.rows(&strides, r, 1), row);
+    }
+}
+
+/// Reads little-endian IEEE halves as f32.
+pub(crate) fn half_to_f32(bytes: &[u8], out: &mut [f32]) {
+    for (value, chunk) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *value = half::f16::from_le_bytes(*chunk).to_f32();
+    }
+}
+
+/// A matrix in a codec: its planes have exactly the lengths that the layout gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Encoded {
+    codec: &'static Codec,
+    rows: usize,
+    cols: usize,
+    planes: Vec<Vec<u8>>,
+}
+
+impl Encoded {
+    /// Takes planes that came from elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the number or the length of the planes is not what the layout gives, or for `raw_v1`,
+    /// which has no codes.
+    pub fn from_planes(codec: &'static Codec, rows: usize, cols: usize, planes: Vec<Vec<u8>>) -> Result<Self> {
+        let expected = codec.layout.plane_bytes(DType::F32, rows as u64, cols as u64)?;
+        let _ = codec.grouped()?;
+        if planes.len() != expected.len() {
+            let names: Vec<_> = expected.iter().map(|(plane, _)| plane.name()).collect();
+            return Err(Error::invalid(format!(
+                "{} planes for codec {}, expected {}",
+                planes.len(),
+                codec.id,
+                names.join(", ")
+            )));
+        }
+        for ((plane, want), got) in expected.iter().zip(&planes) {
+            if got.len() as u64 != *want {
+                return Err(Error::invalid(format!(
+                    "plane {} of a {rows} x {cols} matrix in {} has {} bytes, expected {want}",
+                    plane.name(),
+                    codec.id,
+                    got.len()
+                )));
+            }
+        }
+        Ok(Self { codec, rows, cols, planes })
+    }
+
+    /// The codec.
+    #[must_use]
+    pub fn codec(&self) -> &'static Codec {
+        self.codec
+    }
+
+    /// Rows of the matrix (outputs).
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the matrix (inputs).
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The planes with their kinds, in stored order.
+    pub fn planes(&self) -> impl Iterator<Item = (Plane, &[u8])> {
+        self.codec.layout.planes().iter().copied().zip(self.planes.iter().map(Vec::as_slice))
+    }
+
+    /// The weights, row by row.
+    #[must_use]
+    pub fn decode(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.cols];
+        self.decode_into(&mut out);
+        out
+    }
+
+    /// The weights, row by row, into memory of the caller.
+    ///
+    /// # Panics
+    /// When `out` does not hold `rows * cols` numbers.
+    pub fn decode_into(&self, out: &mut [f32]) {
+        assert_eq!(out.len(), self.rows * self.cols, "the output does not match the matrix");
+        let layout = self.codec.grouped().expect("checked by the constructor");
+        let planes: Vec<_> = self.planes.iter().map(Vec::as_slice).collect();
+        decode_planes(layout, &Planes::new(&planes), self.cols, out);
+    }
+}
+
+/// Decodes all rows, in parallel.
+pub(crate) fn decode_planes(layout: &Grouped, planes: &Planes<'_>, cols: usize, out: &mut [f32]) {
+    if out.is_empty() {
+        return;
+    }
+    let strides = Strides::new(layout, cols);
+    let rows = rows_per_task(cols);
+    out.par_chunks_mut(rows * cols).enumerate().for_each(|(task, out)| {
+        decode_rows(layout, &planes.rows(&strides, task * rows, out.len() / cols), cols, out);
+    });
+}
+
+impl Codec {
+    /// The layout of codes and scales.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for the raw codec, which has none.
+    pub fn grouped(&self) -> Result<&Grouped> {
+        match &self.layout {
+            Layout::Grouped(layout) => Ok(layout),
+            Layout::Raw => Err(Error::invalid(format!("codec {} stores bytes as they are and has no codes", self.id))),
+        }
+    }
+
+    /// Encodes a matrix of `rows x cols` weights, in parallel.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the number of weights is not `rows * cols`, when a weight is not finite, when a scale
+    /// leaves the range of its stored type, or for the raw codec.
+    pub fn encode(&'static self, weights: &[f32], rows: usize, cols: usize) -> Result<Encoded> {
+        let layout = self.grouped()?;
+        if rows.checked_mul(cols) != Some(weights.len()) {
+            return Err(Error::invalid(format!("{} weights for a {rows} x {cols} matrix", weights.len())));
+        }
+        if let Some(index) = weights.iter().position(|w| !w.is_finite()) {
+            return Err(Error::Nonfinite {
+                tensor: "array".into(),
+                index: index as u64,
+                count: weights.iter().filter(|w| !w.is_finite()).count() as u64,
+            });
+        }
+        let mut planes = Vec::new();
+        for (plane, bytes) in self.layout.plane_bytes(DType::F32, rows as u64, cols as u64)? {
+            let bytes = usize::try_from(bytes).map_err(|_| Error::invalid("the matrix is larger than memory"))?;
+            planes.push(crate::error::try_zeroed(bytes, || format!("plane {}", plane.name()))?);
+        }
+        if !weights.is_empty() {
+            let per_task = rows_per_task(cols);
+            PlanesMut::new(&mut planes)
+                .chunks(layout, cols, rows, per_task)
+                .into_par_iter()
+                .zip(weights.par_chunks(per_task * cols))
+                .try_for_each(|(mut planes, weights)| encode_rows(layout, self.fit, weights, cols, &mut planes))
+                .map_err(|OutOfRange| self.out_of_range())?;
+        }
+        Ok(Encoded { codec: self, rows, cols, planes })
+    }
+
+    /// The error of a matrix whose scales leave the range of their stored type.
+    fn out_of_range(&self) -> Error {
+        Error::invalid(format!(
+            "a scale or offset leaves the range of its stored type in {}; rescale the weights or use {}",
+            self.id,
+            crate::codecs::wider(self).id
+        ))
+    }
+}

@@ -1,0 +1,98 @@
+//! The specification of every grouped codec, written to be read: one weight at a time, nothing clever.
+//!
+//! 1. The fit chooses scale, offset and zero point; they are rounded to their stored type.
+//! 2. The code is the one whose level is nearest to `t = (w - offset) / scale`, in f32, true division, ties to the
+//!    lower code, clamped to the codes of the layout.
+//! 3. Where the scale is zero, the code is the one of level zero.
+//!
+//! No reciprocal and no fused multiply-add, so every backend and every thread count writes the same bytes. The fast
+//! paths of [`crate::codec`] are tested against this module byte for byte.
+
+use super::{Planes, PlanesMut};
+use crate::fit::{self, Fit, OutOfRange, Params};
+use crate::layout::{Float, Grouped, Levels, load_bits, store_bits};
+
+/// The integer nearest to `t`, ties to the lower one.
+#[must_use]
+pub fn nearest(t: f32) -> f32 {
+    let even = t.round_ties_even();
+    if t - even == -0.5 { even - 1.0 } else { even }
+}
+
+/// The lowest code that an encoder writes: 8-bit signed codes use -127..=127, as every other tool does.
+#[must_use]
+pub fn min_code(layout: &Grouped) -> u8 {
+    u8::from(layout.bits() == 8 && layout.levels() == Levels::Signed)
+}
+
+/// The threshold above which a table's code `i + 1` is nearer than code `i`.
+#[must_use]
+pub fn threshold(table: &[f32; 16], i: usize) -> f32 {
+    (table[i] + table[i + 1]) / 2.0
+}
+
+/// The code of one weight.
+#[must_use]
+pub fn code(layout: &Grouped, params: &Params, w: f32) -> u8 {
+    if params.scale == 0.0 {
+        return layout.zero_code(params.zero_point);
+    }
+    let t = (w - params.offset) / params.scale;
+    let zero = match layout.levels() {
+        Levels::Table(table) => {
+            let above = (0..15).filter(|&i| t > threshold(table, i)).count();
+            return u8::try_from(above).expect("at most 15");
+        }
+        _ => layout.zero_code(params.zero_point),
+    };
+    let code = (nearest(t) + f32::from(zero)).clamp(f32::from(min_code(layout)), f32::from(layout.max_code()));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to the codes above")]
+    let code = code as u8;
+    code
+}
+
+/// Encodes one row of finite weights.
+///
+/// # Errors
+/// [`OutOfRange`] when a group's scale or offset does not fit its stored type.
+pub fn encode_row(layout: &Grouped, fit: Fit, weights: &[f32], row: &mut PlanesMut<'_>) -> Result<(), OutOfRange> {
+    for (g, group) in weights.chunks(layout.group_len(weights.len()).max(1)).enumerate() {
+        let params = fit::params(fit, layout, group)?;
+        layout.scale().store(row.scales, g, params.scale);
+        if let Some(float) = layout.offset() {
+            float.store(row.addends, g, params.offset);
+        } else if layout.levels() == Levels::ZeroPoint {
+            store_bits(layout.bits(), row.addends, g, params.zero_point);
+        }
+        for (j, &w) in group.iter().enumerate() {
+            let index = g * layout.group_len(weights.len()) + j;
+            layout.store_code(row.codes, index, code(layout, &params, w));
+        }
+    }
+    Ok(())
+}
+
+/// The stored parameters of group `g` of a row.
+#[must_use]
+pub fn load_params(layout: &Grouped, row: &Planes<'_>, g: usize) -> Params {
+    Params {
+        scale: layout.scale().load(row.scales, g),
+        offset: layout.offset().map_or(0.0, |float: Float| float.load(row.addends, g)),
+        zero_point: if layout.levels() == Levels::ZeroPoint { load_bits(layout.bits(), row.addends, g) } else { 0 },
+    }
+}
+
+/// Decodes one row.
+pub fn decode_row(layout: &Grouped, row: &Planes<'_>, out: &mut [f32]) {
+    let len = layout.group_len(out.len()).max(1);
+    for (g, group) in out.chunks_mut(len).enumerate() {
+        let params = load_params(layout, row, g);
+        for (j, w) in group.iter_mut().enumerate() {
+            let level = layout.level(layout.load_code(row.codes, g * len + j), params.zero_point);
+            *w = match layout.offset() {
+                Some(_) => level * params.scale + params.offset,
+                None => level * params.scale,
+            };
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! A file's bytes by range: through windows of mapped memory, or by reading into memory of our own.
+//!
+//! A window covers one range and goes away with the [`Block`] that holds it, so neither the address space nor the
+//! resident memory of a process grows with the file. Ranges are checked against the length at opening, and the length
+//! is looked at again before each window, since touching a mapped page beyond the end would kill the process.
+
+#![expect(unsafe_code, reason = "mapping a file is unsafe: another process may change it")]
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use crate::error::{Error, Result, try_zeroed};
+
+/// How the bytes of a file are reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Access {
+    /// Windows of mapped memory: no copy, but the file must not shrink meanwhile.
+    #[default]
+    Map,
+    /// Reads into memory of our own: one copy, safe against everything.
+    Read,
+}
+
+/// A regular file, open for reading by range.
+#[derive(Debug)]
+pub struct InputFile {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    access: Access,
+    digest: Mutex<Digest>,
+}
+
+/// The digest of what was seen of a file so far, from its start.
+#[derive(Debug, Default)]
+struct Digest {
+    hasher: blake3::Hasher,
+    until: u64,
+}
+
+/// A range of a file, in memory.
+#[derive(Debug)]
+pub enum Block {
+    /// A window of the file.
+    Map(memmap2::Mmap),
+    /// A copy.
+    Owned(Vec<u8>),
+}
+
+impl Deref for Block {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Map(map) => map,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl InputFile {
+    /// Opens a regular file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be opened, [`Error::Invalid`] when it is not a regular file.
+    pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self> {
+        let path = path.as_ref();
+        // Opening a pipe would block before its kind could be seen.
+        let kind = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !kind.is_file() {
+            return Err(Error::invalid(format!("{} is not a regular file", path.display())));
+        }
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        Self::from_file(path, file, access)
+    }
+
+    /// Takes a file that is already open, `path` serving messages only.
+    pub(crate) fn from_file(path: &Path, file: File, access: Access) -> Result<Self> {
+        let len = file.metadata().map_err(|e| Error::io(path, e))?.len();
+        Ok(Self { path: path.to_owned(), file, len, access, digest: Mutex::default() })
+    }
+
+    /// Where the file is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of the file when it was opened.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether the file had no bytes when it was opened.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What the system knows about the file now.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses.
+    pub fn metadata(&self) -> Result<std::fs::Metadata> {
+        self.file.metadata().map_err(|e| Error::io(&self.path, e))
+    }
+
+    /// The bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the range leaves the file, [`Error::Io`] when it shrank or cannot be read,
+    /// [`Error::OutOfMemory`] when there is no room for a copy.
+    pub fn read(&self, offset: u64, len: usize) -> Result<Block> {
+        self.check(offset, len)?;
+        if self.access == Access::Read || len == 0 {
+            let mut bytes = try_zeroed(len, || format!("a part of {}", self.path.display()))?;
+            self.read_at(offset, &mut bytes)?;
+            return Ok(Block::Owned(bytes));
+        }
+        if self.metadata()?.len() < offset + len as u64 {
+            return Err(self.shrank());
+        }
+        // SAFETY: the window lies inside the file as of the line above. A writer that changes the bytes meanwhile
+        // changes what is read, never memory of ours: they are only ever read as plain numbers.
+        let map = unsafe { memmap2::MmapOptions::new().offset(offset).len(len).map(&self.file) };
+        Ok(Block::Map(map.map_err(|e| Error::io(&self.path, e))?))
+    }
+
+    /// Copies the bytes from `offset` on into `out`.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub fn read_into(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.check(offset, out.len())?;
+        self.read_at(offset, out)
+    }
+
+    fn check(&self, offset: u64, len: usize) -> Result<()> {
+        if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
+            return Err(Error::corrupt(
+                offset,
+                format!("{len} bytes are wanted here, but the file has {} in all", self.len),
+            )
+            .in_file(&self.path));
+        }
+        Ok(())
+    }
+
+    #[cfg(unix)]
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        use std::os::unix::fs::FileExt;
+        self.file.read_exact_at(out, offset).map_err(|e| self.read_error(e))
+    }
+
+    #[cfg(windows)]
+    fn read_at(&self, mut offset: u64, mut out: &mut [u8]) -> Result<()> {
+        use std::os::windows::fs::FileExt;
+        while !out.is_empty() {
+            let n = self.file.seek_read(out, offset).map_err(|e| self.read_error(e))?;
+            if n == 0 {
+                return Err(self.shrank());
+            }
+            out = &mut out[n..];
+            offset += n as u64;
+        }
+        Ok(())
+    }
+
+    fn read_error(&self, e: io::Error) -> Error {
+        if e.kind() == io::ErrorKind::UnexpectedEof { self.shrank() } else { Error::io(&self.path, e) }
+    }
+
+    fn shrank(&self) -> Error {
+        Error::io(&self.path, io::Error::other("the file became shorter while it was read"))
+    }
+
+    /// Notes bytes that were read, so that [`InputFile::digest`] need not read them again when they come in order.
+    pub(crate) fn observe(&self, offset: u64, bytes: &[u8]) {
+        let mut digest = self.digest.lock().expect("no holder of the lock panics");
+        if digest.until == offset {
+            digest.hasher.update_rayon(bytes);
+            digest.until += bytes.len() as u64;
+        }
+    }
+
+    /// BLAKE3 of the whole file; reads what was not observed in order.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub(crate) fn digest(&self) -> Result<blake3::Hash> {
+        const STEP: u64 = 8 << 20;
+        loop {
+            let until = self.digest.lock().expect("no holder of the lock panics").until;
+            if until >= self.len {
+                break;
+            }
+            let len = usize::try_from(STEP.min(self.len - until)).expect("a step is small");
+            self.observe(until, &self.read(until, len)?);
+        }
+        Ok(self.digest.lock().expect("no holder of the lock panics").hasher.finalize())
+    }
+
+    /// The file as a stream from its start, for containers that must be read in order.
+    pub(crate) fn stream(&self) -> Result<impl Read + Seek + '_> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(0)).map_err(|e| Error::io(&self.path, e))?;
+        Ok(file)
+    }
+}

@@ -1,0 +1,137 @@
+//! How an encoder chooses scale, offset and zero point of a group: quality only, never bytes.
+//!
+//! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
+//! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
+
+pub mod search;
+
+use crate::layout::{Float, Grouped, Levels};
+
+/// A way to choose the parameters of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fit {
+    /// Nothing to choose: the raw codec.
+    Exact,
+    /// `offset = min`, `scale = (max - min) / 15`.
+    MinMax,
+    /// `scale = max|w| / peak`; the peak is 127 for 8 bits, 7.5 for signed 4 bits (every weight is then within half
+    /// a step) and 1 for a table. A group of one repeated weight gets that weight as its scale.
+    AbsMax,
+    /// The range widened to hold zero, `scale = (max - min) / 15`, `zero_point = round(-min / scale)`. A group of one
+    /// repeated weight gets that weight as its scale.
+    ZeroPoint,
+    /// The scale and offset of least squared error; see [`search`].
+    Search,
+}
+
+/// What is stored for a group, already rounded to its stored type.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Params {
+    /// The multiplier.
+    pub scale: f32,
+    /// The addend; 0 where the layout has none.
+    pub offset: f32,
+    /// The integer zero point; 0 where the layout has none.
+    pub zero_point: u8,
+}
+
+/// A group whose scale or offset cannot be stored without becoming infinite or losing the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutOfRange;
+
+/// The smallest stored scale that a fit accepts, in the stored type: below it the rounding of the scale itself would
+/// add more than an eighth of a step of error, down to losing the group altogether.
+///
+/// For F16 that is 2^-18, a subnormal with seven significant bits; for F32 it is the smallest normal number.
+#[must_use]
+pub fn min_scale(float: Float) -> f32 {
+    match float {
+        Float::F16 => 1.0 / 262_144.0,
+        Float::F32 => f32::MIN_POSITIVE,
+    }
+}
+
+/// Least and greatest weight of a group, a negative zero counted as zero so that order never shows.
+#[must_use]
+pub fn min_max(group: &[f32]) -> (f32, f32) {
+    let mut min = f32::INFINITY;
+    let mut max = f32::NEG_INFINITY;
+    for &w in group {
+        min = if w < min { w } else { min };
+        max = if w > max { w } else { max };
+    }
+    (min + 0.0, max + 0.0)
+}
+
+/// Rounds a scale to its stored type, or refuses it.
+fn store_scale(float: Float, scale: f32) -> Result<f32, OutOfRange> {
+    let stored = float.round(scale);
+    if scale == 0.0 || (stored.is_finite() && stored.abs() >= min_scale(float)) { Ok(stored) } else { Err(OutOfRange) }
+}
+
+/// Parameters of minmax and of the start of the search, from the range of a group.
+///
+/// # Errors
+/// [`OutOfRange`] when the scale or the offset does not fit its stored type.
+pub fn min_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
+    let float = layout.offset().unwrap_or(Float::F32);
+    let scale = store_scale(layout.scale(), (max - min) / f32::from(layout.max_code()))?;
+    let offset = float.round(min);
+    // A constant group lives in its offset alone, which must then not vanish.
+    let lost = scale == 0.0 && offset != min && offset.abs() < min_scale(float);
+    if !offset.is_finite() || lost {
+        return Err(OutOfRange);
+    }
+    Ok(Params { scale, offset, zero_point: 0 })
+}
+
+/// Parameters of the symmetric and table codecs, from the range of a group.
+///
+/// # Errors
+/// [`OutOfRange`] when the scale does not fit its stored type.
+pub fn abs_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
+    let peak = match layout.levels() {
+        Levels::Table(_) => 1.0,
+        _ if layout.bits() == 8 => 127.0,
+        _ => 7.5,
+    };
+    let abs = if -min > max { -min } else { max };
+    let scale = if min == max { abs } else { abs / peak };
+    Ok(Params { scale: store_scale(layout.scale(), scale)?, offset: 0.0, zero_point: 0 })
+}
+
+/// Parameters of the integer-zero-point codecs, from the range of a group.
+///
+/// # Errors
+/// [`OutOfRange`] when the scale does not fit its stored type.
+pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
+    if min == max {
+        let scale = store_scale(layout.scale(), min.abs())?;
+        return Ok(Params { scale, offset: 0.0, zero_point: u8::from(min < 0.0) });
+    }
+    let (min, max) = (if min < 0.0 { min } else { 0.0 }, if max > 0.0 { max } else { 0.0 });
+    let top = f32::from(layout.max_code());
+    let scale = store_scale(layout.scale(), (max - min) / top)?;
+    let zero = crate::codec::reference::nearest((0.0 - min) / scale).clamp(0.0, top);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to the codes above")]
+    let zero_point = zero as u8;
+    Ok(Params { scale, offset: 0.0, zero_point })
+}
+
+/// The parameters that `fit` chooses for one group.
+///
+/// # Errors
+/// [`OutOfRange`] when a parameter does not fit its stored type.
+///
+/// # Panics
+/// For [`Fit::Exact`], which has no groups.
+pub fn params(fit: Fit, layout: &Grouped, group: &[f32]) -> Result<Params, OutOfRange> {
+    let (min, max) = min_max(group);
+    match fit {
+        Fit::MinMax => min_max_params(layout, min, max),
+        Fit::AbsMax => abs_max_params(layout, min, max),
+        Fit::ZeroPoint => zero_point_params(layout, min, max),
+        Fit::Search => search::params(layout, group),
+        Fit::Exact => panic!("the raw codec has no groups"),
+    }
+}

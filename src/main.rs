@@ -1,0 +1,2 @@
+//! The `tenpak` binary: starts the command line of the library.
+fn main() {}
