@@ -8,6 +8,7 @@
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod artifact;
 pub mod codec;
 pub mod codecs;
 mod error;
@@ -15,6 +16,7 @@ pub mod file;
 pub mod fit;
 pub mod layout;
 mod limits;
+pub mod output;
 mod tensor;
 
 pub use codec::{Codec, Encoded};

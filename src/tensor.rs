@@ -91,9 +91,9 @@ impl FromStr for DType {
 /// Name, dtype and shape of a tensor, with the product of its dimensions already checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    name: String,
+    name: Box<str>,
     dtype: DType,
-    shape: Vec<u64>,
+    shape: Box<[u64]>,
 }
 
 impl TensorInfo {
@@ -115,17 +115,17 @@ impl TensorInfo {
         let name = name.into();
         check_name(&name, limits)?;
         limits::check("dimensions of a tensor", limits.dims, shape.len() as u64)?;
-        let bits_left = shape
+        let bytes = shape
             .iter()
             .filter(|&&d| d != 0)
             .try_fold(dtype.size(), |product, &d| product.checked_mul(d))
             .filter(|&product| product < 1 << 63);
-        if bits_left.is_none() {
+        if bytes.is_none() {
             return Err(Error::invalid(format!(
                 "tensor '{name}' of shape {shape:?} and dtype {dtype} is larger than 2^63 bytes"
             )));
         }
-        Ok(Self { name, dtype, shape })
+        Ok(Self { name: name.into(), dtype, shape: shape.into() })
     }
 
     /// The name, unique in its model.

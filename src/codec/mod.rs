@@ -65,7 +65,7 @@ impl Strides {
 
 impl<'a> Planes<'a> {
     /// The planes in stored order; a missing third one is empty.
-    fn new(planes: &[&'a [u8]]) -> Self {
+    pub(crate) fn new(planes: &[&'a [u8]]) -> Self {
         Self { codes: planes[0], scales: planes[1], addends: planes.get(2).copied().unwrap_or_default() }
     }
 

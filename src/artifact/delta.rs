@@ -1,0 +1,273 @@
+//! Deltas: an artifact of the tensors that a variant does not share with its base.
+//!
+//! A variant is compressed with the base's own recipe, tensor by tensor; those whose planes come out equal are dropped
+//! again and cost two integers per run of them. [`materialize`] puts base and deltas together again and gives, byte for
+//! byte, the file that compressing the variant directly would have given. Chains of deltas resolve to one list of
+//! planes before anything is copied.
+
+use std::path::Path;
+
+use super::header::{CHUNK, Delta, Entry, Identity, identity};
+use super::map::ArtifactFile;
+use super::writer::{TensorWriter, Writer, Written};
+use crate::compress::{self, OnProgress, Options, Progress, TensorReport};
+use crate::error::{Error, Result};
+use crate::output;
+use crate::recipe::Recipe;
+use crate::source::Source;
+
+/// The longest chain of deltas that is resolved.
+pub const MAX_CHAIN: usize = 32;
+
+/// What a delta came to.
+#[derive(Debug, Clone)]
+pub struct DeltaReport {
+    /// The tensors stored in the delta.
+    pub changed: Vec<TensorReport>,
+    /// How many tensors are those of the base.
+    pub unchanged: usize,
+    /// Length of the delta.
+    pub file_bytes: u64,
+    /// Length of the base.
+    pub base_bytes: u64,
+    /// Identity of the result.
+    pub result: Identity,
+}
+
+/// Writes the delta of a variant against a base.
+///
+/// With `epsilon` zero, a tensor is unchanged when its planes are. Otherwise it is also taken for unchanged when no
+/// decoded weight differs from the base's decoded weight by more than `epsilon`.
+///
+/// # Errors
+/// [`Error::Invalid`] when `epsilon` is negative or not a number, when the base is itself a delta, or when the output
+/// exists or is an input; and those of [`compress::compress`].
+pub fn delta(
+    base: &ArtifactFile,
+    variant: &Source,
+    epsilon: f64,
+    target: &Path,
+    force: bool,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<DeltaReport> {
+    if !(epsilon >= 0.0 && epsilon.is_finite()) {
+        return Err(Error::invalid(format!("epsilon is {epsilon}, expected a number from 0 up")));
+    }
+    refuse_delta(base)?;
+    output::refuse_input(target, variant.files().iter().map(crate::source::SourceFile::file).chain([base.file()]))?;
+    let provenance = base.header().provenance();
+    let options = Options {
+        recipe: Recipe::from_toml(&provenance.recipe)?,
+        nonfinite: provenance.nonfinite.parse()?,
+        force,
+    };
+    let planned = compress::plan(variant, &options)?;
+    let mut writer = Writer::create(target, force)?;
+    writer.output().preflight(planned.file_bytes)?;
+    let total = planned.tensors.iter().map(|t| t.source_bytes).sum();
+    let mut done = 0;
+    let mut runs = Runs::default();
+    let mut result: Vec<Entry> = Vec::with_capacity(planned.tensors.len());
+    let mut changed = Vec::new();
+    for (index, planned) in planned.tensors.into_iter().enumerate() {
+        let (name, bytes) = (planned.name.clone(), planned.source_bytes);
+        let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
+        let in_base = base.header().find(&name).filter(|&i| base.tensors()[i].info() == variant.tensors()[index].info());
+        let (report, tensor) =
+            compress::encode_tensor(variant, index, planned, options.nonfinite, &writer, &mut tick)?;
+        done += bytes;
+        let same = match in_base {
+            Some(i) => is_unchanged(base, i, &writer, &tensor, epsilon)?.then_some(i),
+            None => None,
+        };
+        if let Some(i) = same {
+            runs.base(i);
+            result.push(base.tensors()[i].clone());
+        } else {
+            runs.own();
+            result.push(writer.keep(tensor)?.clone());
+            changed.push(report);
+        }
+    }
+    let result = identity(result.iter());
+    let provenance = compress::provenance(variant, &options, |file| Ok(file.digest()?.into()))?;
+    let unchanged = variant.tensors().len() - changed.len();
+    let section = Delta { base: base.header().identity(), result, runs: runs.0 };
+    let Written { file_bytes, .. } = writer.finish(variant.metadata().clone(), provenance, Some(section))?;
+    Ok(DeltaReport { changed, unchanged, file_bytes, base_bytes: base.file().len(), result })
+}
+
+/// Whether a tensor that has just been encoded is the base's.
+fn is_unchanged(
+    base: &ArtifactFile,
+    index: usize,
+    writer: &Writer,
+    tensor: &TensorWriter,
+    epsilon: f64,
+) -> Result<bool> {
+    let entry = &base.tensors()[index];
+    if tensor.same_as(entry) {
+        return Ok(true);
+    }
+    if epsilon == 0.0 || !entry.info().dtype().is_float() || tensor.transposed() != entry.transposed() {
+        return Ok(false);
+    }
+    let (rows, cols) = entry.matrix();
+    let width = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
+    let block = (compress::BLOCK_BYTES / 4 / cols.max(1)).max(1);
+    let mut first = 0;
+    while first < rows && cols > 0 {
+        let count = block.min(rows - first);
+        let weights = usize::try_from(count).expect("a block fits memory") * width;
+        let (mut old, mut new) = (vec![0.0; weights], vec![0.0; weights]);
+        base.decode_rows(index, first, &mut old)?;
+        tensor.decode_rows(writer, first, &mut new)?;
+        if old.iter().zip(&new).any(|(a, b)| !((f64::from(*a) - f64::from(*b)).abs() <= epsilon || a == b)) {
+            return Ok(false);
+        }
+        first += count;
+    }
+    Ok(true)
+}
+
+/// The tensors of a result, as runs.
+#[derive(Default)]
+struct Runs(Vec<(i64, u64)>);
+
+impl Runs {
+    fn base(&mut self, index: usize) {
+        let index = i64::try_from(index).expect("tensors are counted in 32 bits");
+        match self.0.last_mut() {
+            Some((first, count)) if *first >= 0 && *first + count.cast_signed() == index => *count += 1,
+            _ => self.0.push((index, 1)),
+        }
+    }
+
+    fn own(&mut self) {
+        match self.0.last_mut() {
+            Some((-1, count)) => *count += 1,
+            _ => self.0.push((-1, 1)),
+        }
+    }
+}
+
+fn refuse_delta(base: &ArtifactFile) -> Result<()> {
+    if base.header().delta().is_some() {
+        return Err(Error::invalid(format!(
+            "{} is a delta; a base is a whole artifact, materialize the delta first",
+            base.file().path().display()
+        )));
+    }
+    Ok(())
+}
+
+/// Writes the artifact that a base and a chain of deltas stand for, the first delta being that of the base.
+///
+/// # Errors
+/// [`Error::Invalid`] when a delta's base is not what stands before it, the chain is empty, longer than [`MAX_CHAIN`] or
+/// comes back to where it was; [`Error::Corrupt`] when a delta names tensors that are not there, a chunk is damaged,
+/// or the result is not what the last delta promises. Everything but the damage is found before anything is written.
+pub fn materialize(
+    base: &ArtifactFile,
+    deltas: &[ArtifactFile],
+    target: &Path,
+    force: bool,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<Written> {
+    refuse_delta(base)?;
+    output::refuse_input(target, deltas.iter().chain([base]).map(ArtifactFile::file))?;
+    let last = deltas.last().ok_or_else(|| Error::invalid("no delta to materialize, pass at least one"))?;
+    if deltas.len() > MAX_CHAIN {
+        return Err(Error::invalid(format!(
+            "a chain of {} deltas, at most {MAX_CHAIN} are resolved; materialize part of it first",
+            deltas.len()
+        )));
+    }
+    let mut tensors: Vec<(&ArtifactFile, usize)> = (0..base.tensors().len()).map(|i| (base, i)).collect();
+    let mut seen = vec![base.header().identity()];
+    for delta in deltas {
+        tensors = resolve(&tensors, seen[seen.len() - 1], delta).map_err(|e| e.in_file(delta.file().path()))?;
+        let result = identity(tensors.iter().map(|(file, i)| &file.tensors()[*i]).collect::<Vec<_>>().into_iter());
+        // A delta whose result is its own base changes nothing; anything earlier would be a cycle.
+        if seen[..seen.len() - 1].contains(&result) {
+            return Err(Error::invalid(format!(
+                "{} leads back to {result}, which the chain has already passed",
+                delta.file().path().display()
+            )));
+        }
+        seen.push(result);
+    }
+    let mut writer = Writer::create(target, force)?;
+    let total = tensors.iter().map(|(file, i)| file.tensors()[*i].stored_bytes()).sum();
+    writer.output().preflight(total)?;
+    let mut done = 0;
+    for (file, index) in tensors {
+        let entry = &file.tensors()[index];
+        let mut out = writer.tensor(entry.info().clone(), entry.codec(), entry.transposed())?;
+        for (plane, place) in entry.planes().iter().enumerate() {
+            for chunk in 0..place.crc32c.len() as u64 {
+                let start = chunk * CHUNK;
+                let len = CHUNK.min(place.bytes - start);
+                out.write(&writer, plane, &file.range(index, plane, start, len)?)?;
+                done += len;
+                on_progress(Progress { done, total, tensor: entry.info().name() })?;
+            }
+        }
+        if !out.same_as(entry) {
+            return Err(Error::corrupt(0, format!("tensor '{}' does not have its digest", entry.info().name()))
+                .in_file(file.file().path()));
+        }
+        writer.keep(out)?;
+    }
+    writer.finish(last.header().metadata().clone(), last.header().provenance().clone(), None)
+}
+
+/// The tensors that a delta makes of those of its base.
+fn resolve<'a>(
+    base: &[(&'a ArtifactFile, usize)],
+    base_identity: Identity,
+    delta: &'a ArtifactFile,
+) -> Result<Vec<(&'a ArtifactFile, usize)>> {
+    let section = delta.header().delta().ok_or_else(|| {
+        Error::invalid("this is a whole artifact, expected a delta; pass the base first and deltas after it")
+    })?;
+    if section.base != base_identity {
+        return Err(Error::invalid(format!(
+            "wrong base: the delta was made against {}, but {base_identity} was given",
+            section.base
+        )));
+    }
+    let bad = |what: String| Error::corrupt(0, format!("delta: {what}"));
+    let own_total = delta.tensors().len();
+    let mut own = 0;
+    let mut result = Vec::new();
+    for &(first, count) in &section.runs {
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        let (list_len, from) = match usize::try_from(first) {
+            Ok(first) => (base.len(), first),
+            Err(_) if first == -1 => (own_total, own),
+            Err(_) => return Err(bad(format!("a run from {first}, expected -1 or a tensor of the base"))),
+        };
+        let end = from.checked_add(count).filter(|&end| count > 0 && end <= list_len).ok_or_else(|| {
+            bad(format!("a run of {count} tensors from {from}, but there are {list_len}"))
+        })?;
+        if result.len() + count > crate::Limits::DEFAULT.tensors as usize {
+            return Err(bad("more tensors than an artifact may hold".into()));
+        }
+        if first == -1 {
+            result.extend((from..end).map(|i| (delta, i)));
+            own = end;
+        } else {
+            result.extend_from_slice(&base[from..end]);
+        }
+    }
+    if own != own_total {
+        return Err(bad(format!("{own} of its {own_total} tensors are used")));
+    }
+    let entries: Vec<_> = result.iter().map(|(file, i)| &file.tensors()[*i]).collect();
+    let found = identity(entries.into_iter());
+    if found != section.result {
+        return Err(bad(format!("the result is {found}, expected {}", section.result)));
+    }
+    Ok(result)
+}

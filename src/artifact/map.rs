@@ -1,0 +1,187 @@
+//! Reads an artifact: entries, planes, weights.
+//!
+//! Every chunk is checked against its checksum before the first use of any of its bytes; once per handle.
+
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use super::header::{CHUNK, Entry, Header, PlaneEntry};
+use crate::codec::{self, Planes};
+use crate::error::{Error, Result};
+use crate::file::{Access, Block, InputFile};
+use crate::layout::Layout;
+use crate::limits::Limits;
+use crate::tensor;
+
+/// An artifact, open for reading; its header has been validated.
+#[derive(Debug)]
+pub struct ArtifactFile {
+    file: InputFile,
+    header: Header,
+    /// One bit per chunk of the file, in the order of the header: set when it was found sound.
+    sound: Box<[AtomicU8]>,
+    /// The bit of the first chunk of each tensor.
+    first_chunk: Box<[usize]>,
+}
+
+impl ArtifactFile {
+    /// Opens an artifact through windows of mapped memory, with the default limits.
+    ///
+    /// # Errors
+    /// Those of [`ArtifactFile::open_with`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, Access::Map, &Limits::DEFAULT)
+    }
+
+    /// Opens an artifact and validates its header; no plane is read.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or what is wrong with the header: [`Error::Corrupt`], [`Error::Unsupported`], [`Error::Limit`].
+    pub fn open_with(path: impl AsRef<Path>, access: Access, limits: &Limits) -> Result<Self> {
+        let file = InputFile::open(&path, access)?;
+        let header = Header::read(&file, limits).map_err(|e| e.in_file(&path))?;
+        let mut total = 0;
+        let first_chunk = header
+            .tensors()
+            .iter()
+            .map(|t| {
+                let first = total;
+                total += t.planes().iter().map(|p| p.crc32c.len()).sum::<usize>();
+                first
+            })
+            .collect();
+        let sound = std::iter::repeat_with(AtomicU8::default).take(total.div_ceil(8)).collect();
+        Ok(Self { file, header, sound, first_chunk })
+    }
+
+    /// Where the file is, and its length.
+    #[must_use]
+    pub fn file(&self) -> &InputFile {
+        &self.file
+    }
+
+    /// Everything the artifact says about itself.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The tensors, in stored order.
+    #[must_use]
+    pub fn tensors(&self) -> &[Entry] {
+        self.header.tensors()
+    }
+
+    /// The index of the tensor with this name.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is none.
+    pub fn find(&self, name: &str) -> Result<usize> {
+        self.header.find(name).ok_or_else(|| {
+            Error::invalid(format!("{} has no tensor '{name}', see tenpak inspect", self.file.path().display()))
+        })
+    }
+
+    /// The bytes of a plane, checked.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming tensor, plane and chunk; [`Error::Io`].
+    pub fn plane(&self, tensor: usize, plane: usize) -> Result<Block> {
+        let bytes = self.tensors()[tensor].planes()[plane].bytes;
+        self.range(tensor, plane, 0, bytes)
+    }
+
+    /// Some bytes of a plane, checked.
+    pub(crate) fn range(&self, tensor: usize, plane: usize, start: u64, bytes: u64) -> Result<Block> {
+        let place = &self.tensors()[tensor].planes()[plane];
+        if bytes > 0 {
+            for chunk in start / CHUNK..=(start + bytes - 1) / CHUNK {
+                self.check(tensor, plane, chunk)?;
+            }
+        }
+        let len = usize::try_from(bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
+        self.file.read(place.offset + start, len)
+    }
+
+    /// Checks one chunk, unless this handle has done so before.
+    fn check(&self, tensor: usize, plane: usize, chunk: u64) -> Result<()> {
+        let entry = &self.tensors()[tensor];
+        let before: usize = entry.planes()[..plane].iter().map(|p| p.crc32c.len()).sum();
+        let index = usize::try_from(chunk).expect("chunks were counted when the file was opened");
+        let bit = self.first_chunk[tensor] + before + index;
+        let mask = 1 << (bit % 8);
+        if self.sound[bit / 8].load(Ordering::Relaxed) & mask != 0 {
+            return Ok(());
+        }
+        let place = &entry.planes()[plane];
+        let (found, at) = self.chunk_crc(place, chunk)?;
+        let expected = place.crc32c[index];
+        if found != expected {
+            return Err(Error::corrupt(
+                at,
+                format!(
+                    "tensor '{}', plane {}, chunk {chunk}: checksum is {found:08x}, expected {expected:08x}; \
+                     fetch or write the file again",
+                    entry.info().name(),
+                    place.plane.name()
+                ),
+            )
+            .in_file(self.file.path()));
+        }
+        self.sound[bit / 8].fetch_or(mask, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The checksum that a chunk has, and where the chunk lies.
+    fn chunk_crc(&self, place: &PlaneEntry, chunk: u64) -> Result<(u32, u64)> {
+        let start = chunk * CHUNK;
+        let len = usize::try_from(CHUNK.min(place.bytes - start)).expect("at most a chunk");
+        let at = place.offset + start;
+        Ok((crc32c::crc32c(&self.file.read(at, len)?), at))
+    }
+
+    /// Rows of a tensor as f32, in parallel; `out` holds whole rows of the stored matrix.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when a chunk is damaged, [`Error::Io`].
+    ///
+    /// # Panics
+    /// When the rows are not rows of the tensor: a bug of the caller.
+    pub fn decode_rows(&self, tensor: usize, first_row: u64, out: &mut [f32]) -> Result<()> {
+        decode_rows(&self.tensors()[tensor], first_row, out, |plane, start, bytes| {
+            self.range(tensor, plane, start, bytes)
+        })
+    }
+}
+
+/// Decodes rows of a tensor, given a way to read `bytes` bytes of a plane from `start` on.
+pub(crate) fn decode_rows<B: Deref<Target = [u8]>>(
+    entry: &Entry,
+    first_row: u64,
+    out: &mut [f32],
+    read: impl Fn(usize, u64, u64) -> Result<B>,
+) -> Result<()> {
+    let (rows, cols) = entry.matrix();
+    let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
+    if out.is_empty() {
+        return Ok(());
+    }
+    let count = (out.len() / cols) as u64;
+    assert!(out.len().is_multiple_of(cols) && first_row + count <= rows, "not rows of the tensor");
+    let dtype = entry.info().dtype();
+    let layout = &entry.codec().layout;
+    let part = |(plane, &kind)| {
+        let stride = layout.stride(kind, dtype, cols) as u64;
+        read(plane, first_row * stride, count * stride)
+    };
+    let parts: Vec<B> = layout.planes().iter().enumerate().map(part).collect::<Result<_>>()?;
+    match layout {
+        Layout::Raw => tensor::to_f32(dtype, &parts[0], out),
+        Layout::Grouped(layout) => {
+            let slices: Vec<&[u8]> = parts.iter().map(|b| &**b).collect();
+            codec::decode_planes(layout, &Planes::new(&slices), cols, out);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! Reads all of an artifact and lists everything that is not as it should be.
+//!
+//! Beyond the checksums: the digest of each plane, padding between planes, unused bits of rows, and scales and offsets
+//! that are not finite, none of which a writer of this project leaves behind.
+
+use super::header::{CHUNK, Entry, Identity, PlaneEntry, align};
+use super::map::ArtifactFile;
+use crate::error::Result;
+use crate::layout::{Float, Layout, Plane};
+
+/// Something wrong in an artifact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Name of the tensor.
+    pub tensor: String,
+    /// Name of its plane.
+    pub plane: &'static str,
+    /// The chunk, where it is one chunk that is damaged.
+    pub chunk: Option<u64>,
+    /// Where in the file.
+    pub at: u64,
+    /// What was found and what was expected.
+    pub what: String,
+}
+
+/// The result of reading everything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    /// Bytes of planes that were read.
+    pub bytes: u64,
+    /// Chunks that were compared with their checksum.
+    pub chunks: u64,
+    /// What is wrong, in file order; empty for a sound artifact.
+    pub problems: Vec<Problem>,
+}
+
+/// Reads every plane of an artifact whose header was found sound when it was opened.
+///
+/// `step` is told the bytes done so far after each chunk and may stop the work.
+///
+/// # Errors
+/// [`Error::Io`](crate::Error::Io), and whatever `step` returns. Damage is no error: it is the result.
+pub fn verify(artifact: &ArtifactFile, mut step: impl FnMut(u64) -> Result<()>) -> Result<Verified> {
+    let mut result = Verified { bytes: 0, chunks: 0, problems: Vec::new() };
+    for entry in artifact.tensors() {
+        for plane in entry.planes() {
+            check_plane(artifact, entry, plane, &mut result, &mut step)?;
+        }
+    }
+    Ok(result)
+}
+
+fn check_plane(
+    artifact: &ArtifactFile,
+    entry: &Entry,
+    plane: &PlaneEntry,
+    result: &mut Verified,
+    step: &mut impl FnMut(u64) -> Result<()>,
+) -> Result<()> {
+    let mut damaged = false;
+    let mut hasher = blake3::Hasher::new();
+    let problem = |chunk, at, what| Problem {
+        tensor: entry.info().name().to_owned(),
+        plane: plane.plane.name(),
+        chunk,
+        at,
+        what,
+    };
+    for (chunk, &expected) in (0..).zip(&plane.crc32c) {
+        let start = chunk * CHUNK;
+        let at = plane.offset + start;
+        let len = usize::try_from(CHUNK.min(plane.bytes - start)).expect("at most a chunk");
+        let bytes = artifact.file().read(at, len)?;
+        let found = crc32c::crc32c(&bytes);
+        if found == expected {
+            if let Some(what) = bad_content(entry, plane.plane, start, &bytes) {
+                result.problems.push(problem(Some(chunk), at, what));
+            }
+        } else {
+            damaged = true;
+            let what = format!("checksum is {found:08x}, expected {expected:08x}");
+            result.problems.push(problem(Some(chunk), at, what));
+        }
+        hasher.update_rayon(&bytes);
+        result.chunks += 1;
+        result.bytes += bytes.len() as u64;
+        step(result.bytes)?;
+    }
+    let digest = Identity::from(hasher.finalize());
+    if digest != plane.blake3 && !damaged {
+        let what = format!("digest is {digest}, expected {}", plane.blake3);
+        result.problems.push(problem(None, plane.offset, what));
+    }
+    let end = plane.offset + plane.bytes;
+    let padding = artifact.file().read(end, usize::try_from(align(end) - end).expect("less than the alignment"))?;
+    if padding.iter().any(|&b| b != 0) {
+        result.problems.push(problem(None, end, "padding behind the plane is not zero".into()));
+    }
+    Ok(())
+}
+
+/// What a chunk holds that its layout does not allow.
+fn bad_content(entry: &Entry, plane: Plane, start: u64, bytes: &[u8]) -> Option<String> {
+    let Layout::Grouped(layout) = &entry.codec().layout else { return None };
+    let cols = usize::try_from(entry.matrix().1).ok()?;
+    let bits = layout.bits() as usize;
+    match plane {
+        Plane::Codes => unused_bits(start, bytes, layout.code_stride(cols), cols * bits),
+        Plane::ZeroPoints => unused_bits(start, bytes, layout.zero_point_stride(cols), layout.groups(cols) * bits),
+        Plane::Scales => not_finite(layout.scale(), bytes),
+        Plane::Offsets => not_finite(layout.offset()?, bytes),
+        Plane::Data => None,
+    }
+}
+
+/// Looks for bits that are set in rows of `stride` bytes beyond the `used` bits of each.
+fn unused_bits(start: u64, bytes: &[u8], stride: usize, used: usize) -> Option<String> {
+    if stride * 8 == used {
+        return None;
+    }
+    let stride = stride as u64;
+    let end = start + bytes.len() as u64;
+    let mask_of = |column: u64| {
+        let bits_before = column * 8;
+        match (used as u64).saturating_sub(bits_before) {
+            0 => 0xff_u8,
+            n if n >= 8 => 0,
+            n => 0xff << n,
+        }
+    };
+    for row in start / stride..end.div_ceil(stride) {
+        for column in used as u64 / 8..stride {
+            let at = row * stride + column;
+            if (start..end).contains(&at) {
+                let index = usize::try_from(at - start).expect("inside the chunk");
+                if bytes[index] & mask_of(column) != 0 {
+                    return Some(format!("unused bits of row {row} are not zero"));
+                }
+            }
+        }
+    }
+    None
+}
+
+/// Looks for numbers that are NaN or infinite.
+fn not_finite(float: Float, bytes: &[u8]) -> Option<String> {
+    let count = bytes.len() / float.size();
+    (0..count).map(|i| float.load(bytes, i)).find(|x| !x.is_finite()).map(|x| format!("a value is {x}"))
+}

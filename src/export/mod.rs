@@ -1,0 +1,205 @@
+//! Artifact in, tensors of another format out: one file per target, streamed tensor by tensor.
+
+mod json;
+mod npz;
+mod safetensors;
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use crate::artifact::{ArtifactFile, Entry};
+use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::output::{self, OutputFile};
+use crate::tensor::{DType, from_f32};
+
+/// How to decompress.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Dtype of the floating-point tensors; `None` for that of the source.
+    pub dtype: Option<DType>,
+    /// Replace existing outputs.
+    pub force: bool,
+    /// Most bytes of one file of a directory.
+    pub max_shard_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { dtype: None, force: false, max_shard_bytes: 5_000_000_000 }
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, Default)]
+pub struct Exported {
+    /// The files with their lengths.
+    pub files: Vec<(PathBuf, u64)>,
+    /// What a reader should know: dtypes that the target does not have.
+    pub notes: Vec<String>,
+}
+
+/// Writes the tensors of an artifact as the name of `target` says: `.safetensors`, `.npz`, `.json` (a JSON bundle), or
+/// a directory of safetensors shards where the name has no extension.
+///
+/// Tensors stored raw come back bit for bit; the others are decoded and rounded to their dtype.
+///
+/// # Errors
+/// [`Error::Invalid`] for a delta, an unknown extension, an output that exists or a number that the target cannot hold;
+/// [`Error::Corrupt`] when a chunk is damaged; [`Error::Io`]. No file is left half written.
+pub fn decompress(
+    artifact: &ArtifactFile,
+    target: &Path,
+    options: &Options,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<Exported> {
+    if artifact.header().delta().is_some() {
+        return Err(Error::invalid(format!(
+            "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
+            artifact.file().path().display()
+        )));
+    }
+    if let Some(dtype) = options.dtype.filter(|d| !d.is_float()) {
+        return Err(Error::invalid(format!("weights cannot be written as {dtype}, choose a float dtype")));
+    }
+    output::refuse_input(target, [artifact.file()])?;
+    let total = artifact.tensors().iter().map(|t| t.info().bytes()).sum();
+    let mut job = Job { artifact, options, on_progress, done: 0, total };
+    match target.extension().and_then(|e| e.to_str()) {
+        _ if target.is_dir() => safetensors::directory(&mut job, target),
+        Some("safetensors") => safetensors::file(&mut job, target),
+        Some("npz") => npz::file(&mut job, target),
+        Some("json") => json::file(&mut job, target),
+        None => safetensors::directory(&mut job, target),
+        Some(other) => Err(Error::invalid(format!(
+            "output {} ends in .{other}, expected .safetensors, .npz, .json, or a directory",
+            target.display()
+        ))),
+    }
+}
+
+/// One run of [`decompress`].
+struct Job<'a, 'p> {
+    artifact: &'a ArtifactFile,
+    options: &'a Options,
+    on_progress: &'a mut OnProgress<'p>,
+    done: u64,
+    total: u64,
+}
+
+impl Job<'_, '_> {
+    /// The dtype in which a tensor is written.
+    fn dtype(&self, entry: &Entry) -> DType {
+        let own = entry.info().dtype();
+        self.options.dtype.filter(|_| own.is_float()).unwrap_or(own)
+    }
+
+    fn create(&self, target: &Path, bytes: u64) -> Result<OutputFile> {
+        let out = OutputFile::create(target, self.options.force)?;
+        out.preflight(bytes)?;
+        Ok(out)
+    }
+
+    /// Gives the elements of a tensor to `sink` as little-endian `dtype`, in the order of the matrix, in blocks.
+    fn matrix_order(&mut self, index: usize, dtype: DType, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let artifact = self.artifact;
+        let entry = &artifact.tensors()[index];
+        if entry.codec().layout == Layout::Raw && dtype == entry.info().dtype() {
+            let bytes = entry.info().bytes();
+            let mut at = 0;
+            while at < bytes {
+                let n = BLOCK_BYTES.min(bytes - at);
+                sink(&artifact.range(index, 0, at, n)?)?;
+                at += n;
+                self.tick(entry, n)?;
+            }
+            return Ok(());
+        }
+        let (rows, cols) = entry.matrix();
+        self.decoded_blocks(index, |_, weights, job| {
+            sink(&convert(dtype, weights)?)?;
+            job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
+        }, rows, cols)
+    }
+
+    /// Gives the elements of a tensor to `sink` as little-endian `dtype`, in the order of the source tensor, in blocks.
+    ///
+    /// A transposed matrix larger than [`TRANSPOSE_BYTES`] goes through a nameless file beside `target`.
+    fn source_order(
+        &mut self,
+        index: usize,
+        dtype: DType,
+        target: &Path,
+        sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let artifact = self.artifact;
+        let entry = &artifact.tensors()[index];
+        if !entry.transposed() {
+            return self.matrix_order(index, dtype, sink);
+        }
+        let (rows, cols) = entry.matrix();
+        let element = dtype.size();
+        let bytes = rows * cols * element;
+        let spool = OutputFile::spool(target, bytes <= TRANSPOSE_BYTES)?;
+        self.decoded_blocks(index, |first, weights, job| {
+            let bytes = convert(dtype, weights)?;
+            let element = usize::try_from(element).expect("at most 8");
+            let width = usize::try_from(cols).expect("a block fits memory");
+            let count = weights.len() / width;
+            let mut column = vec![0; count * element];
+            for c in 0..width {
+                for r in 0..count {
+                    let from = (r * width + c) * element;
+                    column[r * element..][..element].copy_from_slice(&bytes[from..from + element]);
+                }
+                spool.write_at((c as u64 * rows + first) * element as u64, &column)?;
+            }
+            job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
+        }, rows, cols)?;
+        spool.drain(bytes, sink)
+    }
+
+    /// Decodes a tensor in blocks of rows and gives them to `take`, with the number of the first row.
+    fn decoded_blocks(
+        &mut self,
+        index: usize,
+        mut take: impl FnMut(u64, &[f32], &mut Self) -> Result<()>,
+        rows: u64,
+        cols: u64,
+    ) -> Result<()> {
+        let block = (BLOCK_BYTES / 4 / cols.max(1)).max(1);
+        let width = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
+        let mut weights = Vec::new();
+        let mut first = 0;
+        while first < rows && cols > 0 {
+            let count = block.min(rows - first);
+            weights.resize(usize::try_from(count).expect("a block fits memory") * width, 0.0);
+            self.artifact.decode_rows(index, first, &mut weights)?;
+            take(first, &weights, self)?;
+            first += count;
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self, entry: &Entry, bytes: u64) -> Result<()> {
+        self.done += bytes;
+        (self.on_progress)(Progress { done: self.done, total: self.total, tensor: entry.info().name() })
+    }
+}
+
+/// Bytes of a transposed tensor up to which it is turned around in memory.
+const TRANSPOSE_BYTES: u64 = 64 << 20;
+
+/// Weights as little-endian bytes, in parallel.
+fn convert(dtype: DType, weights: &[f32]) -> Result<Vec<u8>> {
+    const PART: usize = 1 << 16;
+    let element = usize::try_from(dtype.size()).expect("at most 8");
+    let mut bytes = vec![0; weights.len() * element];
+    bytes
+        .par_chunks_mut(PART * element)
+        .zip(weights.par_chunks(PART))
+        .try_for_each(|(bytes, weights)| from_f32(dtype, weights, bytes))?;
+    Ok(bytes)
+}

@@ -1,0 +1,79 @@
+//! Numpy archives: a zip of `.npy` members, stored without compression so that any of them can be mapped.
+
+use std::io::Write;
+use std::path::Path;
+
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
+
+use super::{Exported, Job};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// Writes all tensors into one archive; a transposed matrix becomes a member in Fortran order.
+pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+    let total = job.artifact.tensors().iter().map(|t| t.info().elements() * numpy_dtype(job.dtype(t)).0.size()).sum();
+    let out = job.create(target, total)?;
+    let mut exported = Exported::default();
+    let mut zip = ZipWriter::new(out.stream());
+    let failed = |e: zip::result::ZipError| Error::io(target, e.into());
+    for i in 0..job.artifact.tensors().len() {
+        let entry = &job.artifact.tensors()[i];
+        let name = entry.info().name();
+        let own = job.dtype(entry);
+        let (dtype, descr) = numpy_dtype(own);
+        if dtype != own {
+            exported.notes.push(format!("{name}: numpy has no {own}, written as {dtype}"));
+        }
+        let bytes = entry.info().elements() * dtype.size();
+        let options = SimpleFileOptions::default()
+            .compression_method(CompressionMethod::Stored)
+            .large_file(bytes >= u64::from(u32::MAX) - 65_536);
+        zip.start_file(format!("{name}.npy"), options).map_err(failed)?;
+        let header = npy_header(descr, entry.transposed(), entry.info().shape());
+        zip.write_all(&header).map_err(|e| Error::io(target, e))?;
+        // The stored matrix is the transpose, row by row: the tensor itself, column by column.
+        job.matrix_order(i, dtype, &mut |bytes| zip.write_all(bytes).map_err(|e| Error::io(target, e)))?;
+    }
+    zip.finish().map_err(failed)?;
+    let bytes = out.stream().metadata().map_err(|e| Error::io(target, e))?.len();
+    out.commit(bytes)?;
+    exported.files.push((target.to_owned(), bytes));
+    Ok(exported)
+}
+
+/// The dtype that numpy has for ours, and its name there.
+fn numpy_dtype(dtype: DType) -> (DType, &'static str) {
+    match dtype {
+        DType::F64 => (dtype, "<f8"),
+        DType::F32 | DType::BF16 | DType::F8E4M3 | DType::F8E5M2 => (DType::F32, "<f4"),
+        DType::F16 => (dtype, "<f2"),
+        DType::I64 => (dtype, "<i8"),
+        DType::I32 => (dtype, "<i4"),
+        DType::I16 => (dtype, "<i2"),
+        DType::I8 => (dtype, "|i1"),
+        DType::U64 => (dtype, "<u8"),
+        DType::U32 => (dtype, "<u4"),
+        DType::U16 => (dtype, "<u2"),
+        DType::U8 => (dtype, "|u1"),
+        DType::Bool => (dtype, "|b1"),
+    }
+}
+
+/// The header of a `.npy` file, version 1.0: magic, length, a Python dict padded to 64 bytes.
+fn npy_header(descr: &str, fortran: bool, shape: &[u64]) -> Vec<u8> {
+    let mut dims = shape.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+    if shape.len() == 1 {
+        dims.push(',');
+    }
+    let fortran = if fortran { "True" } else { "False" };
+    let mut dict = format!("{{'descr': '{descr}', 'fortran_order': {fortran}, 'shape': ({dims}), }}");
+    let padded = (10 + dict.len() + 1).next_multiple_of(64) - 10;
+    dict.extend(std::iter::repeat_n(' ', padded - dict.len() - 1));
+    dict.push('\n');
+    let len = u16::try_from(dict.len()).expect("eight dimensions fit");
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend(len.to_le_bytes());
+    header.extend(dict.into_bytes());
+    header
+}

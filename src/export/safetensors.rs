@@ -1,0 +1,126 @@
+//! Safetensors: one file, or a directory of shards with an index as Hugging Face lays it out.
+//!
+//! The library's own writer wants every tensor in memory, so the header is printed here. Wider elements come first, as
+//! the library orders them, so that every tensor is aligned.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::{Exported, Job};
+use crate::error::{Error, Result};
+
+/// Writes all tensors into one file.
+pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+    let all = ordered(job);
+    let bytes = write(job, target, &all)?;
+    Ok(Exported { files: vec![(target.to_owned(), bytes)], notes: Vec::new() })
+}
+
+/// Writes `model.safetensors`, or shards and their index.
+pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+    let shards = shards(job);
+    let name = |i: usize| match shards.len() {
+        1 => "model.safetensors".to_owned(),
+        n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+    };
+    let index = target.join("model.safetensors.index.json");
+    if !job.options.force {
+        let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]);
+        if let Some(found) = names.into_iter().find(|path| path.exists()) {
+            return Err(Error::invalid(format!("output {} exists, pass --force to replace it", found.display())));
+        }
+    }
+    std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
+    let mut exported = Exported::default();
+    let mut weight_map = Map::new();
+    let mut total = 0;
+    for (i, tensors) in shards.iter().enumerate() {
+        let path = target.join(name(i));
+        let bytes = write(job, &path, tensors)?;
+        exported.files.push((path, bytes));
+        for &t in tensors {
+            let entry = &job.artifact.tensors()[t];
+            weight_map.insert(entry.info().name().to_owned(), Value::from(name(i)));
+            total += entry.info().elements() * job.dtype(entry).size();
+        }
+    }
+    if shards.len() > 1 {
+        let text = serde_json::to_vec_pretty(&json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
+            .map_err(|e| Error::io(&index, e.into()))?;
+        exported.files.push((index.clone(), save(job, &index, &text)?));
+    } else if index.exists() {
+        // With --force over a sharded model: an index left behind would win over the new file.
+        std::fs::remove_file(&index).map_err(|e| Error::io(&index, e))?;
+    }
+    Ok(exported)
+}
+
+fn save(job: &Job<'_, '_>, path: &PathBuf, text: &[u8]) -> Result<u64> {
+    let out = job.create(path, text.len() as u64)?;
+    out.write_at(0, text)?;
+    out.commit(text.len() as u64)?;
+    Ok(text.len() as u64)
+}
+
+/// The tensors, wider elements first.
+fn ordered(job: &Job<'_, '_>) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..job.artifact.tensors().len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(job.dtype(&job.artifact.tensors()[i]).size()));
+    order
+}
+
+/// The tensors in artifact order, split where a file would become too large.
+fn shards(job: &Job<'_, '_>) -> Vec<Vec<usize>> {
+    let mut shards: Vec<Vec<usize>> = vec![Vec::new()];
+    let mut size = 0;
+    for (i, entry) in job.artifact.tensors().iter().enumerate() {
+        let bytes = entry.info().elements() * job.dtype(entry).size();
+        if size > 0 && size + bytes > job.options.max_shard_bytes {
+            shards.push(Vec::new());
+            size = 0;
+        }
+        size += bytes;
+        shards.last_mut().expect("there is always one").push(i);
+    }
+    let width = |&i: &usize| std::cmp::Reverse(job.dtype(&job.artifact.tensors()[i]).size());
+    for shard in &mut shards {
+        shard.sort_by_key(width);
+    }
+    shards
+}
+
+/// Writes one file.
+fn write(job: &mut Job<'_, '_>, target: &Path, tensors: &[usize]) -> Result<u64> {
+    let mut header = Map::new();
+    if !job.artifact.header().metadata().is_empty() {
+        header.insert("__metadata__".to_owned(), json!(job.artifact.header().metadata()));
+    }
+    let mut end = 0_u64;
+    for &i in tensors {
+        let entry = &job.artifact.tensors()[i];
+        let dtype = job.dtype(entry);
+        let begin = end;
+        end += entry.info().elements() * dtype.size();
+        header.insert(
+            entry.info().name().to_owned(),
+            json!({"dtype": dtype.name(), "shape": entry.info().shape(), "data_offsets": [begin, end]}),
+        );
+    }
+    let mut text = serde_json::to_vec(&header).map_err(|e| Error::io(target, e.into()))?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut at = 8 + text.len() as u64;
+    let out = job.create(target, at + end)?;
+    out.write_at(0, &(text.len() as u64).to_le_bytes())?;
+    out.write_at(8, &text)?;
+    for &i in tensors {
+        let dtype = job.dtype(&job.artifact.tensors()[i]);
+        job.source_order(i, dtype, target, &mut |bytes| {
+            out.write_at(at, bytes)?;
+            at += bytes.len() as u64;
+            Ok(())
+        })?;
+    }
+    out.commit(at)?;
+    Ok(at)
+}
