@@ -322,8 +322,7 @@ fn a_recipe_reads_as_documented() {
 
 #[test]
 fn the_text_of_a_recipe_is_complete_and_pinned() {
-    let recipe =
-        recipe().include("*").unwrap().exclude(r#"re:.*"\d"#).unwrap().rule("a\u{1}é", codec("raw_v1")).unwrap();
+    let recipe = recipe().include("*").unwrap().exclude(r#"re:.*"\d"#).unwrap().rule("é", codec("raw_v1")).unwrap();
     let text = r#"codec = "int4_g16_fp16_v1"
 all = false
 include = ["*"]
@@ -338,7 +337,7 @@ embedding = "int8_sym_v1"
 head = "int8_sym_v1"
 
 [[rule]]
-match = "a\u0001é"
+match = "é"
 codec = "raw_v1"
 "#;
     assert_eq!(recipe.to_toml(), text);
@@ -384,6 +383,10 @@ fn a_bad_recipe_is_refused_by_naming_the_key_and_the_remedy() {
     );
     assert!(with("exclude = [\"re:(\"]").contains("'re:(' is not a regular expression: unclosed group"));
     assert!(with("exclude = [\"[a\"]").contains("'[a' is not a glob: unclosed character class"));
+    assert_eq!(
+        with("exclude = [\"a\\n\"]"),
+        "recipe key 'exclude': pattern \"a\\n\" has the control character '\\n', remove it"
+    );
     assert!(with("all = ").starts_with("the recipe is not TOML: line 2: "));
     assert!(matches!(Recipe::from_toml("codec = \"q4\"").unwrap_err(), Error::Unsupported(_)));
 }

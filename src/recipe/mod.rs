@@ -141,7 +141,7 @@ impl Recipe {
     /// Adds a rule after those there are: tensors that match get `codec`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the pattern is empty or not well formed.
+    /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
     pub fn rule(mut self, pattern: &str, codec: &'static Codec) -> Result<Self> {
         self.rules.push(Rule { pattern: Pattern::new(pattern)?, codec });
         Ok(self)
@@ -150,7 +150,7 @@ impl Recipe {
     /// Keeps raw what matches neither this pattern nor another one that was included.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the pattern is empty or not well formed.
+    /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
     pub fn include(mut self, pattern: &str) -> Result<Self> {
         self.include.push(Pattern::new(pattern)?);
         Ok(self)
@@ -159,7 +159,7 @@ impl Recipe {
     /// Keeps raw what matches this pattern.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the pattern is empty or not well formed.
+    /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
     pub fn exclude(mut self, pattern: &str) -> Result<Self> {
         self.exclude.push(Pattern::new(pattern)?);
         Ok(self)

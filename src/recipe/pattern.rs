@@ -30,8 +30,11 @@ impl Pattern {
     /// Compiles a pattern.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when it is empty or not well formed.
+    /// [`Error::Invalid`] when it is empty, has control characters, which no name has, or is not well formed.
     pub(super) fn new(text: &str) -> Result<Self> {
+        if let Some(c) = text.chars().find(|c| c.is_control()) {
+            return Err(Error::invalid(format!("pattern {text:?} has the control character {c:?}, remove it")));
+        }
         let matcher = if let Some(expression) = text.strip_prefix("re:") {
             Matcher::Regex(Regex::new(expression).map_err(|error| bad_regex(text, &error))?)
         } else if text.is_empty() {

@@ -11,8 +11,6 @@
 //! What is printed spells out every role, so that it keeps its meaning when a later build has other defaults, and is
 //! printed here rather than by a library, so that equal recipes are equal bytes for ever.
 
-use std::fmt::Write as _;
-
 use toml::{Table, Value};
 
 use super::pattern::Pattern;
@@ -157,18 +155,7 @@ fn not_toml(text: &str, error: &toml::de::Error) -> Error {
     ))
 }
 
-/// A TOML basic string.
+/// A TOML basic string; neither patterns nor ids have control characters.
 fn quoted(text: &str) -> String {
-    let mut out = String::from('"');
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{:04X}", u32::from(c)); // writing to a String cannot fail
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-    out
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
