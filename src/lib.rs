@@ -11,12 +11,16 @@
 pub mod artifact;
 pub mod codec;
 pub mod codecs;
+pub mod compress;
 mod error;
+pub mod export;
 pub mod file;
 pub mod fit;
 pub mod layout;
 mod limits;
+pub mod measure;
 pub mod output;
+pub mod recipe;
 mod tensor;
 
 pub use codec::{Codec, Encoded};

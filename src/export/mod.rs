@@ -3,10 +3,12 @@
 mod json;
 mod npz;
 mod safetensors;
+mod spool;
 
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use spool::Spool;
 
 use crate::artifact::{ArtifactFile, Entry};
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
@@ -142,7 +144,7 @@ impl Job<'_, '_> {
         let (rows, cols) = entry.matrix();
         let element = dtype.size();
         let bytes = rows * cols * element;
-        let spool = OutputFile::spool(target, bytes <= TRANSPOSE_BYTES)?;
+        let mut spool = Spool::new(bytes, TRANSPOSE_BYTES, target)?;
         self.decoded_blocks(index, |first, weights, job| {
             let bytes = convert(dtype, weights)?;
             let element = usize::try_from(element).expect("at most 8");

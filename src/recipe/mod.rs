@@ -1,0 +1,233 @@
+//! Recipe: which codec for which tensor, and why.
+//!
+//! A recipe is written once, by flags or as TOML, and stored with what it made, so that the same choices can be made
+//! again later. One order of precedence answers every question; the first line that applies decides:
+//!
+//! | tensor | codec |
+//! |---|---|
+//! | integers and booleans | `raw_v1` |
+//! | matches a pattern of `exclude` | `raw_v1` |
+//! | there are patterns of `include` and it matches none | `raw_v1` |
+//! | matches the pattern of a rule, the first one counting | the rule's |
+//! | `all` is set | the recipe's |
+//! | its [`Role`] has a codec | the role's: the recipe's for matrices, `int8_sym_v1` for embeddings and heads |
+//! | anything else: routers, norms, biases, vectors, convolutions | `raw_v1` |
+//!
+//! Last of all, whoever decided: a codec whose group is longer than a row of the tensor gives way to `int8_sym_v1`,
+//! since a group may not span rows.
+//!
+//! A pattern is a glob for the whole name, whose `*` crosses dots and slashes, or `re:` and a regular expression that
+//! must match from the first character on, but not up to the last.
+//!
+//! ```
+//! use tenpak::recipe::{Recipe, Role};
+//! use tenpak::{DType, TensorInfo, codecs};
+//!
+//! let recipe = Recipe::new(codecs::get("int4_g16_fp16_v1")?)
+//!     .rule("*.down_proj.weight", codecs::get("int8_sym_v1")?)?
+//!     .exclude("re:.*vision")?;
+//! let info = TensorInfo::new("model.layers.0.self_attn.q_proj.weight", DType::BF16, vec![2048, 2048])?;
+//! assert_eq!(Role::of(&info), Role::Attention);
+//! assert_eq!(recipe.choose(&info, 2048).codec.id, "int4_g16_fp16_v1");
+//! # Ok::<(), tenpak::Error>(())
+//! ```
+
+mod pattern;
+mod role;
+mod text;
+
+use std::fmt;
+
+use crate::codec::Codec;
+use crate::codecs;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::tensor::{DType, TensorInfo};
+
+use pattern::Pattern;
+pub use role::Role;
+
+/// Which codec for which tensor; equal recipes make equal choices.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    codec: &'static Codec,
+    all: bool,
+    include: Vec<Pattern>,
+    exclude: Vec<Pattern>,
+    /// In the order of [`Role::WITH_CODEC`].
+    roles: [&'static Codec; Role::WITH_CODEC.len()],
+    rules: Vec<Rule>,
+}
+
+/// A codec for the tensors that match.
+#[derive(Debug, Clone, PartialEq)]
+struct Rule {
+    pattern: Pattern,
+    codec: &'static Codec,
+}
+
+/// The codec of a tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// What the tensor is stored with.
+    pub codec: &'static Codec,
+    /// What decided.
+    pub reason: Reason,
+}
+
+/// What decided the codec of a tensor.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The elements are not floats, and only floats may be rounded.
+    NotFloat(DType),
+    /// The name matches a pattern of `exclude`.
+    Excluded {
+        /// The pattern.
+        pattern: String,
+    },
+    /// The name matches no pattern of `include`.
+    NotIncluded,
+    /// The name matches a rule.
+    Rule {
+        /// Position of the rule in the recipe, from 0.
+        index: usize,
+        /// Its pattern.
+        pattern: String,
+    },
+    /// The recipe gives every float tensor the same codec.
+    All,
+    /// The part that the tensor plays.
+    Role(Role),
+    /// The rows are shorter than the group of the codec that was asked for.
+    ShortRows {
+        /// The codec that was asked for.
+        wanted: &'static Codec,
+        /// Its group.
+        group: usize,
+        /// Columns of the tensor as a matrix.
+        cols: u64,
+    },
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFloat(dtype) => write!(f, "{dtype} is not a float dtype"),
+            Self::Excluded { pattern } => write!(f, "excluded by '{pattern}'"),
+            Self::NotIncluded => f.write_str("not included"),
+            Self::Rule { index, pattern } => write!(f, "rule {} '{pattern}'", index + 1),
+            Self::All => f.write_str("all tensors"),
+            Self::Role(role) => write!(f, "role {role}"),
+            Self::ShortRows { wanted, group, cols } => {
+                write!(f, "rows of {cols} are shorter than the group of {group} of {}", wanted.id)
+            }
+        }
+    }
+}
+
+impl Recipe {
+    /// The defaults around one codec: matrices get it, embeddings and heads get `int8_sym_v1`, the rest is kept raw.
+    #[must_use]
+    pub fn new(codec: &'static Codec) -> Self {
+        let roles = Role::WITH_CODEC.map(|role| match role {
+            Role::Attention | Role::Mlp | Role::Linear => codec,
+            Role::Embedding | Role::Head => registered(codecs::INT8_ROW),
+            _ => registered(codecs::RAW),
+        });
+        Self { codec, all: false, include: Vec::new(), exclude: Vec::new(), roles, rules: Vec::new() }
+    }
+
+    /// Adds a rule after those there are: tensors that match get `codec`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
+    pub fn rule(mut self, pattern: &str, codec: &'static Codec) -> Result<Self> {
+        self.rules.push(Rule { pattern: Pattern::new(pattern)?, codec });
+        Ok(self)
+    }
+
+    /// Keeps raw what matches neither this pattern nor another one that was included.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
+    pub fn include(mut self, pattern: &str) -> Result<Self> {
+        self.include.push(Pattern::new(pattern)?);
+        Ok(self)
+    }
+
+    /// Keeps raw what matches this pattern.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
+    pub fn exclude(mut self, pattern: &str) -> Result<Self> {
+        self.exclude.push(Pattern::new(pattern)?);
+        Ok(self)
+    }
+
+    /// Gives the tensors of a role another codec.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the role is not one of [`Role::WITH_CODEC`].
+    pub fn role(mut self, role: Role, codec: &'static Codec) -> Result<Self> {
+        let Some(at) = Role::WITH_CODEC.iter().position(|&known| known == role) else {
+            let known: Vec<_> = Role::WITH_CODEC.iter().map(|role| role.name()).collect();
+            return Err(Error::invalid(format!(
+                "role '{role}' takes no codec, expected one of {}; write a rule for its tensors instead",
+                known.join(", ")
+            )));
+        };
+        self.roles[at] = codec;
+        Ok(self)
+    }
+
+    /// Whether every float tensor gets the recipe's codec, whatever its role.
+    #[must_use]
+    pub fn all(mut self, all: bool) -> Self {
+        self.all = all;
+        self
+    }
+
+    /// The codec of a tensor whose matrix has `cols` columns, which is not its last dimension when it is stored
+    /// transposed.
+    #[must_use]
+    pub fn choose(&self, info: &TensorInfo, cols: u64) -> Choice {
+        let (codec, reason) = self.decide(info);
+        match &codec.layout {
+            Layout::Grouped(layout) if layout.group() as u64 > cols => Choice {
+                codec: registered(codecs::INT8_ROW),
+                reason: Reason::ShortRows { wanted: codec, group: layout.group(), cols },
+            },
+            _ => Choice { codec, reason },
+        }
+    }
+
+    /// The order of precedence, without regard to the length of the rows.
+    fn decide(&self, info: &TensorInfo) -> (&'static Codec, Reason) {
+        let raw = registered(codecs::RAW);
+        let name = info.name();
+        if !info.dtype().is_float() {
+            return (raw, Reason::NotFloat(info.dtype()));
+        }
+        if let Some(pattern) = self.exclude.iter().find(|pattern| pattern.matches(name)) {
+            return (raw, Reason::Excluded { pattern: pattern.text().to_owned() });
+        }
+        if !self.include.is_empty() && !self.include.iter().any(|pattern| pattern.matches(name)) {
+            return (raw, Reason::NotIncluded);
+        }
+        if let Some((index, rule)) = self.rules.iter().enumerate().find(|(_, rule)| rule.pattern.matches(name)) {
+            return (rule.codec, Reason::Rule { index, pattern: rule.pattern.text().to_owned() });
+        }
+        if self.all {
+            return (self.codec, Reason::All);
+        }
+        let role = Role::of(info);
+        let codec = Role::WITH_CODEC.iter().zip(self.roles).find(|(known, _)| **known == role);
+        (codec.map_or(raw, |(_, codec)| codec), Reason::Role(role))
+    }
+}
+
+/// The codec of an id that the registry itself names.
+fn registered(id: &'static str) -> &'static Codec {
+    codecs::get(id).expect("the registry names only ids that it has")
+}

@@ -1,0 +1,161 @@
+//! Recipes as TOML: what a user writes and what an artifact keeps.
+//!
+//! | key | value | when missing |
+//! |---|---|---|
+//! | `codec` | id | refused |
+//! | `all` | boolean | `false` |
+//! | `include`, `exclude` | array of patterns | everything, nothing |
+//! | `roles.attention`, `.mlp`, `.linear`, `.router`, `.embedding`, `.head` | id | see [`Recipe::new`] |
+//! | `[[rule]]` with `match` and `codec` | pattern and id | no rules |
+//!
+//! What is printed spells out every role, so that it keeps its meaning when a later build has other defaults, and is
+//! printed here rather than by a library, so that equal recipes are equal bytes for ever.
+
+use toml::{Table, Value};
+
+use super::pattern::Pattern;
+use super::role::Role;
+use super::{Recipe, Rule};
+use crate::codec::Codec;
+use crate::codecs;
+use crate::error::{Error, Result};
+
+const KEYS: &[&str] = &["codec", "all", "include", "exclude", "roles", "rule"];
+const RULE_KEYS: &[&str] = &["match", "codec"];
+
+impl Recipe {
+    /// Reads a recipe.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the key when the text is not TOML, `codec` is missing, a key or a role is unknown, a
+    /// value has the wrong type or a pattern is not well formed; [`Error::Unsupported`] when this build does not know
+    /// a codec.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let table: Table = text.parse().map_err(|error| not_toml(text, &error))?;
+        refuse_unknown(&table, KEYS, "")?;
+        let mut recipe = Self::new(codec(&table, "codec", "")?);
+        if let Some(value) = table.get("all") {
+            recipe.all = value.as_bool().ok_or_else(|| wrong_type("all", value, "true or false"))?;
+        }
+        recipe.include = patterns(&table, "include")?;
+        if table.contains_key("include") && recipe.include.is_empty() {
+            return Err(Error::invalid(
+                "recipe key 'include' is empty, which would keep every tensor raw; remove it to include everything",
+            ));
+        }
+        recipe.exclude = patterns(&table, "exclude")?;
+        if let Some(value) = table.get("roles") {
+            let roles = value.as_table().ok_or_else(|| wrong_type("roles", value, "a table"))?;
+            for name in roles.keys() {
+                let role: Role = name.parse().map_err(|error| at("roles", error))?;
+                let codec = codec(roles, name, "roles.")?;
+                recipe = recipe.role(role, codec).map_err(|error| at("roles", error))?;
+            }
+        }
+        recipe.rules = rules(&table)?;
+        Ok(recipe)
+    }
+
+    /// The recipe as text: complete, and the same for equal recipes.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        let mut out = format!("codec = {}\nall = {}\n", quoted(self.codec.id), self.all);
+        for (key, patterns) in [("include", &self.include), ("exclude", &self.exclude)] {
+            if !patterns.is_empty() {
+                let texts: Vec<_> = patterns.iter().map(|pattern| quoted(pattern.text())).collect();
+                out += &format!("{key} = [{}]\n", texts.join(", "));
+            }
+        }
+        out += "\n[roles]\n";
+        for (role, codec) in Role::WITH_CODEC.iter().zip(self.roles) {
+            out += &format!("{role} = {}\n", quoted(codec.id));
+        }
+        for rule in &self.rules {
+            out += &format!("\n[[rule]]\nmatch = {}\ncodec = {}\n", quoted(rule.pattern.text()), quoted(rule.codec.id));
+        }
+        out
+    }
+}
+
+/// The rules, in order.
+fn rules(table: &Table) -> Result<Vec<Rule>> {
+    let Some(value) = table.get("rule") else { return Ok(Vec::new()) };
+    let expected = "an array of tables, each under [[rule]]";
+    let values = value.as_array().ok_or_else(|| wrong_type("rule", value, expected))?;
+    let rule = |(index, value): (usize, &Value)| {
+        let place = format!("rule {}: ", index + 1);
+        let table = value.as_table().ok_or_else(|| wrong_type("rule", value, expected))?;
+        refuse_unknown(table, RULE_KEYS, &place)?;
+        let key = format!("{place}match");
+        let pattern = string(table, "match", &place, "a pattern such as '*.down_proj.weight'")?;
+        Ok(Rule {
+            pattern: Pattern::new(pattern).map_err(|error| at(&key, error))?,
+            codec: codec(table, "codec", &place)?,
+        })
+    };
+    values.iter().enumerate().map(rule).collect()
+}
+
+/// The patterns of an array; none when the key is missing.
+fn patterns(table: &Table, key: &str) -> Result<Vec<Pattern>> {
+    let Some(value) = table.get(key) else { return Ok(Vec::new()) };
+    let expected = "an array of patterns";
+    let values = value.as_array().ok_or_else(|| wrong_type(key, value, expected))?;
+    let pattern = |value: &Value| {
+        let text = value.as_str().ok_or_else(|| wrong_type(key, value, expected))?;
+        Pattern::new(text).map_err(|error| at(key, error))
+    };
+    values.iter().map(pattern).collect()
+}
+
+/// The codec whose id stands under `key`; `place` says which table this is.
+fn codec(table: &Table, key: &str, place: &str) -> Result<&'static Codec> {
+    let id = string(table, key, place, "a codec id such as 'int4_g16_fp16_v1'")?;
+    codecs::get(id).map_err(|error| at(&format!("{place}{key}"), error))
+}
+
+/// The string under `key`.
+fn string<'t>(table: &'t Table, key: &str, place: &str, expected: &str) -> Result<&'t str> {
+    let key_path = format!("{place}{key}");
+    let value = table
+        .get(key)
+        .ok_or_else(|| Error::invalid(format!("recipe key '{key_path}' is missing, set it to {expected}")))?;
+    value.as_str().ok_or_else(|| wrong_type(&key_path, value, expected))
+}
+
+fn refuse_unknown(table: &Table, known: &[&str], place: &str) -> Result<()> {
+    match table.keys().find(|key| !known.contains(&key.as_str())) {
+        Some(key) => Err(Error::invalid(format!(
+            "unknown recipe key '{place}{}', expected one of {}",
+            key.escape_debug(),
+            known.join(", ")
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn wrong_type(key: &str, value: &Value, expected: &str) -> Error {
+    Error::invalid(format!("recipe key '{key}' is of type {}, expected {expected}", value.type_str()))
+}
+
+/// The same error, saying which key it is about.
+fn at(key: &str, error: Error) -> Error {
+    match error {
+        Error::Unsupported(what) => Error::Unsupported(format!("recipe key '{key}': {what}")),
+        other => Error::invalid(format!("recipe key '{key}': {other}")),
+    }
+}
+
+fn not_toml(text: &str, error: &toml::de::Error) -> Error {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let line = before.matches('\n').count() + 1;
+    Error::invalid(format!(
+        "the recipe is not TOML: line {line}: {}",
+        error.message().lines().collect::<Vec<_>>().join(", ")
+    ))
+}
+
+/// A TOML basic string; neither patterns nor ids have control characters.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
