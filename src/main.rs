@@ -1,2 +1,7 @@
 //! The `tenpak` binary: starts the command line of the library.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(tenpak::cli::run(std::env::args_os()))
+}

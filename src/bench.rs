@@ -1,0 +1,130 @@
+//! Every codec on a real checkpoint: bytes, loss and speed, measured in memory.
+//!
+//! Only the tensors that a default recipe would give the codec are measured: the linear weights, so that embeddings and
+//! norms do not blur what a codec costs. A tensor goes by in blocks, each read and widened once and then encoded and
+//! decoded by every codec; only encoding and decoding are timed.
+
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+
+use crate::codec::Codec;
+use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
+use crate::error::{Error, Result};
+use crate::measure::Distance;
+use crate::recipe::{Reason, Recipe};
+use crate::source::Source;
+use crate::tensor::to_f32;
+
+/// How one codec did on a checkpoint.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// The codec.
+    pub codec: &'static Codec,
+    /// Tensors that were measured.
+    pub tensors: usize,
+    /// Linear weights that were left out, because their rows are shorter than the group.
+    pub left_out: Vec<String>,
+    /// Weights that were measured.
+    pub weights: u64,
+    /// Bytes of their planes.
+    pub bytes: u64,
+    /// Loss over all of them.
+    pub distance: Distance,
+    /// Time spent encoding.
+    pub encode: Duration,
+    /// Time spent decoding to f32.
+    pub decode: Duration,
+}
+
+/// Measures `codecs` on the linear weights of a source, with `choose` narrowing which tensors count.
+///
+/// # Errors
+/// [`Error::Invalid`] for the raw codec or when no tensor counts, [`Error::Nonfinite`], whatever is wrong with the
+/// source, and whatever `on_progress` returns.
+pub fn bench(
+    source: &Source,
+    codecs: &[&'static Codec],
+    choose: impl Fn(Recipe) -> Result<Recipe>,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<Vec<Row>> {
+    let new_row = |&codec: &&'static Codec| Row {
+        codec,
+        tensors: 0,
+        left_out: Vec::new(),
+        weights: 0,
+        bytes: 0,
+        distance: Distance::default(),
+        encode: Duration::ZERO,
+        decode: Duration::ZERO,
+    };
+    let mut rows: Vec<Row> = codecs.iter().map(new_row).collect();
+    let recipes = codecs.iter().map(|codec| choose(Recipe::new(codec))).collect::<Result<Vec<_>>>()?;
+    let total = source.tensors().iter().map(|t| t.info().bytes()).sum();
+    let mut done = 0;
+    for (index, tensor) in source.tensors().iter().enumerate() {
+        let name = tensor.info().name();
+        let mut counting = Vec::new();
+        for (i, recipe) in recipes.iter().enumerate() {
+            let choice = recipe.choose(tensor.info(), tensor.matrix().1);
+            match choice.reason {
+                Reason::ShortRows { wanted, .. } if wanted == codecs[i] => rows[i].left_out.push(name.to_owned()),
+                Reason::Role(role) if choice.codec == codecs[i] && role.is_linear() => counting.push(i),
+                _ => {}
+            }
+        }
+        if !counting.is_empty() {
+            measure(source, index, &counting, &mut rows)?;
+        }
+        done += tensor.info().bytes();
+        on_progress(Progress { done, total, tensor: name })?;
+    }
+    if rows.iter().all(|row| row.tensors == 0) {
+        return Err(Error::invalid("no tensor of this checkpoint counts as a linear weight, see tenpak compress --dry-run"));
+    }
+    Ok(rows)
+}
+
+/// Runs one tensor through the codecs numbered in `counting`.
+fn measure(source: &Source, index: usize, counting: &[usize], rows: &mut [Row]) -> Result<()> {
+    let tensor = &source.tensors()[index];
+    let (height, cols) = tensor.matrix();
+    let dtype = tensor.info().dtype();
+    let width = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
+    let block = (BLOCK_BYTES / 4 / cols.max(1)).max(1);
+    let mut first = 0;
+    while first < height {
+        let count = usize::try_from(block.min(height - first)).expect("a block fits memory");
+        let bytes = source.read_rows(index, first, count as u64)?;
+        let mut weights = vec![0.0; count * width];
+        to_f32(dtype, &bytes, &mut weights);
+        let mut decoded = vec![0.0; weights.len()];
+        for &i in counting {
+            let start = Instant::now();
+            let encoded = rows[i].codec.encode(&weights, count, width).map_err(|e| match e {
+                Error::Nonfinite { index, count, .. } => {
+                    Error::Nonfinite { tensor: tensor.info().name().to_owned(), index: first * cols + index, count }
+                }
+                Error::Invalid(what) => Error::invalid(format!("tensor '{}': {what}", tensor.info().name())),
+                other => other,
+            })?;
+            let middle = Instant::now();
+            encoded.decode_into(&mut decoded);
+            let end = Instant::now();
+            let row = &mut rows[i];
+            row.encode += middle - start;
+            row.decode += end - middle;
+            row.bytes += encoded.planes().map(|(_, plane)| plane.len() as u64).sum::<u64>();
+            let part = 1 << 16;
+            let parts: Vec<_> =
+                weights.par_chunks(part).zip(decoded.par_chunks(part)).map(|(w, d)| Distance::between(w, d)).collect();
+            parts.iter().for_each(|d| row.distance.merge(d));
+        }
+        first += count as u64;
+    }
+    for &i in counting {
+        rows[i].tensors += 1;
+        rows[i].weights += tensor.info().elements();
+    }
+    Ok(())
+}

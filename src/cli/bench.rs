@@ -1,0 +1,130 @@
+//! `tenpak bench`: every codec on a checkpoint.
+
+use clap::Args;
+use serde::Serialize;
+
+use super::progress::Bar;
+use super::report::{Loss, Sizes, loss, table};
+use super::{Context, Input, Outcome};
+use crate::bench::{Row, bench};
+use crate::codecs;
+use crate::error::Result;
+use crate::layout::Layout;
+
+/// Measure codecs on the linear weights of a checkpoint: bits/weight, sizes, loss, speed
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    input: Input,
+    /// Codecs to measure; all of them when not given
+    #[arg(long = "codec", value_name = "ID")]
+    codecs: Vec<String>,
+    /// Measure only tensors that match
+    #[arg(long, value_name = "PATTERN")]
+    include: Vec<String>,
+    /// Leave tensors out that match
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Json {
+    schema: &'static str,
+    input: String,
+    threads: usize,
+    codecs: Vec<RowJson>,
+}
+
+#[derive(Serialize)]
+struct RowJson {
+    codec: &'static str,
+    tensors: usize,
+    left_out: Vec<String>,
+    size: Sizes,
+    loss: Loss,
+    encode_seconds: f64,
+    encode_gb_per_s: f64,
+    decode_seconds: f64,
+    decode_gb_per_s: f64,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
+    let input = arguments.input.path()?;
+    let source = context.source(input)?;
+    let measured = if arguments.codecs.is_empty() {
+        codecs::all().iter().filter(|c| c.layout != Layout::Raw).collect()
+    } else {
+        arguments.codecs.iter().map(|id| codecs::get(id)).collect::<Result<Vec<_>>>()?
+    };
+    let narrow = |mut recipe: crate::recipe::Recipe| {
+        for pattern in &arguments.include {
+            recipe = recipe.include(pattern)?;
+        }
+        for pattern in &arguments.exclude {
+            recipe = recipe.exclude(pattern)?;
+        }
+        Ok(recipe)
+    };
+    let rows = {
+        let bar = Bar::new(context.common, context.signals);
+        bench(&source, &measured, narrow, &mut |p| bar.step(p))?
+    };
+    let threads = rayon::current_num_threads();
+    if context.json() {
+        context.print_json(&Json {
+            schema: "tenpak.bench/1",
+            input: input.display().to_string(),
+            threads,
+            codecs: rows.iter().map(json).collect(),
+        });
+        return Ok(Outcome::Done);
+    }
+    let head = [
+        "codec", "tensors", "bpw", "x vs FP32", "x vs 16-bit", "nMSE", "SNR dB", "max error", "encode GB/s", "decode GB/s",
+    ];
+    let body = rows.iter().map(|row| {
+        let json = json(row);
+        let [nmse, snr, max] = loss(Some(&row.distance));
+        vec![
+            row.codec.id.to_owned(),
+            row.tensors.to_string(),
+            format!("{:.3}", json.size.bits_per_weight),
+            format!("{:.2}", json.size.x_vs_fp32),
+            format!("{:.2}", json.size.x_vs_16bit),
+            nmse,
+            snr,
+            max,
+            format!("{:.2}", json.encode_gb_per_s),
+            format!("{:.2}", json.decode_gb_per_s),
+        ]
+    });
+    context.line(table(&head, body, 1));
+    context.line("");
+    for row in rows.iter().filter(|row| !row.left_out.is_empty()) {
+        context.line(format!(
+            "note: {}: {} tensors left out, their rows are shorter than the group: {}",
+            row.codec.id,
+            row.left_out.len(),
+            row.left_out.join(", ")
+        ));
+    }
+    context.line(format!("{threads} threads; bpw are those of the planes; GB/s are of f32 weights, in and out of memory"));
+    Ok(Outcome::Done)
+}
+
+fn json(row: &Row) -> RowJson {
+    let size = Sizes::new(row.weights, row.bytes);
+    let rate = |seconds: f64| 4.0 * row.weights as f64 / 1e9 / seconds.max(1e-9);
+    let (encode, decode) = (row.encode.as_secs_f64(), row.decode.as_secs_f64());
+    RowJson {
+        codec: row.codec.id,
+        tensors: row.tensors,
+        left_out: row.left_out.clone(),
+        size,
+        loss: Loss::from(&row.distance),
+        encode_seconds: encode,
+        encode_gb_per_s: rate(encode),
+        decode_seconds: decode,
+        decode_gb_per_s: rate(decode),
+    }
+}

@@ -1,0 +1,277 @@
+//! `tenpak compress`: a checkpoint into an artifact.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::progress::Bar;
+use super::report::{Loss, Sizes, TensorJson, loss, pace, shape, table, thousands};
+use super::{Context, Input, Outcome};
+use crate::compress::{Nonfinite, Options, Report, TensorReport, compress, plan};
+use crate::error::{Error, Result};
+use crate::measure::Distance;
+use crate::recipe::{Recipe, Role};
+use crate::{codecs, file::InputFile};
+
+/// The codec of `tenpak compress` without `--codec`: 5 bits a weight, no calibration, any kernel.
+pub(super) const DEFAULT_CODEC: &str = "int4_g32_fp16_v1";
+
+/// Compress a checkpoint into an artifact
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    input: Input,
+    /// Artifact to write
+    #[arg(long, short, required_unless_present = "dry_run")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    choice: Choice,
+    /// What to do about NaN and infinities
+    #[arg(long, value_parser = ["error", "zero", "clamp", "raw"], default_value = "error", value_name = "POLICY")]
+    nonfinite: String,
+    /// Print what would be written, to the byte, from headers alone, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Replace an existing output
+    #[arg(long)]
+    force: bool,
+    /// Print every tensor, not only the sums per codec
+    #[arg(long)]
+    per_tensor: bool,
+    /// Order of --per-tensor
+    #[arg(long, value_enum, default_value_t = Sort::File)]
+    sort: Sort,
+}
+
+/// Which codec for which tensor.
+#[derive(Debug, Args)]
+pub(super) struct Choice {
+    /// Codec of the linear weights; see `tenpak codecs`
+    #[arg(long, value_name = "ID", conflicts_with = "recipe", default_value = DEFAULT_CODEC)]
+    codec: String,
+    /// TOML file of rules, instead of --codec
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Another codec for a role: attention, mlp, linear, router, embedding, head
+    #[arg(long, value_name = "ROLE=ID")]
+    role: Vec<String>,
+    /// Another codec for tensors that match a glob, or `re:` and a regular expression; the first rule that matches counts
+    #[arg(long, value_name = "PATTERN=ID")]
+    rule: Vec<String>,
+    /// Quantize only tensors that match
+    #[arg(long, value_name = "PATTERN")]
+    include: Vec<String>,
+    /// Keep tensors that match as they are
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<String>,
+    /// Give every float tensor the codec, whatever its role
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Sort {
+    File,
+    Name,
+    Size,
+    Loss,
+}
+
+impl Choice {
+    pub fn recipe(&self) -> Result<Recipe> {
+        let mut recipe = match &self.recipe {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+                Recipe::from_toml(&text).map_err(|e| e.in_file(path))?
+            }
+            None => Recipe::new(codecs::get(&self.codec)?),
+        };
+        for pair in &self.role {
+            let (role, id) = split(pair, "--role", "attention=int4_g16_fp16_v1")?;
+            recipe = recipe.role(role.parse::<Role>()?, codecs::get(id)?)?;
+        }
+        for pair in &self.rule {
+            let (pattern, id) = split(pair, "--rule", "*.down_proj.weight=int8_sym_v1")?;
+            recipe = recipe.rule(pattern, codecs::get(id)?)?;
+        }
+        for pattern in &self.include {
+            recipe = recipe.include(pattern)?;
+        }
+        for pattern in &self.exclude {
+            recipe = recipe.exclude(pattern)?;
+        }
+        Ok(if self.all { recipe.all(true) } else { recipe })
+    }
+}
+
+/// The two sides of the last equals sign; patterns may hold others.
+fn split<'a>(pair: &'a str, option: &str, example: &str) -> Result<(&'a str, &'a str)> {
+    pair.rsplit_once('=').ok_or_else(|| Error::invalid(format!("{option} {pair}: expected the form {example}")))
+}
+
+/// The report of a run, or of a dry run.
+#[derive(Serialize)]
+struct Json<'a> {
+    schema: &'static str,
+    dry_run: bool,
+    input: String,
+    output: Option<String>,
+    file_bytes: u64,
+    source_bytes: u64,
+    total: Sizes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loss: Option<Loss>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    identity: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seconds: Option<f64>,
+    notes: Vec<String>,
+    tensors: Vec<TensorJson<'a>>,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
+    let input = arguments.input.path()?;
+    let source = context.source(input)?;
+    let options = Options {
+        recipe: arguments.choice.recipe()?,
+        nonfinite: arguments.nonfinite.parse::<Nonfinite>()?,
+        force: arguments.force,
+    };
+    let start = Instant::now();
+    let report = match &arguments.output {
+        Some(output) if !arguments.dry_run => {
+            let bar = Bar::new(context.common, context.signals);
+            compress(&source, output, &options, &mut |progress| bar.step(progress))?
+        }
+        _ => plan(&source, &options)?,
+    };
+    let time = start.elapsed();
+    let source_bytes = source.files().iter().map(|f| InputFile::len(f.file())).sum();
+    let elements = report.tensors.iter().map(TensorReport::elements).sum();
+    let total = Sizes::new(elements, report.file_bytes);
+    let notes = notes(&report, source.activation_stats().len());
+    let distance = sum(&report);
+    if context.json() {
+        context.print_json(&Json {
+            schema: "tenpak.compress/1",
+            dry_run: arguments.dry_run,
+            input: input.display().to_string(),
+            output: arguments.output.as_ref().map(|p| p.display().to_string()),
+            file_bytes: report.file_bytes,
+            source_bytes,
+            total,
+            loss: distance.as_ref().map(Loss::from),
+            identity: report.identity.map(|i| i.to_string()),
+            seconds: report.identity.map(|_| time.as_secs_f64()),
+            notes,
+            tensors: sorted(&report, arguments.sort).into_iter().map(TensorJson::from).collect(),
+        });
+        return Ok(Outcome::Done);
+    }
+    if arguments.per_tensor {
+        context.line(per_tensor(&sorted(&report, arguments.sort)));
+        context.line("");
+    }
+    context.line(per_codec(&report));
+    context.line("");
+    for note in &notes {
+        context.line(format!("note: {note}"));
+    }
+    let verb = if arguments.dry_run { "would write" } else { "wrote" };
+    let target = arguments.output.as_ref().map_or_else(|| "an artifact".to_owned(), |p| p.display().to_string());
+    context.line(format!("{verb} {target}: {} bytes, {}", thousands(report.file_bytes), total.phrase()));
+    if let Some(identity) = report.identity {
+        context.line(format!("from {} bytes in {}", thousands(source_bytes), pace(source_bytes, time)));
+        context.line(format!("identity {identity}"));
+    }
+    Ok(Outcome::Done)
+}
+
+/// What a reader must know: codecs that were changed, weights that were repaired, input that was not used.
+fn notes(report: &Report, stats: usize) -> Vec<String> {
+    let mut notes = Vec::new();
+    for t in &report.tensors {
+        if t.reason.contains(" instead of ") || t.reason.contains("shorter than") {
+            notes.push(format!("{} is stored in {}: {}", t.name, t.codec.id, t.reason));
+        }
+        if t.repaired > 0 {
+            notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
+        }
+    }
+    if stats > 0 {
+        notes.push(format!("activation_stats of {stats} tensors were read; no codec of this build uses them"));
+    }
+    notes
+}
+
+/// The distance over all tensors that were encoded.
+fn sum(report: &Report) -> Option<Distance> {
+    let mut distances = report.tensors.iter().filter_map(|t| t.distance.as_ref()).peekable();
+    distances.peek()?;
+    let mut all = Distance::default();
+    distances.for_each(|d| all.merge(d));
+    Some(all)
+}
+
+fn sorted(report: &Report, sort: Sort) -> Vec<&TensorReport> {
+    let mut tensors: Vec<_> = report.tensors.iter().collect();
+    match sort {
+        Sort::File => {}
+        Sort::Name => tensors.sort_by(|a, b| a.name.cmp(&b.name)),
+        Sort::Size => tensors.sort_by_key(|t| std::cmp::Reverse(t.stored_bytes)),
+        Sort::Loss => {
+            let nmse = |t: &TensorReport| t.distance.map_or(0.0, |d| d.nmse());
+            tensors.sort_by(|a, b| nmse(b).total_cmp(&nmse(a)));
+        }
+    }
+    tensors
+}
+
+fn per_tensor(tensors: &[&TensorReport]) -> String {
+    let rows = tensors.iter().map(|t| {
+        let sizes = Sizes::new(t.elements(), t.stored_bytes);
+        let [nmse, snr, max] = loss(t.distance.as_ref());
+        vec![
+            t.name.clone(),
+            t.codec.id.into(),
+            t.reason.clone(),
+            shape(&t.shape),
+            thousands(t.stored_bytes),
+            format!("{:.3}", sizes.bits_per_weight),
+            nmse,
+            snr,
+            max,
+        ]
+    });
+    table(&["tensor", "codec", "why", "shape", "bytes", "bpw", "nMSE", "SNR dB", "max error"], rows, 3)
+}
+
+fn per_codec(report: &Report) -> String {
+    let mut sums: BTreeMap<&str, (u64, u64, u64, Option<Distance>)> = BTreeMap::new();
+    for t in &report.tensors {
+        let (count, weights, bytes, distance) = sums.entry(t.codec.id).or_default();
+        *count += 1;
+        *weights += t.elements();
+        *bytes += t.stored_bytes;
+        if let Some(d) = &t.distance {
+            distance.get_or_insert_default().merge(d);
+        }
+    }
+    let rows = sums.into_iter().map(|(id, (count, weights, bytes, distance))| {
+        let [nmse, snr, max] = loss(distance.as_ref());
+        vec![
+            id.to_owned(),
+            count.to_string(),
+            thousands(weights),
+            thousands(bytes),
+            format!("{:.3}", Sizes::new(weights, bytes).bits_per_weight),
+            nmse,
+            snr,
+            max,
+        ]
+    });
+    table(&["codec", "tensors", "weights", "bytes", "bpw", "nMSE", "SNR dB", "max error"], rows, 1)
+}

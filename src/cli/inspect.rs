@@ -1,0 +1,139 @@
+//! `tenpak inspect`: what an artifact says about itself; reads its header only.
+
+use std::collections::BTreeMap;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::report::{Sizes, TensorJson, shape, table, thousands};
+use super::{Context, Input, Outcome};
+use crate::artifact::header::{Delta, PlaneEntry};
+use crate::artifact::{ArtifactFile, Entry, Provenance};
+use crate::error::Result;
+
+/// Show the header of an artifact: sizes, tensors, where it came from
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    input: Input,
+    /// Show one tensor with its planes
+    #[arg(long, value_name = "NAME")]
+    tensor: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    schema: &'static str,
+    input: String,
+    file_bytes: u64,
+    identity: String,
+    total: Sizes,
+    metadata: &'a BTreeMap<String, String>,
+    provenance: &'a Provenance,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<&'a Delta>,
+    tensors: Vec<WithPlanes<'a>>,
+}
+
+#[derive(Serialize)]
+struct WithPlanes<'a> {
+    #[serde(flatten)]
+    tensor: TensorJson<'a>,
+    transposed: bool,
+    planes: Vec<PlaneJson>,
+}
+
+#[derive(Serialize)]
+struct PlaneJson {
+    plane: &'static str,
+    offset: u64,
+    bytes: u64,
+    chunks: usize,
+    blake3: String,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
+    let artifact = context.artifact(arguments.input.path()?)?;
+    let shown: Vec<&Entry> = match &arguments.tensor {
+        Some(name) => vec![&artifact.tensors()[artifact.find(name)?]],
+        None => artifact.tensors().iter().collect(),
+    };
+    let elements = artifact.tensors().iter().map(|t| t.info().elements()).sum();
+    let total = Sizes::new(elements, artifact.file().len());
+    let header = artifact.header();
+    if context.json() {
+        context.print_json(&Json {
+            schema: "tenpak.inspect/1",
+            input: artifact.file().path().display().to_string(),
+            file_bytes: artifact.file().len(),
+            identity: header.identity().to_string(),
+            total,
+            metadata: header.metadata(),
+            provenance: header.provenance(),
+            delta: header.delta(),
+            tensors: shown.into_iter().map(with_planes).collect(),
+        });
+        return Ok(Outcome::Done);
+    }
+    if arguments.tensor.is_some() {
+        one(shown[0], context);
+        return Ok(Outcome::Done);
+    }
+    let rows = shown.iter().map(|t| {
+        vec![
+            t.info().name().to_owned(),
+            t.codec().id.to_owned(),
+            t.info().dtype().to_string(),
+            shape(t.info().shape()),
+            thousands(t.stored_bytes()),
+            format!("{:.3}", t.bits_per_weight()),
+        ]
+    });
+    context.line(table(&["tensor", "codec", "dtype", "shape", "bytes", "bpw"], rows, 3));
+    context.line("");
+    summary(&artifact, &total, context);
+    Ok(Outcome::Done)
+}
+
+fn with_planes(entry: &Entry) -> WithPlanes<'_> {
+    let plane = |p: &PlaneEntry| PlaneJson {
+        plane: p.plane.name(),
+        offset: p.offset,
+        bytes: p.bytes,
+        chunks: p.crc32c.len(),
+        blake3: p.blake3.to_string(),
+    };
+    WithPlanes {
+        tensor: entry.into(),
+        transposed: entry.transposed(),
+        planes: entry.planes().iter().map(plane).collect(),
+    }
+}
+
+fn one(entry: &Entry, context: &mut Context<'_>) {
+    let (rows, cols) = entry.matrix();
+    let transposed = if entry.transposed() { ", transposed from the source" } else { "" };
+    context.line(entry.info().name());
+    context.line(format!("source  {} {}", entry.info().dtype(), shape(entry.info().shape())));
+    context.line(format!("matrix  {rows} x {cols}{transposed}"));
+    context.line(format!("codec   {}, {:.3} bits/weight", entry.codec().id, entry.bits_per_weight()));
+    let rows = entry.planes().iter().map(|p| {
+        vec![p.plane.name().to_owned(), thousands(p.offset), thousands(p.bytes), p.crc32c.len().to_string(), p.blake3.to_string()]
+    });
+    context.line(table(&["plane", "offset", "bytes", "chunks", "blake3"], rows, 1));
+}
+
+fn summary(artifact: &ArtifactFile, total: &Sizes, context: &mut Context<'_>) {
+    let header = artifact.header();
+    let provenance = header.provenance();
+    context.line(format!("{} tensors, {} weights", header.tensors().len(), thousands(total.weights)));
+    context.line(format!("{} bytes, {}", thousands(total.bytes), total.phrase()));
+    if let Some(delta) = header.delta() {
+        context.line(format!("delta    of base {}, giving {}", delta.base, delta.result));
+    }
+    context.line(format!("identity {}", header.identity()));
+    for source in &provenance.sources {
+        context.line(format!("source   {}, {} bytes, blake3 {}", source.name, thousands(source.bytes), source.blake3));
+    }
+    context.line(format!("made by  {}", provenance.tool));
+}
