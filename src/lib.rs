@@ -15,6 +15,7 @@ pub mod file;
 pub mod fit;
 pub mod layout;
 mod limits;
+pub mod source;
 mod tensor;
 
 pub use codec::{Codec, Encoded};
