@@ -80,7 +80,9 @@ pub fn bench(
         on_progress(Progress { done, total, tensor: name })?;
     }
     if rows.iter().all(|row| row.tensors == 0) {
-        return Err(Error::invalid("no tensor of this checkpoint counts as a linear weight, see tenpak compress --dry-run"));
+        return Err(Error::invalid(
+            "no tensor of this checkpoint counts as a linear weight, see tenpak compress --dry-run",
+        ));
     }
     Ok(rows)
 }

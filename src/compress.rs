@@ -154,12 +154,7 @@ pub fn plan(source: &Source, options: &Options) -> Result<Report> {
 /// # Errors
 /// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
-pub fn compress(
-    source: &Source,
-    target: &Path,
-    options: &Options,
-    on_progress: &mut OnProgress<'_>,
-) -> Result<Report> {
+pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
     output::refuse_input(target, source.files().iter().map(crate::source::SourceFile::file))?;
     let planned = plan(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
@@ -368,14 +363,7 @@ impl Job<'_> {
     }
 
     /// Encodes `count` rows from `first` on into `planes`, in parallel.
-    fn encode_block(
-        &self,
-        bytes: &[u8],
-        first: u64,
-        count: u64,
-        cols: usize,
-        planes: &mut [Vec<u8>],
-    ) -> Result<Task> {
+    fn encode_block(&self, bytes: &[u8], first: u64, count: u64, cols: usize, planes: &mut [Vec<u8>]) -> Result<Task> {
         let dtype = self.source.tensors()[self.index].info().dtype();
         for (plane, (_, len)) in planes.iter_mut().zip(self.codec.layout.plane_bytes(dtype, count, cols as u64)?) {
             plane.clear();
@@ -418,9 +406,9 @@ impl Job<'_> {
             match self.nonfinite {
                 Nonfinite::Error | Nonfinite::Raw => return task,
                 Nonfinite::Zero => repair(&mut scratch.weights, cols, |_, _| 0.0),
-                Nonfinite::Clamp => repair(&mut scratch.weights, cols, |w, peak| {
-                    if w.is_nan() { 0.0 } else { peak.copysign(w) }
-                }),
+                Nonfinite::Clamp => {
+                    repair(&mut scratch.weights, cols, |w, peak| if w.is_nan() { 0.0 } else { peak.copysign(w) })
+                }
             }
         }
         let encoded = codec::encode_rows(self.layout, self.codec.fit, &scratch.weights, cols, planes);

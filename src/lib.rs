@@ -3,12 +3,16 @@
 //! ```text
 //! checkpoint --source--> tensor --recipe--> codec --encode--> planes --artifact--> model.tenpak
 //!                                                               |                     |
-//!                                                        decode / export: safetensors, npz, JSON
+//!                                                             decode               export: safetensors, npz, JSON
 //! ```
-
-#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+//!
+//! [`source::open`] reads a checkpoint, [`compress::compress`] writes an [`artifact`], [`artifact::ArtifactFile`] reads
+//! it back, [`export::decompress`] turns it into a checkpoint again.
 
 pub mod artifact;
+pub mod bench;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod codec;
 pub mod codecs;
 pub mod compress;
@@ -21,6 +25,7 @@ mod limits;
 pub mod measure;
 pub mod output;
 pub mod recipe;
+pub mod source;
 mod tensor;
 
 pub use codec::{Codec, Encoded};

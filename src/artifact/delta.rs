@@ -56,11 +56,8 @@ pub fn delta(
     refuse_delta(base)?;
     output::refuse_input(target, variant.files().iter().map(crate::source::SourceFile::file).chain([base.file()]))?;
     let provenance = base.header().provenance();
-    let options = Options {
-        recipe: Recipe::from_toml(&provenance.recipe)?,
-        nonfinite: provenance.nonfinite.parse()?,
-        force,
-    };
+    let options =
+        Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, force };
     let planned = compress::plan(variant, &options)?;
     let mut writer = Writer::create(target, force)?;
     writer.output().preflight(planned.file_bytes)?;
@@ -72,9 +69,9 @@ pub fn delta(
     for (index, planned) in planned.tensors.into_iter().enumerate() {
         let (name, bytes) = (planned.name.clone(), planned.source_bytes);
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
-        let in_base = base.header().find(&name).filter(|&i| base.tensors()[i].info() == variant.tensors()[index].info());
-        let (report, tensor) =
-            compress::encode_tensor(variant, index, planned, options.nonfinite, &writer, &mut tick)?;
+        let in_base =
+            base.header().find(&name).filter(|&i| base.tensors()[i].info() == variant.tensors()[index].info());
+        let (report, tensor) = compress::encode_tensor(variant, index, planned, options.nonfinite, &writer, &mut tick)?;
         done += bytes;
         let same = match in_base {
             Some(i) => is_unchanged(base, i, &writer, &tensor, epsilon)?.then_some(i),
@@ -248,9 +245,10 @@ fn resolve<'a>(
             Err(_) if first == -1 => (own_total, own),
             Err(_) => return Err(bad(format!("a run from {first}, expected -1 or a tensor of the base"))),
         };
-        let end = from.checked_add(count).filter(|&end| count > 0 && end <= list_len).ok_or_else(|| {
-            bad(format!("a run of {count} tensors from {from}, but there are {list_len}"))
-        })?;
+        let end = from
+            .checked_add(count)
+            .filter(|&end| count > 0 && end <= list_len)
+            .ok_or_else(|| bad(format!("a run of {count} tensors from {from}, but there are {list_len}")))?;
         if result.len() + count > crate::Limits::DEFAULT.tensors as usize {
             return Err(bad("more tensors than an artifact may hold".into()));
         }

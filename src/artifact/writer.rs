@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::map::decode_rows;
 use super::header::{ALIGN, CHUNK, Delta, Entry, FLAG_DELTA, Header, Identity, Preamble, Provenance, align};
+use super::map::decode_rows;
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::limits::Limits;

@@ -80,7 +80,16 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         return Ok(Outcome::Done);
     }
     let head = [
-        "codec", "tensors", "bpw", "x vs FP32", "x vs 16-bit", "nMSE", "SNR dB", "max error", "encode GB/s", "decode GB/s",
+        "codec",
+        "tensors",
+        "bpw",
+        "x vs FP32",
+        "x vs 16-bit",
+        "nMSE",
+        "SNR dB",
+        "max error",
+        "encode GB/s",
+        "decode GB/s",
     ];
     let body = rows.iter().map(|row| {
         let json = json(row);
@@ -108,7 +117,8 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             row.left_out.join(", ")
         ));
     }
-    context.line(format!("{threads} threads; bpw are those of the planes; GB/s are of f32 weights, in and out of memory"));
+    context
+        .line(format!("{threads} threads; bpw are those of the planes; GB/s are of f32 weights, in and out of memory"));
     Ok(Outcome::Done)
 }
 

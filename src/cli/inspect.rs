@@ -118,7 +118,13 @@ fn one(entry: &Entry, context: &mut Context<'_>) {
     context.line(format!("matrix  {rows} x {cols}{transposed}"));
     context.line(format!("codec   {}, {:.3} bits/weight", entry.codec().id, entry.bits_per_weight()));
     let rows = entry.planes().iter().map(|p| {
-        vec![p.plane.name().to_owned(), thousands(p.offset), thousands(p.bytes), p.crc32c.len().to_string(), p.blake3.to_string()]
+        vec![
+            p.plane.name().to_owned(),
+            thousands(p.offset),
+            thousands(p.bytes),
+            p.crc32c.len().to_string(),
+            p.blake3.to_string(),
+        ]
     });
     context.line(table(&["plane", "offset", "bytes", "chunks", "blake3"], rows, 1));
 }

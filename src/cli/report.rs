@@ -65,7 +65,13 @@ pub(super) struct Sizes {
 impl Sizes {
     pub fn new(weights: u64, bytes: u64) -> Self {
         let (w, b) = (weights as f64, (bytes as f64).max(1.0));
-        Self { weights, bytes, bits_per_weight: 8.0 * bytes as f64 / w.max(1.0), x_vs_fp32: 4.0 * w / b, x_vs_16bit: 2.0 * w / b }
+        Self {
+            weights,
+            bytes,
+            bits_per_weight: 8.0 * bytes as f64 / w.max(1.0),
+            x_vs_fp32: 4.0 * w / b,
+            x_vs_16bit: 2.0 * w / b,
+        }
     }
 
     /// The factors as one phrase.

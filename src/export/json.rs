@@ -28,7 +28,9 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
         };
         head(&mut text).map_err(failed)?;
         let mut at = 0;
-        job.source_order(i, dtype, target, &mut |bytes| numbers(&mut text, dtype, bytes, info.name(), &mut at, target))?;
+        job.source_order(i, dtype, target, &mut |bytes| {
+            numbers(&mut text, dtype, bytes, info.name(), &mut at, target)
+        })?;
         text.write_all(b"]}").map_err(failed)?;
     }
     text.write_all(b"\n]}\n").map_err(failed)?;
@@ -40,14 +42,7 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
 }
 
 /// Prints elements, each with a comma before it unless it is the tensor's first.
-fn numbers(
-    text: &mut impl Write,
-    dtype: DType,
-    bytes: &[u8],
-    name: &str,
-    at: &mut u64,
-    target: &Path,
-) -> Result<()> {
+fn numbers(text: &mut impl Write, dtype: DType, bytes: &[u8], name: &str, at: &mut u64, target: &Path) -> Result<()> {
     /// Prints every element, read as `$ty`.
     macro_rules! print_each {
         ($ty:ty) => {

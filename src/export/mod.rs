@@ -120,10 +120,15 @@ impl Job<'_, '_> {
             return Ok(());
         }
         let (rows, cols) = entry.matrix();
-        self.decoded_blocks(index, |_, weights, job| {
-            sink(&convert(dtype, weights)?)?;
-            job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
-        }, rows, cols)
+        self.decoded_blocks(
+            index,
+            |_, weights, job| {
+                sink(&convert(dtype, weights)?)?;
+                job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
+            },
+            rows,
+            cols,
+        )
     }
 
     /// Gives the elements of a tensor to `sink` as little-endian `dtype`, in the order of the source tensor, in blocks.
@@ -145,21 +150,26 @@ impl Job<'_, '_> {
         let element = dtype.size();
         let bytes = rows * cols * element;
         let mut spool = Spool::new(bytes, TRANSPOSE_BYTES, target)?;
-        self.decoded_blocks(index, |first, weights, job| {
-            let bytes = convert(dtype, weights)?;
-            let element = usize::try_from(element).expect("at most 8");
-            let width = usize::try_from(cols).expect("a block fits memory");
-            let count = weights.len() / width;
-            let mut column = vec![0; count * element];
-            for c in 0..width {
-                for r in 0..count {
-                    let from = (r * width + c) * element;
-                    column[r * element..][..element].copy_from_slice(&bytes[from..from + element]);
+        self.decoded_blocks(
+            index,
+            |first, weights, job| {
+                let bytes = convert(dtype, weights)?;
+                let element = usize::try_from(element).expect("at most 8");
+                let width = usize::try_from(cols).expect("a block fits memory");
+                let count = weights.len() / width;
+                let mut column = vec![0; count * element];
+                for c in 0..width {
+                    for r in 0..count {
+                        let from = (r * width + c) * element;
+                        column[r * element..][..element].copy_from_slice(&bytes[from..from + element]);
+                    }
+                    spool.write_at((c as u64 * rows + first) * element as u64, &column)?;
                 }
-                spool.write_at((c as u64 * rows + first) * element as u64, &column)?;
-            }
-            job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
-        }, rows, cols)?;
+                job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
+            },
+            rows,
+            cols,
+        )?;
         spool.drain(bytes, sink)
     }
 

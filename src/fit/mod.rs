@@ -24,6 +24,20 @@ pub enum Fit {
     Search,
 }
 
+impl Fit {
+    /// The name in tables.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::MinMax => "minmax",
+            Self::AbsMax => "absmax",
+            Self::ZeroPoint => "minmax with zero",
+            Self::Search => "mse search",
+        }
+    }
+}
+
 /// What is stored for a group, already rounded to its stored type.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Params {

@@ -59,6 +59,12 @@ impl Role {
     pub const WITH_CODEC: &[Self; 6] =
         &[Self::Attention, Self::Mlp, Self::Linear, Self::Router, Self::Embedding, Self::Head];
 
+    /// Whether the tensors of this role are the matrices that a codec is meant for.
+    #[must_use]
+    pub const fn is_linear(self) -> bool {
+        matches!(self, Self::Attention | Self::Mlp | Self::Linear)
+    }
+
     /// The role of a tensor.
     #[must_use]
     pub fn of(info: &TensorInfo) -> Self {

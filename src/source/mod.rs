@@ -1,0 +1,275 @@
+//! Where weights come from: every container is reduced to tensors at byte offsets of files, read by rows.
+//!
+//! | kind | what is opened | where the bytes lie |
+//! |---|---|---|
+//! | safetensors | one file | in the file |
+//! | Hugging Face | a directory: `model.safetensors.index.json`, `model.safetensors`, or the one `*.safetensors` | in the shards |
+//! | npy, npz | an array, a zip of arrays | in the file; deflated members in an unlinked temporary file |
+//! | JSON bundle | `{"tensors": [{"name", "shape", "data"}]}` | in an unlinked temporary file |
+//!
+//! [`Source`] is one concrete type rather than a trait: once the headers are read nothing is left that differs. Opening
+//! reads headers only, checks every size before it allocates for it, and follows no link out of the model. Pickles
+//! (`.bin`, `.pt`) are programs and never read; the error says how to convert them.
+//!
+//! ```no_run
+//! let source = tenpak::source::open("model".as_ref(), &tenpak::source::Options::default())?;
+//! for (index, tensor) in source.tensors().iter().enumerate() {
+//!     let (rows, _) = tensor.matrix();
+//!     let bytes = source.read_rows(index, 0, rows)?;
+//!     assert_eq!(bytes.len() as u64, tensor.info().bytes());
+//! }
+//! # Ok::<(), tenpak::Error>(())
+//! ```
+
+mod bundle;
+mod conv1d;
+mod detect;
+mod directory;
+mod json;
+mod npy;
+mod npz;
+mod rows;
+mod safetensors;
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::file::{Access, Block, InputFile};
+use crate::limits::{self, Limits};
+use crate::tensor::TensorInfo;
+use rows::{Order, Place, Store};
+
+/// How a source is opened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// How the bytes of its files are reached.
+    pub access: Access,
+    /// What its headers may ask for.
+    pub limits: Limits,
+}
+
+/// The container that weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// One `.safetensors` file.
+    Safetensors,
+    /// A Hugging Face model directory of `.safetensors` files.
+    HuggingFace,
+    /// A numpy `.npz` archive.
+    Npz,
+    /// One numpy `.npy` array.
+    Npy,
+    /// A JSON bundle of tensors.
+    JsonBundle,
+}
+
+impl Kind {
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "safetensors",
+            Self::HuggingFace => "huggingface",
+            Self::Npz => "npz",
+            Self::Npy => "npy",
+            Self::JsonBundle => "json",
+        }
+    }
+}
+
+/// Opens the checkpoint at `path`, whose kind is told by what the path is and by how the file begins.
+///
+/// # Errors
+/// [`Error::Io`] when something cannot be read, [`Error::Corrupt`] when a file contradicts itself,
+/// [`Error::Unsupported`] when it is of a kind or dtype that is not read, [`Error::Invalid`] when the path is not a
+/// checkpoint, [`Error::Limit`] when a header asks for more than `options.limits`.
+pub fn open(path: &Path, options: &Options) -> Result<Source> {
+    detect::open(path, options)
+}
+
+/// A file that weights are read from, as provenance records it.
+#[derive(Debug)]
+pub struct SourceFile {
+    name: String,
+    file: InputFile,
+}
+
+impl SourceFile {
+    fn new(file: InputFile) -> Self {
+        let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Self { name, file }
+    }
+
+    /// The name without its directory.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file itself.
+    #[must_use]
+    pub fn file(&self) -> &InputFile {
+        &self.file
+    }
+
+    /// BLAKE3 of the whole file; costs no further read when the tensors were read in order and entirely.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub fn digest(&self) -> Result<blake3::Hash> {
+        self.file.digest()
+    }
+}
+
+/// A tensor of a source.
+#[derive(Debug, Clone)]
+pub struct SourceTensor {
+    info: TensorInfo,
+    place: Place,
+    transposed: bool,
+}
+
+impl SourceTensor {
+    fn new(info: TensorInfo, store: Store, offset: u64, order: Order) -> Self {
+        Self { info, place: Place { store, offset, order }, transposed: false }
+    }
+
+    /// Name, dtype and shape as the checkpoint states them.
+    #[must_use]
+    pub fn info(&self) -> &TensorInfo {
+        &self.info
+    }
+
+    /// Whether the checkpoint holds the weight as `[in, out]`, so that the matrix view swaps its two dimensions.
+    #[must_use]
+    pub fn transposed(&self) -> bool {
+        self.transposed
+    }
+
+    /// Rows and columns of the matrix view: [`TensorInfo::matrix`], or `[out, in]` of a transposed tensor.
+    #[must_use]
+    pub fn matrix(&self) -> (u64, u64) {
+        let (rows, cols) = self.info.matrix();
+        if self.transposed { (cols, rows) } else { (rows, cols) }
+    }
+}
+
+/// An opened checkpoint: what it holds, and its weights by rows.
+#[derive(Debug)]
+pub struct Source {
+    kind: Kind,
+    files: Vec<SourceFile>,
+    spool: Option<InputFile>,
+    tensors: Vec<SourceTensor>,
+    config: Option<serde_json::Value>,
+    metadata: BTreeMap<String, String>,
+    activation_stats: BTreeMap<String, Vec<f32>>,
+}
+
+impl Source {
+    fn new(kind: Kind, files: Vec<SourceFile>, tensors: Vec<SourceTensor>) -> Self {
+        let (metadata, activation_stats) = (BTreeMap::new(), BTreeMap::new());
+        Self { kind, files, spool: None, tensors, config: None, metadata, activation_stats }
+    }
+
+    /// Checks what no container can check alone, and marks the weights that are stored `[in, out]`.
+    fn finish(mut self, limits: &Limits) -> Result<Self> {
+        limits::check("tensors of a checkpoint", limits.tensors, self.tensors.len() as u64)?;
+        let mut names = HashSet::with_capacity(self.tensors.len());
+        if let Some(twice) = self.tensors.iter().find(|t| !names.insert(t.info.name())) {
+            return Err(duplicate(twice.info.name()));
+        }
+        for index in conv1d::transposed(self.config.as_ref(), &self.tensors) {
+            self.tensors[index].transposed = true;
+        }
+        Ok(self)
+    }
+
+    /// The container.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The tensors in the order in which reading them is fastest: shards by name, then by offset; members and bundle
+    /// entries as they stand in their container.
+    #[must_use]
+    pub fn tensors(&self) -> &[SourceTensor] {
+        &self.tensors
+    }
+
+    /// The files that the weights come from; for a container that had to be unpacked, the container.
+    #[must_use]
+    pub fn files(&self) -> &[SourceFile] {
+        &self.files
+    }
+
+    /// `config.json` of the directory, or beside a single `.safetensors` file.
+    #[must_use]
+    pub fn config(&self) -> Option<&serde_json::Value> {
+        self.config.as_ref()
+    }
+
+    /// `__metadata__` of the safetensors files; where shards disagree, the first one's value.
+    #[must_use]
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// `activation_stats` of a JSON bundle: finite numbers, one per input channel of the tensor that they are named for.
+    #[must_use]
+    pub fn activation_stats(&self) -> &BTreeMap<String, Vec<f32>> {
+        &self.activation_stats
+    }
+
+    /// Little-endian elements, in the stored dtype, of `rows` rows of the matrix view of tensor number `tensor`.
+    ///
+    /// Rows that lie one after another in a file come without a copy. Of a transposed tensor no more is in memory than
+    /// the rows asked for and one bounded window; many rows at a time are read faster than few.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is no such tensor or row or the rows exceed this machine's address space, and
+    /// those of [`InputFile::read`].
+    pub fn read_rows(&self, tensor: usize, first_row: u64, rows: u64) -> Result<Block> {
+        let (file, wanted) = self.locate(tensor)?;
+        rows::read(file, wanted, first_row, rows)
+    }
+
+    /// Little-endian elements, in the stored dtype, `bytes` of them from byte `start` on, of tensor number `tensor` in
+    /// its own C order: what a tensor that is kept as it is consists of.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is no such tensor or the range leaves it, and those of [`InputFile::read`].
+    pub fn read_bytes(&self, tensor: usize, start: u64, bytes: u64) -> Result<Block> {
+        let (file, wanted) = self.locate(tensor)?;
+        rows::read_bytes(file, wanted, start, bytes)
+    }
+
+    fn locate(&self, tensor: usize) -> Result<(&InputFile, &SourceTensor)> {
+        let Some(wanted) = self.tensors.get(tensor) else {
+            let count = self.tensors.len();
+            return Err(Error::invalid(format!("there is no tensor number {tensor}, the checkpoint has {count}")));
+        };
+        let file = match wanted.place.store {
+            Store::File(index) => &self.files[index].file,
+            Store::Spool => self.spool.as_ref().expect("only containers with a spool file place tensors there"),
+        };
+        Ok((file, wanted))
+    }
+}
+
+/// The error of a name that occurs twice.
+fn duplicate(name: &str) -> Error {
+    Error::invalid(format!("tensor {} occurs twice, expected unique names: rename or remove one", quoted(name)))
+}
+
+/// Text of a file, fit for a message: short, and without control characters.
+fn quoted(text: &str) -> String {
+    const MOST: usize = 100;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("'{}'", text.escape_debug()),
+    }
+}
