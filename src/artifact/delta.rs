@@ -249,7 +249,7 @@ fn resolve<'a>(
             .checked_add(count)
             .filter(|&end| count > 0 && end <= list_len)
             .ok_or_else(|| bad(format!("a run of {count} tensors from {from}, but there are {list_len}")))?;
-        if result.len() + count > crate::Limits::DEFAULT.tensors as usize {
+        if (result.len() + count) as u64 > crate::Limits::DEFAULT.tensors {
             return Err(bad("more tensors than an artifact may hold".into()));
         }
         if first == -1 {

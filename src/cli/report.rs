@@ -12,7 +12,7 @@ use crate::measure::Distance;
 /// A table without lines; the first column to the left, figures to the right.
 pub(super) fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>, left: usize) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(head.to_vec());
+    table.load_style(presets::NOTHING).set_header(head.to_vec());
     for row in rows {
         table.add_row(row);
     }

@@ -3,7 +3,7 @@
 //! The library's own writer wants every tensor in memory, so the header is printed here. Wider elements come first, as
 //! the library orders them, so that every tensor is aligned.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
@@ -56,7 +56,7 @@ pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported
     Ok(exported)
 }
 
-fn save(job: &Job<'_, '_>, path: &PathBuf, text: &[u8]) -> Result<u64> {
+fn save(job: &Job<'_, '_>, path: &Path, text: &[u8]) -> Result<u64> {
     let out = job.create(path, text.len() as u64)?;
     out.write_at(0, text)?;
     out.commit(text.len() as u64)?;
