@@ -25,6 +25,7 @@ mod limits;
 pub mod measure;
 pub mod output;
 pub mod recipe;
+pub mod report;
 pub mod source;
 mod tensor;
 
