@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use zip::CompressionMethod;
 use zip::write::SimpleFileOptions;
 
-/// A file `name` in `dir` with these bytes.
+/// A new file `name` in `dir` with these bytes.
 pub fn write(dir: &Path, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     let path = dir.join(name);
+    // Some file systems wait for the disk when a file is truncated and written again.
+    let _ = std::fs::remove_file(&path);
     std::fs::write(&path, bytes).unwrap();
     path
 }

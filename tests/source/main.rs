@@ -2,6 +2,7 @@
 
 mod build;
 mod bundle;
+mod damage;
 mod directory;
 mod numpy;
 mod real;

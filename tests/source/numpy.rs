@@ -202,3 +202,29 @@ fn damaged_archives_are_refused() {
         assert_refused(&path, &["pickle", "save_file", "model.pt"]);
     }
 }
+
+#[test]
+fn a_directory_that_claims_more_members_than_allowed_is_refused_before_room_is_made() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("huge.npz");
+    let file = std::fs::File::create(&path).unwrap();
+    // Sparse: only the end records take room on the disk.
+    let record_at = 1_u64 << 40;
+    let (mut record, mut locator, mut end) = (vec![0; 56], vec![0; 20], vec![0xff; 22]);
+    record[..4].copy_from_slice(b"PK\x06\x06");
+    record[4..12].copy_from_slice(&44_u64.to_le_bytes());
+    for at in [24, 32, 40] {
+        record[at..at + 8].copy_from_slice(&(1_u64 << 34).to_le_bytes());
+    }
+    locator[..4].copy_from_slice(b"PK\x06\x07");
+    locator[8..16].copy_from_slice(&record_at.to_le_bytes());
+    locator[16] = 1;
+    end[..8].copy_from_slice(b"PK\x05\x06\0\0\0\0");
+    end[20..].fill(0);
+    use std::io::{Seek, SeekFrom, Write};
+    let mut out = &file;
+    out.write_all(b"PK\x03\x04").unwrap();
+    out.seek(SeekFrom::Start(record_at)).unwrap();
+    out.write_all(&[record, locator, end].concat()).unwrap();
+    assert_refused(&path, &["members of a zip archive"]);
+}
