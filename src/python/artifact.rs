@@ -98,6 +98,9 @@ impl PyEntry {
 #[pyclass(frozen)]
 struct PyBlock(Block);
 
+/// Name of a plane, dtype of its numbers, and its bytes.
+type PlaneView<'py> = (&'static str, &'static str, Bound<'py, PyArray1<u8>>);
+
 /// An artifact, open for reading.
 #[pyclass(frozen, module = "tenpak._tenpak", name = "Artifact")]
 pub(super) struct PyArtifact(Arc<ArtifactFile>);
@@ -153,12 +156,8 @@ impl PyArtifact {
         })
     }
 
-    /// Name, numpy dtype of the elements, bytes of a row and array of bytes of each plane; the arrays look into the file.
-    fn planes<'py>(
-        &self,
-        py: Python<'py>,
-        name: &str,
-    ) -> PyResult<Vec<(&'static str, &'static str, Bound<'py, PyArray1<u8>>)>> {
+    /// Name, dtype of the numbers and bytes of each plane; the arrays look into the file.
+    fn planes<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<PlaneView<'py>>> {
         let (index, blocks) = guarded(py, || {
             let index = self.0.find(name)?;
             let count = self.0.tensors()[index].planes().len();
