@@ -25,7 +25,11 @@ _NUMPY = {
     "BOOL": "bool",
 }
 #: ml_dtypes' name of each dtype that numpy lacks, and the integers that hold its bits without ml_dtypes.
-_ML_DTYPES = {"BF16": ("bfloat16", "uint16"), "F8_E4M3": ("float8_e4m3fn", "uint8"), "F8_E5M2": ("float8_e5m2", "uint8")}
+_ML_DTYPES = {
+    "BF16": ("bfloat16", "uint16"),
+    "F8_E4M3": ("float8_e4m3fn", "uint8"),
+    "F8_E5M2": ("float8_e5m2", "uint8"),
+}
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
