@@ -338,7 +338,7 @@ impl Header {
     /// # Errors
     /// [`Error::Corrupt`], [`Error::Unsupported`] or [`Error::Limit`]; `FORMAT.md` gives the order of the checks.
     pub fn read(file: &InputFile, limits: &Limits) -> Result<Self> {
-        Preamble::read(file, limits)?.header(file, limits)
+        Preamble::read(file, limits)?.header(file, limits).map_err(Error::printable)
     }
 }
 
