@@ -2,11 +2,11 @@
 
 #![cfg(unix)]
 
-mod support;
-#[path = "support/format.rs"]
-mod format;
 #[path = "support/damage.rs"]
 mod damage;
+#[path = "support/format.rs"]
+mod format;
+mod support;
 
 use std::time::Instant;
 
@@ -125,7 +125,12 @@ fn sizes_of_nothing_may_be_absurd() {
         for codec in codecs::all().iter().filter(|codec| codec.grouped().is_ok()) {
             let mut entry = Entry::encoded("e", &[0, 8], false, codec, &[]);
             entry.shape = shape.to_vec();
-            assert_eq!(Probe::new().read(&Artifact::new(vec![entry]).bytes()), Outcome::Sound, "{} {shape:?}", codec.id);
+            assert_eq!(
+                Probe::new().read(&Artifact::new(vec![entry]).bytes()),
+                Outcome::Sound,
+                "{} {shape:?}",
+                codec.id
+            );
         }
     }
 }
