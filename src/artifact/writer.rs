@@ -179,6 +179,11 @@ impl TensorWriter {
         Ok(())
     }
 
+    /// The codec that the tensor is written with.
+    pub(crate) fn codec(&self) -> &'static Codec {
+        self.entry.codec()
+    }
+
     /// Whether the matrix is the transpose of the source tensor.
     pub(crate) fn transposed(&self) -> bool {
         self.entry.transposed()
