@@ -16,7 +16,7 @@ use crate::fit::OutOfRange;
 use crate::layout::{Grouped, Layout};
 use crate::measure::Distance;
 use crate::output;
-use crate::recipe::Recipe;
+use crate::recipe::{Choice, Reason, Recipe};
 use crate::source::{Source, SourceTensor};
 use crate::tensor;
 
@@ -97,6 +97,8 @@ pub struct TensorReport {
     pub codec: &'static Codec,
     /// Why that codec.
     pub reason: String,
+    /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
+    pub changed_codec: bool,
     /// Bytes in the source.
     pub source_bytes: u64,
     /// Bytes of its planes.
@@ -134,18 +136,21 @@ pub struct Report {
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
-    let chosen: Vec<_> = source.tensors().iter().map(|t| choose(t, &options.recipe)).collect();
+    let tensors = source
+        .tensors()
+        .iter()
+        .map(|t| {
+            let Choice { codec, reason } = options.recipe.choose(t.info(), t.matrix().1);
+            let changed = matches!(reason, Reason::ShortRows { .. });
+            report(t, codec, reason.to_string(), changed)
+        })
+        .collect::<Result<Vec<_>>>()?;
     let unknown = |_: &_| Ok(Identity([0; 32]));
     let file_bytes = planned_bytes(
-        chosen.iter().zip(source.tensors()).map(|((codec, _), t)| (t.info().clone(), *codec, transposed(t, codec))),
+        tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
         source.metadata(),
         &provenance(source, options, unknown)?,
     )?;
-    let tensors = chosen
-        .into_iter()
-        .zip(source.tensors())
-        .map(|((codec, reason), t)| report(t, codec, reason))
-        .collect::<Result<_>>()?;
     Ok(Report { tensors, file_bytes, identity: None })
 }
 
@@ -176,18 +181,12 @@ pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: 
     Ok(Report { tensors, file_bytes, identity: Some(header.identity()) })
 }
 
-/// The codec that the recipe gives a tensor, and why.
-fn choose(tensor: &SourceTensor, recipe: &Recipe) -> (&'static Codec, String) {
-    let choice = recipe.choose(tensor.info(), tensor.matrix().1);
-    (choice.codec, choice.reason.to_string())
-}
-
 /// Raw tensors keep the source's order.
 fn transposed(tensor: &SourceTensor, codec: &Codec) -> bool {
     tensor.transposed() && codec.layout != Layout::Raw
 }
 
-pub(crate) fn report(tensor: &SourceTensor, codec: &'static Codec, reason: String) -> Result<TensorReport> {
+fn report(tensor: &SourceTensor, codec: &'static Codec, reason: String, changed_codec: bool) -> Result<TensorReport> {
     let info = tensor.info();
     let (rows, cols) = tensor.matrix();
     let stored_bytes = codec.layout.plane_bytes(info.dtype(), rows, cols)?.iter().map(|(_, bytes)| bytes).sum();
@@ -197,6 +196,7 @@ pub(crate) fn report(tensor: &SourceTensor, codec: &'static Codec, reason: Strin
         shape: info.shape().to_vec(),
         codec,
         reason,
+        changed_codec,
         source_bytes: info.bytes(),
         stored_bytes,
         distance: None,
@@ -264,7 +264,7 @@ pub(crate) fn encode_tensor(
             }
         };
         let reason = format!("{} instead of {}: {why}", fallback.id, codec.id);
-        report = self::report(tensor, fallback, reason)?;
+        report = self::report(tensor, fallback, reason, true)?;
     }
 }
 

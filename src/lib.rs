@@ -24,7 +24,10 @@ pub mod layout;
 mod limits;
 pub mod measure;
 pub mod output;
+#[cfg(feature = "python")]
+mod python;
 pub mod recipe;
+pub mod report;
 pub mod source;
 mod tensor;
 

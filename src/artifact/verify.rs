@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::layout::{Float, Layout, Plane};
 
 /// Something wrong in an artifact.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Problem {
     /// Name of the tensor.
     pub tensor: String,

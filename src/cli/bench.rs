@@ -4,12 +4,13 @@ use clap::Args;
 use serde::Serialize;
 
 use super::progress::Bar;
-use super::report::{Loss, Sizes, loss, table};
+use super::report::{loss, table};
 use super::{Context, Input, Outcome};
 use crate::bench::{Row, bench};
 use crate::codecs;
 use crate::error::Result;
 use crate::layout::Layout;
+use crate::report::{Loss, Sizes};
 
 /// Measure codecs on the linear weights of a checkpoint: bits/weight, sizes, loss, speed
 #[derive(Debug, Args)]

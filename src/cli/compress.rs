@@ -5,16 +5,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use serde::Serialize;
 
 use super::progress::Bar;
-use super::report::{Loss, Sizes, TensorJson, loss, pace, shape, table, thousands};
+use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
-use crate::compress::{Nonfinite, Options, Report, TensorReport, compress, plan};
+use crate::codecs;
+use crate::compress::{Nonfinite, Options, Report, compress, plan};
 use crate::error::{Error, Result};
 use crate::measure::Distance;
 use crate::recipe::{Recipe, Role};
-use crate::{codecs, file::InputFile};
+use crate::report::{self, Sizes};
 
 /// The codec of `tenpak compress` without `--codec`: 5 bits a weight, no calibration, any kernel.
 pub(super) const DEFAULT_CODEC: &str = "int4_g32_fp16_v1";
@@ -112,26 +112,6 @@ fn split<'a>(pair: &'a str, option: &str, example: &str) -> Result<(&'a str, &'a
     pair.rsplit_once('=').ok_or_else(|| Error::invalid(format!("{option} {pair}: expected the form {example}")))
 }
 
-/// The report of a run, or of a dry run.
-#[derive(Serialize)]
-struct Json<'a> {
-    schema: &'static str,
-    dry_run: bool,
-    input: String,
-    output: Option<String>,
-    file_bytes: u64,
-    source_bytes: u64,
-    total: Sizes,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    loss: Option<Loss>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    identity: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seconds: Option<f64>,
-    notes: Vec<String>,
-    tensors: Vec<TensorJson<'a>>,
-}
-
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
     let source = context.source(input)?;
@@ -149,89 +129,50 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         _ => plan(&source, &options)?,
     };
     let time = start.elapsed();
-    let source_bytes = source.files().iter().map(|f| InputFile::len(f.file())).sum();
-    let elements = report.tensors.iter().map(TensorReport::elements).sum();
-    let total = Sizes::new(elements, report.file_bytes);
-    let notes = notes(&report, source.activation_stats().len());
-    let distance = sum(&report);
+    let output = arguments.output.as_deref();
+    let mut json = report::Compress::new(input, output, &source, &report, time.as_secs_f64());
+    let order = order(&report, arguments.sort);
     if context.json() {
-        context.print_json(&Json {
-            schema: "tenpak.compress/1",
-            dry_run: arguments.dry_run,
-            input: input.display().to_string(),
-            output: arguments.output.as_ref().map(|p| p.display().to_string()),
-            file_bytes: report.file_bytes,
-            source_bytes,
-            total,
-            loss: distance.as_ref().map(Loss::from),
-            identity: report.identity.map(|i| i.to_string()),
-            seconds: report.identity.map(|_| time.as_secs_f64()),
-            notes,
-            tensors: sorted(&report, arguments.sort).into_iter().map(TensorJson::from).collect(),
-        });
+        json.tensors = order.iter().map(|&i| json.tensors[i].clone()).collect();
+        context.print_json(&json);
         return Ok(Outcome::Done);
     }
     if arguments.per_tensor {
-        context.line(per_tensor(&sorted(&report, arguments.sort)));
+        context.line(per_tensor(&report, &order));
         context.line("");
     }
     context.line(per_codec(&report));
     context.line("");
-    for note in &notes {
+    for note in &json.notes {
         context.line(format!("note: {note}"));
     }
-    let verb = if arguments.dry_run { "would write" } else { "wrote" };
-    let target = arguments.output.as_ref().map_or_else(|| "an artifact".to_owned(), |p| p.display().to_string());
-    context.line(format!("{verb} {target}: {} bytes, {}", thousands(report.file_bytes), total.phrase()));
-    if let Some(identity) = report.identity {
-        context.line(format!("from {} bytes in {}", thousands(source_bytes), pace(source_bytes, time)));
+    let verb = if json.dry_run { "would write" } else { "wrote" };
+    let target = json.output.as_deref().unwrap_or("an artifact");
+    context.line(format!("{verb} {target}: {} bytes, {}", thousands(json.file_bytes), phrase(&json.total)));
+    if let Some(identity) = &json.identity {
+        context.line(format!("from {} bytes in {}", thousands(json.source_bytes), pace(json.source_bytes, time)));
         context.line(format!("identity {identity}"));
     }
     Ok(Outcome::Done)
 }
 
-/// What a reader must know: codecs that were changed, weights that were repaired, input that was not used.
-fn notes(report: &Report, stats: usize) -> Vec<String> {
-    let mut notes = Vec::new();
-    for t in &report.tensors {
-        if t.reason.contains(" instead of ") || t.reason.contains("shorter than") {
-            notes.push(format!("{} is stored in {}: {}", t.name, t.codec.id, t.reason));
-        }
-        if t.repaired > 0 {
-            notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
-        }
-    }
-    if stats > 0 {
-        notes.push(format!("activation_stats of {stats} tensors were read; no codec of this build uses them"));
-    }
-    notes
-}
-
-/// The distance over all tensors that were encoded.
-fn sum(report: &Report) -> Option<Distance> {
-    let mut distances = report.tensors.iter().filter_map(|t| t.distance.as_ref()).peekable();
-    distances.peek()?;
-    let mut all = Distance::default();
-    distances.for_each(|d| all.merge(d));
-    Some(all)
-}
-
-fn sorted(report: &Report, sort: Sort) -> Vec<&TensorReport> {
-    let mut tensors: Vec<_> = report.tensors.iter().collect();
+/// The tensors in the order asked for.
+fn order(report: &Report, sort: Sort) -> Vec<usize> {
+    let tensors = &report.tensors;
+    let mut order: Vec<usize> = (0..tensors.len()).collect();
+    let nmse = |i: usize| tensors[i].distance.map_or(0.0, |d| d.nmse());
     match sort {
         Sort::File => {}
-        Sort::Name => tensors.sort_by(|a, b| a.name.cmp(&b.name)),
-        Sort::Size => tensors.sort_by_key(|t| std::cmp::Reverse(t.stored_bytes)),
-        Sort::Loss => {
-            let nmse = |t: &TensorReport| t.distance.map_or(0.0, |d| d.nmse());
-            tensors.sort_by(|a, b| nmse(b).total_cmp(&nmse(a)));
-        }
+        Sort::Name => order.sort_by(|&a, &b| tensors[a].name.cmp(&tensors[b].name)),
+        Sort::Size => order.sort_by_key(|&i| std::cmp::Reverse(tensors[i].stored_bytes)),
+        Sort::Loss => order.sort_by(|&a, &b| nmse(b).total_cmp(&nmse(a))),
     }
-    tensors
+    order
 }
 
-fn per_tensor(tensors: &[&TensorReport]) -> String {
-    let rows = tensors.iter().map(|t| {
+fn per_tensor(report: &Report, order: &[usize]) -> String {
+    let rows = order.iter().map(|&i| {
+        let t = &report.tensors[i];
         let sizes = Sizes::new(t.elements(), t.stored_bytes);
         let [nmse, snr, max] = loss(t.distance.as_ref());
         vec![

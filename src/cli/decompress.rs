@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use serde::Serialize;
 
 use super::progress::Bar;
 use super::report::thousands;
 use super::{Context, Input, Outcome};
 use crate::error::Result;
 use crate::export::{Options, decompress};
+use crate::report;
 
 /// Decode an artifact into .safetensors, .npz, a JSON bundle (.json), or a directory of safetensors
 #[derive(Debug, Args)]
@@ -31,21 +31,6 @@ pub(super) struct Arguments {
     force: bool,
 }
 
-#[derive(Serialize)]
-struct Json {
-    schema: &'static str,
-    input: String,
-    files: Vec<File>,
-    notes: Vec<String>,
-    seconds: f64,
-}
-
-#[derive(Serialize)]
-struct File {
-    path: String,
-    bytes: u64,
-}
-
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
     let artifact = context.artifact(input)?;
@@ -59,23 +44,16 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         let bar = Bar::new(context.common, context.signals);
         decompress(&artifact, &arguments.output, &options, &mut |progress| bar.step(progress))?
     };
-    let seconds = start.elapsed().as_secs_f64();
+    let report = report::Decompress::new(input, exported, start.elapsed().as_secs_f64());
     if context.json() {
-        let file = |(path, bytes): &(PathBuf, u64)| File { path: path.display().to_string(), bytes: *bytes };
-        context.print_json(&Json {
-            schema: "tenpak.decompress/1",
-            input: input.display().to_string(),
-            files: exported.files.iter().map(file).collect(),
-            notes: exported.notes,
-            seconds,
-        });
+        context.print_json(&report);
         return Ok(Outcome::Done);
     }
-    for note in &exported.notes {
+    for note in &report.notes {
         context.line(format!("note: {note}"));
     }
-    for (path, bytes) in &exported.files {
-        context.line(format!("wrote {}: {} bytes", path.display(), thousands(*bytes)));
+    for file in &report.files {
+        context.line(format!("wrote {}: {} bytes", file.path, thousands(file.bytes)));
     }
     Ok(Outcome::Done)
 }

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use clap::Args;
 use serde::Serialize;
 
-use super::report::{Sizes, TensorJson, shape, table, thousands};
+use super::report::{phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
 use crate::artifact::header::{Delta, PlaneEntry};
 use crate::artifact::{ArtifactFile, Entry, Provenance};
 use crate::error::Result;
+use crate::report::{Sizes, Tensor};
 
 /// Show the header of an artifact: sizes, tensors, where it came from
 #[derive(Debug, Args)]
@@ -32,13 +33,13 @@ struct Json<'a> {
     provenance: &'a Provenance,
     #[serde(skip_serializing_if = "Option::is_none")]
     delta: Option<&'a Delta>,
-    tensors: Vec<WithPlanes<'a>>,
+    tensors: Vec<WithPlanes>,
 }
 
 #[derive(Serialize)]
-struct WithPlanes<'a> {
+struct WithPlanes {
     #[serde(flatten)]
-    tensor: TensorJson<'a>,
+    tensor: Tensor,
     transposed: bool,
     planes: Vec<PlaneJson>,
 }
@@ -95,7 +96,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     Ok(Outcome::Done)
 }
 
-fn with_planes(entry: &Entry) -> WithPlanes<'_> {
+fn with_planes(entry: &Entry) -> WithPlanes {
     let plane = |p: &PlaneEntry| PlaneJson {
         plane: p.plane.name(),
         offset: p.offset,
@@ -133,7 +134,7 @@ fn summary(artifact: &ArtifactFile, total: &Sizes, context: &mut Context<'_>) {
     let header = artifact.header();
     let provenance = header.provenance();
     context.line(format!("{} tensors, {} weights", header.tensors().len(), thousands(total.weights)));
-    context.line(format!("{} bytes, {}", thousands(total.bytes), total.phrase()));
+    context.line(format!("{} bytes, {}", thousands(total.bytes), phrase(total)));
     if let Some(delta) = header.delta() {
         context.line(format!("delta    of base {}, giving {}", delta.base, delta.result));
     }

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use serde::Serialize;
 
 use super::progress::Bar;
 use super::report::thousands;
 use super::{Context, Outcome};
 use crate::artifact::delta::materialize;
 use crate::error::Result;
+use crate::report;
 
 /// Put a base artifact and a chain of deltas together into one artifact
 #[derive(Debug, Args)]
@@ -28,15 +28,6 @@ pub(super) struct Arguments {
     force: bool,
 }
 
-#[derive(Serialize)]
-struct Json {
-    schema: &'static str,
-    output: String,
-    file_bytes: u64,
-    identity: String,
-    tensors: usize,
-}
-
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let base = context.artifact(&arguments.base)?;
     let deltas = arguments.deltas.iter().map(|path| context.artifact(path)).collect::<Result<Vec<_>>>()?;
@@ -44,18 +35,12 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         let bar = Bar::new(context.common, context.signals);
         materialize(&base, &deltas, &arguments.output, arguments.force, &mut |p| bar.step(p))?
     };
-    let identity = written.header.identity().to_string();
+    let report = report::Materialize::new(&arguments.output, &written);
     if context.json() {
-        context.print_json(&Json {
-            schema: "tenpak.materialize/1",
-            output: arguments.output.display().to_string(),
-            file_bytes: written.file_bytes,
-            identity,
-            tensors: written.header.tensors().len(),
-        });
+        context.print_json(&report);
         return Ok(Outcome::Done);
     }
-    context.line(format!("wrote {}: {} bytes", arguments.output.display(), thousands(written.file_bytes)));
-    context.line(format!("identity {identity}"));
+    context.line(format!("wrote {}: {} bytes", report.output, thousands(report.file_bytes)));
+    context.line(format!("identity {}", report.identity));
     Ok(Outcome::Done)
 }

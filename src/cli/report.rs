@@ -1,13 +1,11 @@
-//! The pieces that reports share: figures as text, tables, and tensors and sizes as JSON.
+//! The pieces that text reports share: figures and tables.
 
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
 
-use crate::artifact::Entry;
-use crate::compress::TensorReport;
 use crate::measure::Distance;
+use crate::report::Sizes;
 
 /// A table without lines; the first column to the left, figures to the right.
 pub(super) fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>, left: usize) -> String {
@@ -52,108 +50,12 @@ pub(super) fn loss(distance: Option<&Distance>) -> [String; 3] {
     }
 }
 
-/// A dtype without its opinion on width: bytes against FP32 and against 16 bits, as factors.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Sizes {
-    pub weights: u64,
-    pub bytes: u64,
-    pub bits_per_weight: f64,
-    pub x_vs_fp32: f64,
-    pub x_vs_16bit: f64,
-}
-
-impl Sizes {
-    pub fn new(weights: u64, bytes: u64) -> Self {
-        let (w, b) = (weights as f64, (bytes as f64).max(1.0));
-        Self {
-            weights,
-            bytes,
-            bits_per_weight: 8.0 * bytes as f64 / w.max(1.0),
-            x_vs_fp32: 4.0 * w / b,
-            x_vs_16bit: 2.0 * w / b,
-        }
-    }
-
-    /// The factors as one phrase.
-    pub fn phrase(&self) -> String {
-        format!(
-            "{:.3} bits/weight, {:.2}x smaller than FP32, {:.2}x than 16-bit",
-            self.bits_per_weight, self.x_vs_fp32, self.x_vs_16bit
-        )
-    }
-}
-
-/// The loss of a tensor or of many.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Loss {
-    pub nmse: f64,
-    /// `null` where nothing was lost.
-    pub snr_db: Option<f64>,
-    pub rms: f64,
-    pub max: f64,
-}
-
-impl From<&Distance> for Loss {
-    fn from(d: &Distance) -> Self {
-        let snr = d.snr_db();
-        Self { nmse: d.nmse(), snr_db: snr.is_finite().then_some(snr), rms: d.rms(), max: d.max }
-    }
-}
-
-/// A tensor in a report.
-#[derive(Debug, Serialize)]
-pub(super) struct TensorJson<'a> {
-    pub name: &'a str,
-    pub dtype: &'static str,
-    pub shape: &'a [u64],
-    pub codec: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<&'a str>,
-    pub source_bytes: u64,
-    pub stored_bytes: u64,
-    pub bits_per_weight: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub loss: Option<Loss>,
-    #[serde(skip_serializing_if = "is_zero")]
-    pub repaired: u64,
-}
-
-fn is_zero(n: &u64) -> bool {
-    *n == 0
-}
-
-impl<'a> From<&'a TensorReport> for TensorJson<'a> {
-    fn from(t: &'a TensorReport) -> Self {
-        Self {
-            name: &t.name,
-            dtype: t.dtype.name(),
-            shape: &t.shape,
-            codec: t.codec.id,
-            reason: Some(&t.reason),
-            source_bytes: t.source_bytes,
-            stored_bytes: t.stored_bytes,
-            bits_per_weight: Sizes::new(t.elements(), t.stored_bytes).bits_per_weight,
-            loss: t.distance.as_ref().map(Loss::from),
-            repaired: t.repaired,
-        }
-    }
-}
-
-impl<'a> From<&'a Entry> for TensorJson<'a> {
-    fn from(entry: &'a Entry) -> Self {
-        Self {
-            name: entry.info().name(),
-            dtype: entry.info().dtype().name(),
-            shape: entry.info().shape(),
-            codec: entry.codec().id,
-            reason: None,
-            source_bytes: entry.info().bytes(),
-            stored_bytes: entry.stored_bytes(),
-            bits_per_weight: entry.bits_per_weight(),
-            loss: None,
-            repaired: 0,
-        }
-    }
+/// Sizes as one phrase.
+pub(super) fn phrase(sizes: &Sizes) -> String {
+    format!(
+        "{:.3} bits/weight, {:.2}x smaller than FP32, {:.2}x than 16-bit",
+        sizes.bits_per_weight, sizes.x_vs_fp32, sizes.x_vs_16bit
+    )
 }
 
 /// Seconds and the rate at which `bytes` went by.

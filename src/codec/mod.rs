@@ -1,6 +1,6 @@
 //! Codec = id + layout + fit; encode and decode, rayon over rows.
 //!
-//! [`reference`] is the specification; what runs is one fast path per instruction set that gives the same bytes.
+//! [`mod@reference`] is the specification; what runs is one fast path per instruction set that gives the same bytes.
 
 pub mod reference;
 

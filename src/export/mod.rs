@@ -82,6 +82,40 @@ pub fn decompress(
     }
 }
 
+/// Decodes one tensor into the little-endian bytes of an array of its source's shape, in C order.
+///
+/// With the dtype of the source, a raw tensor comes back bit for bit; otherwise weights are rounded to `dtype`.
+///
+/// # Errors
+/// [`Error::Invalid`] when `out` does not have the size of the array or `dtype` cannot hold weights; those of
+/// [`ArtifactFile::decode_rows`].
+pub fn decode_into(
+    artifact: &ArtifactFile,
+    index: usize,
+    dtype: DType,
+    out: &mut [u8],
+    on_progress: &mut OnProgress<'_>,
+) -> Result<()> {
+    let entry = &artifact.tensors()[index];
+    let expected = entry.info().elements() * dtype.size();
+    if out.len() as u64 != expected {
+        return Err(Error::invalid(format!(
+            "{} bytes for tensor '{}' of shape {:?} in {dtype}, expected {expected}",
+            out.len(),
+            entry.info().name(),
+            entry.info().shape()
+        )));
+    }
+    let options = Options::default();
+    let mut job = Job { artifact, options: &options, on_progress, done: 0, total: entry.info().bytes() };
+    let mut at = 0;
+    job.source_order(index, dtype, artifact.file().path(), &mut |bytes| {
+        out[at..at + bytes.len()].copy_from_slice(bytes);
+        at += bytes.len();
+        Ok(())
+    })
+}
+
 /// One run of [`decompress`].
 struct Job<'a, 'p> {
     artifact: &'a ArtifactFile,
@@ -123,7 +157,10 @@ impl Job<'_, '_> {
         self.decoded_blocks(
             index,
             |_, weights, job| {
-                sink(&convert(dtype, weights)?)?;
+                match bytemuck::try_cast_slice(weights) {
+                    Ok(bytes) if dtype == DType::F32 && cfg!(target_endian = "little") => sink(bytes)?,
+                    _ => sink(&convert(dtype, weights)?)?,
+                }
                 job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
             },
             rows,

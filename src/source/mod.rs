@@ -21,6 +21,8 @@
 //! # Ok::<(), tenpak::Error>(())
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod bundle;
 mod conv1d;
 mod detect;

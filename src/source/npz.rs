@@ -14,7 +14,7 @@ use zip::result::ZipError;
 
 use crate::error::{Error, Result};
 use crate::file::InputFile;
-use crate::limits;
+use crate::limits::{self, Limits};
 
 use super::rows::Store;
 use super::{Kind, Options, Source, SourceFile, SourceTensor, detect, npy, quoted};
@@ -41,6 +41,7 @@ fn read_members(file: &InputFile, options: &Options) -> Result<(Vec<SourceTensor
         ZipError::Io(e) => e.downcast::<Error>().unwrap_or_else(|e| Error::io(file.path(), e)),
         e => Error::corrupt(0, format!("the zip directory is damaged: {e}")),
     };
+    check_claimed_members(file, limits)?;
     let left = Cell::new(limits.header_bytes.saturating_add(END_BYTES));
     let config = Config { archive_offset: ArchiveOffset::Known(0) };
     let stream = Metered { inner: file.stream()?, left: &left, limit: limits.header_bytes };
@@ -111,6 +112,31 @@ fn read_members(file: &InputFile, options: &Options) -> Result<(Vec<SourceTensor
         }
     }
     Ok((tensors, spool.finish(file, options)?))
+}
+
+/// Refuses a count of members beyond the limits before the zip reader makes room for so many.
+///
+/// Only ZIP64 can claim more than 65535: in a record that a locator, right before the end record, points to.
+fn check_claimed_members(file: &InputFile, limits: &Limits) -> Result<()> {
+    const LOCATOR: usize = 20;
+    const RECORD: usize = 40;
+    const MOST_END_BYTES: u64 = 22 + 65535 + LOCATOR as u64;
+    let len = MOST_END_BYTES.min(file.len());
+    let end = file.read(file.len() - len, usize::try_from(len).expect("at most 64 KiB"))?;
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+    for locator in end.windows(LOCATOR).filter(|w| w.starts_with(b"PK\x06\x07")) {
+        let at = number(&locator[8..16]);
+        if at.checked_add(RECORD as u64).is_none_or(|end| end > file.len()) {
+            continue;
+        }
+        let record = file.read(at, RECORD)?;
+        limits::check(
+            "members of a zip archive",
+            limits.tensors,
+            number(&record[24..32]).max(number(&record[32..40])),
+        )?;
+    }
+    Ok(())
 }
 
 /// Notes that a member lies at `start..end`, and refuses it when another does so too.

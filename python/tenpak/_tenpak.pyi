@@ -1,0 +1,114 @@
+"""The extension module, written in Rust; its functions take and give bytes, names and JSON."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+__version__: str
+
+_Bytes = npt.NDArray[np.uint8]
+_Progress = Callable[[int, int, str], object] | None
+
+@final
+class Entry:
+    """What an artifact says of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def transposed(self) -> bool: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def bits_per_weight(self) -> float: ...
+
+@final
+class Artifact:
+    """An artifact, open for reading."""
+
+    def __new__(cls, path: str, mmap: bool) -> Artifact: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def identity(self) -> str: ...
+    def header_json(self) -> str: ...
+    def names(self) -> list[str]: ...
+    def entry(self, name: str) -> Entry | None: ...
+    def decode_into(self, name: str, dtype: str, out: npt.NDArray[Any]) -> None: ...
+    def planes(self, name: str) -> list[tuple[str, str, _Bytes]]: ...
+    def verify_json(self, threads: int, progress: _Progress) -> str: ...
+
+@final
+class Matrix:
+    """A matrix in a codec."""
+
+    @property
+    def codec(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    def planes(self) -> list[tuple[str, str, bytes]]: ...
+    def decode_into(self, dtype: str, out: npt.NDArray[Any]) -> None: ...
+
+def main(argv: list[str]) -> int: ...
+def compress(
+    source: str,
+    output: str | None,
+    codec: str,
+    recipe: str | None,
+    roles: list[tuple[str, str]],
+    rules: list[tuple[str, str]],
+    include: list[str],
+    exclude: list[str],
+    all: bool,
+    nonfinite: str,
+    force: bool,
+    threads: int,
+    mmap: bool,
+    dry_run: bool,
+    progress: _Progress,
+) -> str: ...
+def decompress(
+    artifact: str,
+    output: str,
+    dtype: str | None,
+    max_shard_size: int,
+    force: bool,
+    threads: int,
+    progress: _Progress,
+) -> str: ...
+def delta(
+    base: str,
+    variant: str,
+    output: str,
+    epsilon: float,
+    force: bool,
+    threads: int,
+    progress: _Progress,
+) -> str: ...
+def materialize(
+    base: str,
+    deltas: list[str],
+    output: str,
+    force: bool,
+    threads: int,
+    progress: _Progress,
+) -> str: ...
+def codecs_json() -> str: ...
+def encode(bytes: npt.NDArray[Any], dtype: str, rows: int, cols: int, codec: str) -> Matrix: ...

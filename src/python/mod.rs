@@ -1,0 +1,262 @@
+//! The module `tenpak._tenpak`: convert, let go of the GIL, call, convert. No logic.
+//!
+//! What depends on numpy dtypes and default values lives in `python/tenpak/__init__.py`; this module takes and gives
+//! bytes, names and JSON. Long work runs on a thread of its own, so that the calling one can see Ctrl-C and call back.
+
+mod artifact;
+mod run;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use numpy::{PyReadonlyArray1, PyReadwriteArray1};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::artifact::delta as deltas;
+use crate::compress as engine;
+use crate::error::{Error, Result};
+use crate::export;
+use crate::file::Access;
+use crate::layout::Plane;
+use crate::recipe::Recipe;
+use crate::report;
+use crate::source::{self, Source};
+use crate::tensor::{DType, to_f32};
+use crate::{Encoded, Limits, codecs};
+use artifact::PyArtifact;
+use run::{guarded, interruptible, json};
+
+/// Pairs of a name or pattern and a codec id.
+type Pairs = Vec<(String, String)>;
+
+fn open_source(path: &std::path::Path, mmap: bool) -> Result<Source> {
+    source::open(path, &source::Options { access: access(mmap), limits: Limits::DEFAULT })
+}
+
+fn access(mmap: bool) -> Access {
+    if mmap { Access::Map } else { Access::Read }
+}
+
+/// Runs the command line and gives its exit code.
+#[pyfunction]
+fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
+    guarded(py, || Ok(crate::cli::run(argv)))
+}
+
+/// Compresses a checkpoint; the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (
+    source, output, codec, recipe, roles, rules, include, exclude, all, nonfinite, force, threads, mmap, dry_run, progress
+))]
+#[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
+fn compress(
+    py: Python<'_>,
+    source: PathBuf,
+    output: Option<PathBuf>,
+    codec: &str,
+    recipe: Option<&str>,
+    roles: Pairs,
+    rules: Pairs,
+    include: Vec<String>,
+    exclude: Vec<String>,
+    all: bool,
+    nonfinite: &str,
+    force: bool,
+    threads: usize,
+    mmap: bool,
+    dry_run: bool,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let options = || -> Result<engine::Options> {
+        let mut made = match recipe {
+            Some(text) => Recipe::from_toml(text)?,
+            None => Recipe::new(codecs::get(codec)?),
+        };
+        for (role, id) in &roles {
+            made = made.role(role.parse()?, codecs::get(id)?)?;
+        }
+        for (pattern, id) in &rules {
+            made = made.rule(pattern, codecs::get(id)?)?;
+        }
+        for pattern in &include {
+            made = made.include(pattern)?;
+        }
+        for pattern in &exclude {
+            made = made.exclude(pattern)?;
+        }
+        let recipe = if all { made.all(true) } else { made };
+        Ok(engine::Options { recipe, nonfinite: nonfinite.parse()?, force })
+    };
+    let options = options().map_err(|e| run::raise(py, e))?;
+    interruptible(py, threads, progress, |on_progress| {
+        let start = std::time::Instant::now();
+        let opened = open_source(&source, mmap)?;
+        let report = match (&output, dry_run) {
+            (Some(output), false) => engine::compress(&opened, output, &options, on_progress)?,
+            (None, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),
+            (_, true) => engine::plan(&opened, &options)?,
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        json(&report::Compress::new(&source, output.as_deref(), &opened, &report, seconds))
+    })
+}
+
+/// Decodes an artifact into a checkpoint; the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (artifact, output, dtype, max_shard_size, force, threads, progress))]
+#[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
+fn decompress(
+    py: Python<'_>,
+    artifact: PathBuf,
+    output: PathBuf,
+    dtype: Option<&str>,
+    max_shard_size: u64,
+    force: bool,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let dtype = dtype.map(str::parse::<DType>).transpose().map_err(|e| run::raise(py, e))?;
+    let options = export::Options { dtype, force, max_shard_bytes: max_shard_size };
+    interruptible(py, threads, progress, |on_progress| {
+        let start = std::time::Instant::now();
+        let opened = crate::artifact::ArtifactFile::open(&artifact)?;
+        let exported = export::decompress(&opened, &output, &options, on_progress)?;
+        json(&report::Decompress::new(&artifact, exported, start.elapsed().as_secs_f64()))
+    })
+}
+
+/// Writes the delta of a variant against a base; the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (base, variant, output, epsilon, force, threads, progress))]
+#[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
+fn delta(
+    py: Python<'_>,
+    base: PathBuf,
+    variant: PathBuf,
+    output: PathBuf,
+    epsilon: f64,
+    force: bool,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    interruptible(py, threads, progress, |on_progress| {
+        let opened = crate::artifact::ArtifactFile::open(&base)?;
+        let source = open_source(&variant, true)?;
+        let made = deltas::delta(&opened, &source, epsilon, &output, force, on_progress)?;
+        json(&report::Delta::new(&base, &variant, &output, epsilon, &made))
+    })
+}
+
+/// Puts a base and its deltas together; the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (base, deltas, output, force, threads, progress))]
+fn materialize(
+    py: Python<'_>,
+    base: PathBuf,
+    deltas: Vec<PathBuf>,
+    output: PathBuf,
+    force: bool,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    interruptible(py, threads, progress, |on_progress| {
+        let opened = crate::artifact::ArtifactFile::open(&base)?;
+        let chain = deltas.iter().map(crate::artifact::ArtifactFile::open).collect::<Result<Vec<_>>>()?;
+        let written = deltas::materialize(&opened, &chain, &output, force, on_progress)?;
+        json(&report::Materialize::new(&output, &written))
+    })
+}
+
+/// The registry as JSON.
+#[pyfunction]
+fn codecs_json(py: Python<'_>) -> PyResult<String> {
+    guarded(py, || json(&report::Codecs::new()))
+}
+
+/// A matrix in a codec.
+#[pyclass(frozen, module = "tenpak._tenpak", name = "Matrix")]
+struct PyMatrix(Encoded);
+
+#[pymethods]
+impl PyMatrix {
+    /// The id of the codec.
+    #[getter]
+    fn codec(&self) -> &'static str {
+        self.0.codec().id
+    }
+
+    /// Number of rows.
+    #[getter]
+    fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    /// Number of columns.
+    #[getter]
+    fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
+    /// Name, numpy dtype of the elements and bytes of each plane.
+    fn planes<'py>(&self, py: Python<'py>) -> Vec<(&'static str, &'static str, Bound<'py, PyBytes>)> {
+        let layout = &self.0.codec().layout;
+        let plane =
+            |(kind, bytes): (Plane, &[u8])| (kind.name(), artifact::plane_dtype(layout, kind), PyBytes::new(py, bytes));
+        self.0.planes().map(plane).collect()
+    }
+
+    /// Decodes into the bytes of an array of `dtype`.
+    fn decode_into(&self, py: Python<'_>, dtype: &str, mut out: PyReadwriteArray1<'_, u8>) -> PyResult<()> {
+        let out = out.as_slice_mut()?;
+        interruptible(py, 0, None, |_| {
+            artifact::fill(dtype.parse()?, out, |weights| {
+                self.0.decode_into(weights);
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Encodes a matrix given as the bytes of an array of `dtype`.
+#[pyfunction]
+fn encode(
+    py: Python<'_>,
+    bytes: PyReadonlyArray1<'_, u8>,
+    dtype: &str,
+    rows: usize,
+    cols: usize,
+    codec: &str,
+) -> PyResult<PyMatrix> {
+    let bytes = bytes.as_slice()?;
+    interruptible(py, 0, None, |_| {
+        let dtype: DType = dtype.parse()?;
+        let codec = codecs::get(codec)?;
+        if dtype == DType::F32
+            && cfg!(target_endian = "little")
+            && let Ok(weights) = bytemuck::try_cast_slice(bytes)
+        {
+            return codec.encode(weights, rows, cols);
+        }
+        let mut weights = vec![0.0; rows * cols];
+        to_f32(dtype, bytes, &mut weights);
+        codec.encode(&weights, rows, cols)
+    })
+    .map(PyMatrix)
+}
+
+#[pymodule]
+fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<PyArtifact>()?;
+    module.add_class::<artifact::PyEntry>()?;
+    module.add_class::<PyMatrix>()?;
+    module.add_function(wrap_pyfunction!(main, module)?)?;
+    module.add_function(wrap_pyfunction!(compress, module)?)?;
+    module.add_function(wrap_pyfunction!(decompress, module)?)?;
+    module.add_function(wrap_pyfunction!(delta, module)?)?;
+    module.add_function(wrap_pyfunction!(materialize, module)?)?;
+    module.add_function(wrap_pyfunction!(codecs_json, module)?)?;
+    module.add_function(wrap_pyfunction!(encode, module)?)?;
+    Ok(())
+}

@@ -1,0 +1,370 @@
+//! What the verbs report, as the JSON that the command line prints and Python returns; `cli/schema.json` documents it.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::artifact::delta::DeltaReport;
+use crate::artifact::verify::{Problem, Verified};
+use crate::artifact::writer::Written;
+use crate::artifact::{ArtifactFile, Entry};
+use crate::codec::Codec;
+use crate::compress::{Report, TensorReport};
+use crate::export::Exported;
+use crate::layout::{Float, Grouped, Layout, Levels};
+use crate::measure::Distance;
+use crate::source::Source;
+
+/// How large weights are: in bits each, and against 32 and 16 bits, never one factor without its base.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Sizes {
+    /// Number of weights.
+    pub weights: u64,
+    /// Bytes that they take.
+    pub bytes: u64,
+    /// Bits of one on average.
+    pub bits_per_weight: f64,
+    /// How many times smaller than in FP32.
+    pub x_vs_fp32: f64,
+    /// How many times smaller than in FP16 or BF16.
+    pub x_vs_16bit: f64,
+}
+
+impl Sizes {
+    /// The sizes of `weights` weights in `bytes` bytes.
+    #[must_use]
+    pub fn new(weights: u64, bytes: u64) -> Self {
+        let (w, b) = (weights as f64, (bytes as f64).max(1.0));
+        let bits_per_weight = 8.0 * bytes as f64 / w.max(1.0);
+        Self { weights, bytes, bits_per_weight, x_vs_fp32: 4.0 * w / b, x_vs_16bit: 2.0 * w / b }
+    }
+}
+
+/// The loss of a tensor or of many.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Loss {
+    /// Squared error over squared weights.
+    pub nmse: f64,
+    /// The same in dB; `null` where nothing was lost.
+    pub snr_db: Option<f64>,
+    /// Root of the mean squared error.
+    pub rms: f64,
+    /// Largest error.
+    pub max: f64,
+}
+
+impl From<&Distance> for Loss {
+    fn from(d: &Distance) -> Self {
+        let snr = d.snr_db();
+        Self { nmse: d.nmse(), snr_db: snr.is_finite().then_some(snr), rms: d.rms(), max: d.max }
+    }
+}
+
+/// A tensor in a report.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Tensor {
+    pub name: String,
+    pub dtype: &'static str,
+    pub shape: Vec<u64>,
+    pub codec: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    pub source_bytes: u64,
+    pub stored_bytes: u64,
+    pub bits_per_weight: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<Loss>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub repaired: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+impl From<&TensorReport> for Tensor {
+    fn from(t: &TensorReport) -> Self {
+        Self {
+            name: t.name.clone(),
+            dtype: t.dtype.name(),
+            shape: t.shape.clone(),
+            codec: t.codec.id,
+            reason: Some(t.reason.clone()),
+            source_bytes: t.source_bytes,
+            stored_bytes: t.stored_bytes,
+            bits_per_weight: Sizes::new(t.elements(), t.stored_bytes).bits_per_weight,
+            loss: t.distance.as_ref().map(Loss::from),
+            repaired: t.repaired,
+        }
+    }
+}
+
+impl From<&Entry> for Tensor {
+    fn from(entry: &Entry) -> Self {
+        Self {
+            name: entry.info().name().to_owned(),
+            dtype: entry.info().dtype().name(),
+            shape: entry.info().shape().to_vec(),
+            codec: entry.codec().id,
+            reason: None,
+            source_bytes: entry.info().bytes(),
+            stored_bytes: entry.stored_bytes(),
+            bits_per_weight: entry.bits_per_weight(),
+            loss: None,
+            repaired: 0,
+        }
+    }
+}
+
+/// `tenpak.compress/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Compress {
+    pub schema: &'static str,
+    pub dry_run: bool,
+    pub input: String,
+    pub output: Option<String>,
+    pub file_bytes: u64,
+    pub source_bytes: u64,
+    pub total: Sizes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<Loss>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    pub notes: Vec<String>,
+    pub tensors: Vec<Tensor>,
+}
+
+impl Compress {
+    /// The report of a run that took `seconds`, or of a plan.
+    #[must_use]
+    pub fn new(input: &Path, output: Option<&Path>, source: &Source, report: &Report, seconds: f64) -> Self {
+        let elements = report.tensors.iter().map(TensorReport::elements).sum();
+        let mut all = Distance::default();
+        let mut lossy = report.tensors.iter().filter_map(|t| t.distance.as_ref()).peekable();
+        let any = lossy.peek().is_some();
+        lossy.for_each(|d| all.merge(d));
+        Self {
+            schema: "tenpak.compress/1",
+            dry_run: report.identity.is_none(),
+            input: input.display().to_string(),
+            output: output.map(|p| p.display().to_string()),
+            file_bytes: report.file_bytes,
+            source_bytes: source.files().iter().map(|f| f.file().len()).sum(),
+            total: Sizes::new(elements, report.file_bytes),
+            loss: any.then(|| Loss::from(&all)),
+            identity: report.identity.map(|i| i.to_string()),
+            seconds: report.identity.map(|_| seconds),
+            notes: notes(report, source),
+            tensors: report.tensors.iter().map(Tensor::from).collect(),
+        }
+    }
+}
+
+/// What a reader must know: codecs that were changed, weights that were repaired, input that was not used.
+fn notes(report: &Report, source: &Source) -> Vec<String> {
+    let mut notes = Vec::new();
+    for t in &report.tensors {
+        if t.changed_codec {
+            notes.push(format!("{} is stored in {}: {}", t.name, t.codec.id, t.reason));
+        }
+        if t.repaired > 0 {
+            notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
+        }
+    }
+    let stats = source.activation_stats().len();
+    if stats > 0 {
+        notes.push(format!("activation_stats of {stats} tensors were read; no codec of this build uses them"));
+    }
+    notes
+}
+
+/// `tenpak.decompress/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Decompress {
+    pub schema: &'static str,
+    pub input: String,
+    pub files: Vec<File>,
+    pub notes: Vec<String>,
+    pub seconds: f64,
+}
+
+/// A file that was written.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct File {
+    pub path: String,
+    pub bytes: u64,
+}
+
+impl Decompress {
+    /// The report of a run that took `seconds`.
+    #[must_use]
+    pub fn new(input: &Path, exported: Exported, seconds: f64) -> Self {
+        let file = |(path, bytes): &(std::path::PathBuf, u64)| File { path: path.display().to_string(), bytes: *bytes };
+        Self {
+            schema: "tenpak.decompress/1",
+            input: input.display().to_string(),
+            files: exported.files.iter().map(file).collect(),
+            notes: exported.notes,
+            seconds,
+        }
+    }
+}
+
+/// `tenpak.verify/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Verify {
+    pub schema: &'static str,
+    pub input: String,
+    pub sound: bool,
+    pub identity: String,
+    pub chunks: u64,
+    pub bytes: u64,
+    pub problems: Vec<Problem>,
+}
+
+impl Verify {
+    /// What was found in an artifact.
+    #[must_use]
+    pub fn new(artifact: &ArtifactFile, verified: Verified) -> Self {
+        Self {
+            schema: "tenpak.verify/1",
+            input: artifact.file().path().display().to_string(),
+            sound: verified.problems.is_empty(),
+            identity: artifact.header().identity().to_string(),
+            chunks: verified.chunks,
+            bytes: verified.bytes,
+            problems: verified.problems,
+        }
+    }
+}
+
+/// `tenpak.delta/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Delta {
+    pub schema: &'static str,
+    pub base: String,
+    pub input: String,
+    pub output: String,
+    pub epsilon: f64,
+    pub changed: Vec<Tensor>,
+    pub unchanged: usize,
+    pub file_bytes: u64,
+    pub base_bytes: u64,
+    pub result: String,
+}
+
+impl Delta {
+    /// The report of a run.
+    #[must_use]
+    pub fn new(base: &Path, input: &Path, output: &Path, epsilon: f64, report: &DeltaReport) -> Self {
+        Self {
+            schema: "tenpak.delta/1",
+            base: base.display().to_string(),
+            input: input.display().to_string(),
+            output: output.display().to_string(),
+            epsilon,
+            changed: report.changed.iter().map(Tensor::from).collect(),
+            unchanged: report.unchanged,
+            file_bytes: report.file_bytes,
+            base_bytes: report.base_bytes,
+            result: report.result.to_string(),
+        }
+    }
+}
+
+/// `tenpak.materialize/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Materialize {
+    pub schema: &'static str,
+    pub output: String,
+    pub file_bytes: u64,
+    pub identity: String,
+    pub tensors: usize,
+}
+
+impl Materialize {
+    /// The report of a run.
+    #[must_use]
+    pub fn new(output: &Path, written: &Written) -> Self {
+        Self {
+            schema: "tenpak.materialize/1",
+            output: output.display().to_string(),
+            file_bytes: written.file_bytes,
+            identity: written.header.identity().to_string(),
+            tensors: written.header.tensors().len(),
+        }
+    }
+}
+
+/// `tenpak.codecs/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Codecs {
+    pub schema: &'static str,
+    pub codecs: Vec<CodecRow>,
+}
+
+/// A codec, described.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct CodecRow {
+    pub id: &'static str,
+    pub levels: &'static str,
+    pub bits: Option<u32>,
+    pub group: Option<usize>,
+    pub scale: Option<&'static str>,
+    pub offset: Option<&'static str>,
+    pub fit: &'static str,
+    pub bits_per_weight: Option<f64>,
+}
+
+impl Codecs {
+    /// The registry.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { schema: "tenpak.codecs/1", codecs: crate::codecs::all().iter().map(CodecRow::from).collect() }
+    }
+}
+
+impl Default for Codecs {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl From<&Codec> for CodecRow {
+    fn from(codec: &Codec) -> Self {
+        let name = |f: Float| if f == Float::F16 { "F16" } else { "F32" };
+        let (levels, grouped) = match &codec.layout {
+            Layout::Raw => ("as stored", None),
+            Layout::Grouped(g) => {
+                let levels = match g.levels() {
+                    Levels::Unsigned => "unsigned",
+                    Levels::Signed => "signed",
+                    Levels::ZeroPoint => "zero point",
+                    Levels::Table(_) => "table",
+                };
+                (levels, Some(g))
+            }
+        };
+        Self {
+            id: codec.id,
+            levels,
+            bits: grouped.map(Grouped::bits),
+            group: grouped.map(Grouped::group),
+            scale: grouped.map(|g| name(g.scale())),
+            offset: grouped.and_then(|g| g.offset()).map(name),
+            fit: codec.fit.name(),
+            bits_per_weight: codec.layout.bits_per_weight(),
+        }
+    }
+}
