@@ -94,9 +94,7 @@ class Cli:
 
     def __call__(self, *args: object, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run a verb; `code` is the exit code to insist on, `None` for any."""
-        done = subprocess.run(
-            [self.program, *map(str, args)], capture_output=True, text=True, timeout=600, check=False
-        )
+        done = subprocess.run([self.program, *map(str, args)], capture_output=True, text=True, timeout=600, check=False)
         if code is not None and done.returncode != code:
             pytest.fail(f"tenpak {' '.join(map(str, args))}: exit code {done.returncode}, not {code}\n{done.stderr}")
         return done

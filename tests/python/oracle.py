@@ -111,7 +111,7 @@ class Codec:
     offset: str | None = None
 
     def groups(self, cols: int) -> int:
-        """Groups of a row of `cols` columns."""
+        """Count the groups of a row of `cols` columns."""
         if self.group == 0:
             return 1 if cols else 0
         return -(-cols // self.group)
@@ -192,7 +192,7 @@ def _apply(operator: Operator, states: npt.NDArray[np.uint32]) -> npt.NDArray[np
 
 
 def _zeros(count: int) -> Operator:
-    """The map from a state to the state `count` zero bytes later."""
+    """Give the map from a state to the state `count` zero bytes later."""
     basis = np.uint32(1) << np.arange(32, dtype=np.uint32)
     power = (basis >> np.uint32(8)) ^ _TABLE[basis & np.uint32(0xFF)]
     result = basis
@@ -208,7 +208,7 @@ def crc32c(data: bytes | memoryview) -> int:
     """CRC-32C (Castagnoli: reflected polynomial 0x82F63B78, initial value and final exclusive or 0xFFFFFFFF).
 
     Long input is cut into lanes that numpy walks in step. The state of a concatenation is the first state moved over
-    the zeros that stand for the second part, exclusive or the second state, so the lanes are then put together pairwise.
+    the zeros that stand for the second part, exclusive or the second state: so the lanes are put together pairwise.
     """
     length = len(data)
     if length < 2 * _LANES:
@@ -231,7 +231,7 @@ def crc32c(data: bytes | memoryview) -> int:
 
 
 def chunk_checksums(plane: bytes | memoryview) -> str:
-    """The `crc32c` of a plane: 8 hex digits per chunk."""
+    """Give the `crc32c` of a plane: 8 hex digits per chunk."""
     return "".join(f"{crc32c(plane[at : at + CHUNK]):08x}" for at in range(0, len(plane), CHUNK))
 
 
@@ -309,12 +309,12 @@ def plane_lengths(codec: str, dtype: str, shape: Sequence[int], transposed: bool
 
 
 def align(x: int) -> int:
-    """The number rounded up to a multiple of 64."""
+    """Round up to a multiple of 64."""
     return -(-x // 64) * 64
 
 
 def print_header(header: Header) -> bytes:
-    """The canonical JSON of a header."""
+    """Print a header as canonical JSON."""
     out: Object = {}
     if header.metadata:
         out["metadata"] = {k: header.metadata[k] for k in sorted(header.metadata, key=lambda s: s.encode())}
@@ -446,7 +446,9 @@ def _parse_delta(value: object) -> Delta:
     runs = []
     for run in _array(out["runs"], "runs"):
         require(len(_array(run, "run")) == 2, "a run is not [first, count]")
-        runs.append((_number(run[0], "first", -1), _number(run[1], "count", 1)))
+        first, count = _number(run[0], "first", -1), _number(run[1], "count", 1)
+        require(first + count < 2**63, "first + count of a run is 2^63 or more")
+        runs.append((first, count))
     return Delta(_hex(out["base"], "base"), _hex(out["result"], "result"), tuple(runs))
 
 
@@ -455,9 +457,6 @@ def _check_runs(delta: Delta, own: int) -> None:
     for (first, count), (next_first, _) in zip(delta.runs, delta.runs[1:], strict=False):
         joined = next_first == (-1 if first == -1 else first + count)
         require(not joined, "two runs could be one")
-    used: list[tuple[int, int]] = sorted(run for run in delta.runs if run[0] != -1)
-    for (first, count), (next_first, _) in zip(used, used[1:], strict=False):
-        require(first + count <= next_first, "a tensor of the base is used twice, so a name is")
 
 
 def _parse_entry(value: object) -> Entry:
@@ -560,7 +559,7 @@ def _floats(plane: Bytes, dtype: str) -> npt.NDArray[np.float16 | np.float32]:
 
 
 def _levels(codec: Codec) -> F32:
-    """The level of every code; without its zero point where there is one."""
+    """Give the level of every code, without its zero point where there is one."""
     if codec.levels == "table":
         return NF4
     codes = np.arange(1 << codec.bits, dtype=np.float32)
@@ -637,7 +636,7 @@ class Artifact:
     data: bytes = field(repr=False)
 
     def entry(self, name: str) -> Entry:
-        """The entry of a name."""
+        """Find the entry of a name."""
         return next(entry for entry in self.header.tensors if entry.name == name)
 
     def plane(self, entry: Entry, name: str) -> bytes:
@@ -666,7 +665,7 @@ class Artifact:
         return self.plane(entry, "data")
 
     def tensors(self) -> list[Tensor]:
-        """What `write` takes."""
+        """Give the tensors as `write` takes them."""
         return [
             Tensor(e.name, e.dtype, e.shape, e.codec, {p.plane: self.plane(e, p.plane) for p in e.planes}, e.transposed)
             for e in self.header.tensors
@@ -676,8 +675,10 @@ class Artifact:
 def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     """Check all of a file.
 
-    Raises:
-        FormatError: the text does not allow these bytes.
+    Raises
+    ------
+    FormatError
+        The text does not allow these bytes.
     """
     require(len(data) >= PREAMBLE, "the file is shorter than a preamble")
     magic, version, flags, header_length, file_length, header_crc, rest, preamble_crc = struct.unpack(
@@ -747,7 +748,7 @@ def write(
     provenance: Object = PROVENANCE,
     delta: Delta | None = None,
 ) -> bytes:
-    """The bytes of an artifact. Values are not judged, so that what a reader must refuse can be written too."""
+    """Give the bytes of an artifact. Values are not judged, so that what a reader must refuse can be written too."""
     out = bytearray(PREAMBLE)
     entries = []
     for tensor in tensors:
@@ -760,26 +761,26 @@ def write(
             digest = str(blake3(content).hexdigest())
             planes.append(Plane(name, len(out), length, chunk_checksums(content), digest))
             out += content
-        entries.append(
-            Entry(tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec, tuple(planes))
-        )
+        entries.append(Entry(tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec, tuple(planes)))
     out += bytes(align(len(out)) - len(out))
     header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries))
     return seal(bytes(out), print_header(header), DELTA_FLAG if delta else 0)
 
 
 def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) -> bytes:
-    """A file of a front (room for the preamble, then planes) and a header, with correct lengths and checksums."""
+    """Make a file of a front (room for the preamble, then planes) and a header, with correct lengths and checksums."""
     length = len(front) + len(header)
     preamble = struct.pack("<8sIIQQI24x", MAGIC, version, flags, len(header), length, crc32c(header))
     return preamble + struct.pack("<I", crc32c(preamble)) + front[PREAMBLE:] + header
 
 
 def materialize(base: Artifact, deltas: Iterable[Artifact]) -> bytes:
-    """The bytes of the artifact that a base and a chain of deltas give.
+    """Give the bytes of the artifact that a base and a chain of deltas give.
 
-    Raises:
-        FormatError: a delta is not of what stands before it, or gives something else than it says.
+    Raises
+    ------
+    FormatError
+        A delta is not of what stands before it, or gives something else than it says.
     """
     for artifact in deltas:
         delta = artifact.header.delta

@@ -109,9 +109,7 @@ def check_artifact(cli: Cli, path: Path, source: dict[str, Array] | None) -> ora
     data = path.read_bytes()
     artifact = oracle.read(data)
     header = artifact.header
-    again = oracle.write(
-        artifact.tensors(), metadata=header.metadata, provenance=header.provenance, delta=header.delta
-    )
+    again = oracle.write(artifact.tensors(), metadata=header.metadata, provenance=header.provenance, delta=header.delta)
     assert again == data, f"{path}: writing what was read gives other bytes"
     assert cli.json("inspect", path)["identity"] == header.identity
     if header.delta is not None:
@@ -172,9 +170,7 @@ def test_every_dtype_and_shape_comes_back_as_the_text_says(
     cli: Cli, tmp_path: Path, rng: np.random.Generator, codec: str
 ) -> None:
     """Ragged groups, empties, scalars and eight dimensions, in all dtypes."""
-    source = {
-        f"{dtype}.{i}": random_array(rng, dtype, shape) for dtype in NUMPY for i, shape in enumerate(SHAPES)
-    }
+    source = {f"{dtype}.{i}": random_array(rng, dtype, shape) for dtype in NUMPY for i, shape in enumerate(SHAPES)}
     path = tmp_path / "a.tenpak"
     cli("compress", write_safetensors(tmp_path / "s.safetensors", source), "-o", path, "--codec", codec, "--all")
     artifact = check_artifact(cli, path, source)
@@ -184,9 +180,7 @@ def test_every_dtype_and_shape_comes_back_as_the_text_says(
 
 
 @pytest.mark.parametrize("codec", [*oracle.CODECS, oracle.RAW])
-def test_the_sample_model_comes_back_as_the_text_says(
-    cli: Cli, tmp_path: Path, sample_model: Path, codec: str
-) -> None:
+def test_the_sample_model_comes_back_as_the_text_says(cli: Cli, tmp_path: Path, sample_model: Path, codec: str) -> None:
     """A trained model, in every codec."""
     path = tmp_path / "a.tenpak"
     cli("compress", sample_model, "-o", path, "--codec", codec)
@@ -232,9 +226,7 @@ def test_planes_of_several_chunks_have_a_checksum_each(cli: Cli, tmp_path: Path,
     assert chunks == [2, 2, 3, 1]
 
 
-def test_the_same_input_gives_the_same_bytes_whatever_the_threads(
-    cli: Cli, tmp_path: Path, sample_model: Path
-) -> None:
+def test_the_same_input_gives_the_same_bytes_whatever_the_threads(cli: Cli, tmp_path: Path, sample_model: Path) -> None:
     """One thread, two, five; mapped or read."""
     written = set()
     for i, options in enumerate((["--threads", "1"], ["--threads", "2"], ["--threads", "5"], ["--no-mmap"])):
@@ -246,9 +238,7 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_threads(
 
 def test_raw_tensors_keep_every_bit_of_what_is_not_a_number(cli: Cli, tmp_path: Path, rng: np.random.Generator) -> None:
     """Payloads and signs of NaN, infinities, negative zeros, subnormals."""
-    source = {
-        dtype: np.frombuffer(rng.bytes(4096), NUMPY[dtype]) for dtype in NUMPY if dtype != "BOOL"
-    }
+    source = {dtype: np.frombuffer(rng.bytes(4096), NUMPY[dtype]) for dtype in NUMPY if dtype != "BOOL"}
     source["all F16"] = F16.reshape(256, 256)
     path = tmp_path / "a.tenpak"
     cli("compress", write_safetensors(tmp_path / "s.safetensors", source), "-o", path, "--codec", oracle.RAW)
@@ -344,6 +334,22 @@ def test_any_finite_f32_scale_decodes_to_the_same_bits(
     assert_same_bits(got, want, codec)
 
 
+def refused_by_both(cli: Cli, tmp_path: Path, tensors: list[oracle.Tensor]) -> None:
+    """The oracle refuses each tensor alone; the binary finds each of them, and decompresses none."""
+    for tensor in tensors:
+        with pytest.raises(oracle.FormatError):
+            oracle.read(oracle.write([tensor]))
+    path = tmp_path / "a.tenpak"
+    path.write_bytes(oracle.write(tensors))
+    report = cli.json("verify", path, code=1)
+    assert {p["tensor"] for p in report["problems"]} == {t.name for t in tensors}
+    path.write_bytes(oracle.write(tensors[-1:]))
+    for extension in ("safetensors", "npz", "json"):
+        out = tmp_path / f"w.{extension}"
+        assert "corrupt" in cli("decompress", path, "-o", out, code=2).stderr
+        assert not out.exists()
+
+
 @pytest.mark.parametrize("codec", oracle.CODECS)
 def test_a_scale_that_is_not_finite_is_refused(cli: Cli, tmp_path: Path, codec: str) -> None:
     """Infinities and NaN, quiet and signalling, in scales and in offsets."""
@@ -357,17 +363,29 @@ def test_a_scale_that_is_not_finite_is_refused(cli: Cli, tmp_path: Path, codec: 
             if dtype == "F16"
             else np.array([0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF], np.uint32).view(np.float32)
         )
-        for value in bad:
+        tensors = []
+        for i, value in enumerate(bad):
             values = np.ones((2, layout.groups(cols)), bad.dtype)
             values[1, -1] = value
-            data = oracle.write([crafted(codec, 2, cols, {plane: values})])
-            with pytest.raises(oracle.FormatError, match="not finite"):
-                oracle.read(data)
-            path = tmp_path / "a.tenpak"
-            path.write_bytes(data)
-            assert cli("verify", path, code=None).returncode in (1, 2), f"{plane} {value}"
-            cli("decompress", path, "-o", tmp_path / "w.safetensors", code=2)
-            assert not (tmp_path / "w.safetensors").exists()
+            tensors.append(crafted(codec, 2, cols, {plane: values}, f"{plane} {i}"))
+        refused_by_both(cli, tmp_path, tensors)
+
+
+@pytest.mark.parametrize("codec", oracle.CODECS)
+def test_a_bit_that_no_weight_uses_is_refused(cli: Cli, tmp_path: Path, codec: str) -> None:
+    """Each unused bit of codes and of zero points, in the last row."""
+    layout = oracle.CODECS[codec]
+    cols = layout.group + 1 if layout.group > 8 else 1
+    tensors = []
+    for plane, count in (("codes", cols), ("zero_points", layout.groups(cols))):
+        if plane not in layout.planes():
+            continue
+        row = layout.row_bytes(plane, cols)
+        for bit in range(count * layout.bits, row * 8):
+            packed = np.zeros((2, row), np.uint8)
+            packed[1, bit // 8] = 1 << bit % 8
+            tensors.append(oracle.Tensor(f"{plane} {bit}", "F32", (2, cols), codec, {plane: packed}))
+    refused_by_both(cli, tmp_path, tensors)
 
 
 def batches(count: int, size: int = 100) -> Iterator[int]:
@@ -400,6 +418,54 @@ def test_a_random_campaign_finds_no_differing_bit(cli: Cli, tmp_path: Path, rng:
         used |= {e.codec for e in artifact.header.tensors}
         path.unlink()
     assert CAMPAIGN < 1000 or used >= set(ids)
+
+
+@pytest.mark.parametrize("policy", ["zero", "clamp"])
+@pytest.mark.parametrize("codec", oracle.CODECS)
+def test_weights_that_are_not_finite_are_replaced_as_the_text_says(
+    cli: Cli, tmp_path: Path, rng: np.random.Generator, codec: str, policy: str
+) -> None:
+    """Codes are those of the finite weights that the policy gives."""
+    weights = rng.standard_normal((9, 300)).astype(np.float32)
+    weights[0, 5], weights[1, 6], weights[2, 7] = np.nan, np.inf, -np.inf
+    weights[3] = np.where(np.arange(300) % 3 == 0, np.inf, weights[3])
+    weights[4], weights[5, 0], weights[5, 1:] = np.nan, np.inf, 0
+    weights[6] = -np.inf
+    path = tmp_path / "a.tenpak"
+    source = write_safetensors(tmp_path / "s.safetensors", {"w": weights})
+    cli("compress", source, "-o", path, "--all", "--codec", codec, code=2)
+    assert not path.exists()
+    report = cli.json("compress", source, "-o", path, "--all", "--codec", codec, "--nonfinite", policy)
+    finite = np.where(np.isfinite(weights), weights, np.float32(0))
+    if policy == "clamp":
+        largest = np.abs(finite).max(axis=1, keepdims=True)
+        finite = np.where(np.isinf(weights), np.copysign(largest, weights), finite)
+    assert report["tensors"][0]["repaired"] == int((~np.isfinite(weights)).sum())
+    artifact = check_artifact(cli, path, {"w": finite})
+    assert artifact.header.provenance["nonfinite"] == policy
+    assert artifact.header.tensors[0].codec == codec
+
+
+def test_a_delta_that_uses_a_tensor_of_its_base_twice_is_refused(cli: Cli, tmp_path: Path) -> None:
+    """Names of a result are unique, and runs stay inside the base, whatever identity is promised."""
+    base_data = oracle.write([oracle.Tensor(n, "U8", (2,), oracle.RAW, {"data": n.encode() * 2}) for n in "ab"])
+    base = oracle.read(base_data)
+    (tmp_path / "base.tenpak").write_bytes(base_data)
+    for runs, picked in (((0, 2), (1, 1)), (0, 1, 1)), (((1, 1), (0, 1)), (1, 0)), (((0, 3),), (0, 1)):
+        result = oracle.identity([base.header.tensors[i] for i in picked])
+        data = oracle.write([], delta=oracle.Delta(base.header.identity, result, runs))
+        delta = tmp_path / "d.tenpak"
+        delta.write_bytes(data)
+        out = tmp_path / "out.tenpak"
+        good = picked == (1, 0)
+        cli("materialize", "--base", tmp_path / "base.tenpak", "--delta", delta, "-o", out, code=0 if good else 2)
+        if good:
+            assert out.read_bytes() == oracle.materialize(base, [oracle.read(data)])
+            out.unlink()
+        else:
+            assert not out.exists()
+            with pytest.raises(oracle.FormatError):
+                oracle.materialize(base, [oracle.read(data)])
 
 
 def variant_of(source: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
@@ -495,13 +561,13 @@ def test_a_small_artifact_is_sound_to_both(cli: Cli, tmp_path: Path, delta: bool
 
 
 def test_no_flipped_bit_goes_unseen(cli: Cli, tmp_path: Path, rng: np.random.Generator) -> None:
-    """A bit of every byte for the oracle, of every eighth byte for the binary."""
+    """A bit of every byte for the oracle, of every sixteenth byte for the binary."""
     data = small()
     for at in range(len(data)):
         flipped = bytearray(data)
         flipped[at] ^= 1 << int(rng.integers(8))
         assert not allowed(bytes(flipped))[0], at
-        if at % 8 == 0:
+        if at % 16 == 0:
             assert not sound(cli, tmp_path / "a.tenpak", bytes(flipped))[0], at
 
 
@@ -559,7 +625,7 @@ EDITS: dict[str, tuple[bool, Edit]] = {
     "name with a noncharacter": (True, rename("\ufffe")),
     "name beyond the basic plane": (True, rename("\U0001f600")),
     "name twice": (False, rename("zp")),
-    "name twice but for its normal form": (True, lambda h: (rename("é")(h), tensor(h, 1).update(name="é"))),
+    "name twice but for its normal form": (True, lambda h: (rename("\xe9")(h), tensor(h, 1).update(name="e\u0301"))),
     "name a number": (False, lambda h: tensor(h, 0).update(name=1)),
     "unknown dtype": (False, lambda h: tensor(h, 0).update(dtype="F4")),
     "dtype in lower case": (False, lambda h: tensor(h, 0).update(dtype="f32")),
@@ -637,7 +703,7 @@ EDITS: dict[str, tuple[bool, Edit]] = {
         lambda h: h["provenance"].update(sources=[{"name": "", "bytes": 2**64, "blake3": "0" * 64}]),
     ),
     "a source with a path": (
-        False,
+        True,
         lambda h: h["provenance"].update(sources=[{"name": "a/b", "bytes": 1, "blake3": "0" * 64}]),
     ),
     "a source without digest": (False, lambda h: h["provenance"].update(sources=[{"name": "a", "bytes": 1}])),
@@ -649,7 +715,8 @@ EDITS: dict[str, tuple[bool, Edit]] = {
     ),
     "no tensors": (False, lambda h: h.pop("tensors")),
     "tensors null": (False, lambda h: h.update(tensors=None)),
-    "a tensor less": (False, lambda h: h["tensors"].pop(0)),
+    "an empty tensor less": (True, lambda h: h["tensors"].pop(0)),
+    "a tensor less": (False, lambda h: h["tensors"].pop(2)),
     "a delta without the flag": (False, lambda h: h.update(delta={"base": "0" * 64, "result": "0" * 64, "runs": []})),
 }
 
@@ -710,8 +777,9 @@ DELTA_EDITS: dict[str, tuple[bool, Edit]] = {
     "base runs that could be one": (False, runs([0, 2], [2, 2], [-1, 5])),
     "not every own tensor": (False, runs([-1, 4], [0, 3])),
     "more than the own tensors": (False, runs([-1, 6], [0, 3])),
-    "a base tensor twice": (False, runs([0, 3], [-1, 5], [2, 1])),
-    "a base tensor twice, backwards": (False, runs([2, 1], [-1, 5], [0, 3])),
+    "a base tensor twice, which only the base can tell": (True, runs([0, 3], [-1, 5], [2, 1])),
+    "a run that goes to 2^63 - 1": (True, runs([2**62, 2**62 - 1], [-1, 5])),
+    "a run that goes to 2^63": (False, runs([2**62, 2**62], [-1, 5])),
     "first of -2": (False, runs([-2, 1], [-1, 5])),
     "a run of three": (False, runs([-1, 5, 0])),
     "a run of one": (False, runs([-1], [-1, 5])),
@@ -817,35 +885,24 @@ def test_a_preamble_is_judged_as_the_text_says(cli: Cli, tmp_path: Path) -> None
         assert not sound(cli, tmp_path / "a.tenpak", other)[0], name
 
 
-def test_padding_and_unused_bits_are_zero(cli: Cli, tmp_path: Path) -> None:
-    """What no weight uses may not carry anything."""
+def test_padding_is_zero(cli: Cli, tmp_path: Path) -> None:
+    """Nothing hides between planes."""
     data = small()
     artifact = oracle.read(data)
     header_at = len(data) - int.from_bytes(data[16:24], "little")
     used = {at for e in artifact.header.tensors for p in e.planes for at in range(p.offset, p.offset + p.bytes)}
     padding = [at for at in range(64, header_at) if at not in used]
-    assert padding
-    for at in padding:
+    assert len(padding) > 100
+    for i, at in enumerate(padding):
         other = data[:at] + b"\1" + data[at + 1 :]
         assert not allowed(other)[0], at
-        assert not sound(cli, tmp_path / "a.tenpak", other)[0], at
-    for codec in oracle.CODECS.values():
-        cols = 1 if codec.group in (0, 8) else codec.group + 1
-        for plane in ("codes", "zero_points"):
-            if plane not in codec.planes():
-                continue
-            row = codec.row_bytes(plane, cols)
-            count = cols if plane == "codes" else codec.groups(cols)
-            for bit in range(count * codec.bits, row * 8):
-                packed = np.zeros((2, row), np.uint8)
-                packed[1, bit // 8] = 1 << bit % 8
-                other = oracle.write([oracle.Tensor("w", "F32", (2, cols), codec.id, {plane: packed})])
-                assert not allowed(other)[0], (codec.id, plane, bit)
-                assert not sound(cli, tmp_path / "a.tenpak", other)[0], (codec.id, plane, bit)
+        if i % 16 == 0:
+            assert not sound(cli, tmp_path / "a.tenpak", other)[0], at
 
 
 def test_transposed_is_for_quantized_matrices(cli: Cli, tmp_path: Path) -> None:
     """Two dimensions, and not raw."""
+
     def tensor(shape: tuple[int, ...], codec: str) -> bytes:
         plain = oracle.write([oracle.Tensor("w", "F32", shape, codec)])
 
