@@ -329,14 +329,17 @@ impl Job<'_> {
         let row_bytes = cols * tensor.info().dtype().size();
         let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
         let block_rows = (BLOCK_BYTES / row_bytes).max(1);
-        let mut planes: Vec<Vec<u8>> = vec![Vec::new(); self.codec.layout.planes().len()];
+        let new_planes = || vec![Vec::new(); self.codec.layout.planes().len()];
+        let (mut full, mut empty): (Vec<Vec<u8>>, Vec<Vec<u8>>) = (new_planes(), new_planes());
         let mut found = None;
         let mut first = 0;
         while first < rows {
             let count = block_rows.min(rows - first);
-            let bytes = self.source.read_rows(self.index, first, count)?;
-            let block = self.encode_block(&bytes, first, count, cols, &mut planes)?;
-            drop(bytes);
+            // One block is written while the next one is encoded.
+            let (written, block) =
+                rayon::join(|| out.write_planes(writer, &full), || self.encode_block(first, count, cols, &mut empty));
+            written?;
+            let block = block?;
             if let Some((index, n)) = block.nonfinite {
                 match self.nonfinite {
                     Nonfinite::Raw => return Ok(Some(Misfit::Nonfinite { index: self.stored_index(index), count: n })),
@@ -350,20 +353,24 @@ impl Job<'_> {
             if block.out_of_range && found.is_none() {
                 return Ok(Some(Misfit::OutOfRange));
             }
-            if found.is_none() {
-                for (i, plane) in planes.iter().enumerate() {
-                    out.write(writer, i, plane)?;
-                }
-                self.distance.merge(&block.distance);
+            self.distance.merge(&block.distance);
+            std::mem::swap(&mut full, &mut empty);
+            if found.is_some() {
+                // Nothing more is written; the rest is read for the count alone.
+                full.iter_mut().for_each(Vec::clear);
             }
             first += count;
             tick(first * row_bytes)?;
         }
+        if found.is_none() {
+            out.write_planes(writer, &full)?;
+        }
         Ok(found.map(|(index, count)| Misfit::Nonfinite { index, count }))
     }
 
-    /// Encodes `count` rows from `first` on into `planes`, in parallel.
-    fn encode_block(&self, bytes: &[u8], first: u64, count: u64, cols: usize, planes: &mut [Vec<u8>]) -> Result<Task> {
+    /// Reads `count` rows from `first` on and encodes them into `planes`, in parallel.
+    fn encode_block(&self, first: u64, count: u64, cols: usize, planes: &mut [Vec<u8>]) -> Result<Task> {
+        let bytes = self.source.read_rows(self.index, first, count)?;
         let dtype = self.source.tensors()[self.index].info().dtype();
         for (plane, (_, len)) in planes.iter_mut().zip(self.codec.layout.plane_bytes(dtype, count, cols as u64)?) {
             plane.clear();

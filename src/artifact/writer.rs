@@ -179,6 +179,11 @@ impl TensorWriter {
         Ok(())
     }
 
+    /// The next bytes of every plane.
+    pub(crate) fn write_planes(&mut self, writer: &Writer, planes: &[Vec<u8>]) -> Result<()> {
+        planes.iter().enumerate().try_for_each(|(index, bytes)| self.write(writer, index, bytes))
+    }
+
     /// Whether the matrix is the transpose of the source tensor.
     pub(crate) fn transposed(&self) -> bool {
         self.entry.transposed()
