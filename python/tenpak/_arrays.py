@@ -42,7 +42,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes
     except ImportError:
         return np.dtype(bits)
-    return np.dtype(getattr(ml_dtypes, ml_name))
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, ml_name))
+    return dtype
 
 
 def dtype_name(dtype: npt.DTypeLike | str) -> str:

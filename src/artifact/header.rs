@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::codec::Codec;
 use crate::codecs;
+use crate::compress::Nonfinite;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::layout::Plane;
@@ -104,6 +105,31 @@ pub struct Delta {
     pub result: Identity,
     /// Runs of tensors, `first` in the base or -1 for the delta's own.
     pub runs: Vec<(i64, u64)>,
+}
+
+impl Delta {
+    /// Checks what must hold of the runs of a delta of `own` tensors whatever its base; gives what does not.
+    fn check_runs(&self, own: u64) -> Result<(), String> {
+        let mut left = own;
+        let mut continued = None;
+        for &(first, count) in &self.runs {
+            if count == 0 {
+                return Err(format!("an empty run from {first}"));
+            }
+            if continued == Some(first) {
+                return Err(format!("the run from {first} continues the one before it, expected one run"));
+            }
+            continued = Some(if first == -1 {
+                left = left.checked_sub(count).ok_or_else(|| format!("its runs use more than its {own} tensors"))?;
+                -1
+            } else if first >= 0 {
+                first.checked_add_unsigned(count).ok_or_else(|| format!("a run of {count} tensors from {first}"))?
+            } else {
+                return Err(format!("a run from {first}, expected -1 or a tensor of the base"));
+            });
+        }
+        if left > 0 { Err(format!("its runs leave {left} of its {own} tensors out")) } else { Ok(()) }
+    }
 }
 
 /// One plane of a tensor in the file.
@@ -577,6 +603,10 @@ impl HeaderIn {
         if self.delta.is_some() != (flags & FLAG_DELTA != 0) {
             return Err(bad("the delta flag and the delta section contradict each other".into()));
         }
+        if let Some(delta) = &self.delta {
+            delta.check_runs(tensors.len() as u64).map_err(|what| bad(format!("delta: {what}")))?;
+        }
+        self.provenance.nonfinite.parse::<Nonfinite>().map_err(blame)?;
         let mut at = ALIGN;
         for tensor in &tensors {
             TensorInfo::within(limits, tensor.info.name(), tensor.info.dtype(), tensor.info.shape().to_vec())

@@ -1,12 +1,14 @@
 //! Reads an artifact: entries, planes, weights.
 //!
-//! Every chunk is checked against its checksum before the first use of any of its bytes; once per handle.
+//! Every chunk is checked before the first use of any of its bytes, once per handle: against its checksum, and for what
+//! no layout allows, so that no decoder or kernel meets a scale that is not finite.
 
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::header::{CHUNK, Entry, Header, PlaneEntry};
+use super::header::{CHUNK, Entry, Header};
+use super::verify::bad_content;
 use crate::codec::{self, Planes};
 use crate::error::{Error, Result};
 use crate::file::{Access, Block, InputFile};
@@ -115,30 +117,23 @@ impl ArtifactFile {
             return Ok(());
         }
         let place = &entry.planes()[plane];
-        let (found, at) = self.chunk_crc(place, chunk)?;
-        let expected = place.crc32c[index];
-        if found != expected {
-            return Err(Error::corrupt(
-                at,
-                format!(
-                    "tensor '{}', plane {}, chunk {chunk}: checksum is {found:08x}, expected {expected:08x}; \
-                     fetch or write the file again",
-                    entry.info().name(),
-                    place.plane.name()
-                ),
-            )
-            .in_file(self.file.path()));
+        let start = chunk * CHUNK;
+        let at = place.offset + start;
+        let len = usize::try_from(CHUNK.min(place.bytes - start)).expect("at most a chunk");
+        let bytes = self.file.read(at, len)?;
+        let (found, expected) = (crc32c::crc32c(&bytes), place.crc32c[index]);
+        let wrong = if found == expected {
+            bad_content(entry, place.plane, start, &bytes)
+        } else {
+            Some(format!("checksum is {found:08x}, expected {expected:08x}"))
+        };
+        if let Some(what) = wrong {
+            let (name, plane) = (entry.info().name(), place.plane.name());
+            let what = format!("tensor '{name}', plane {plane}, chunk {chunk}: {what}; fetch or write the file again");
+            return Err(Error::corrupt(at, what).in_file(self.file.path()));
         }
         self.sound[bit / 8].fetch_or(mask, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// The checksum that a chunk has, and where the chunk lies.
-    fn chunk_crc(&self, place: &PlaneEntry, chunk: u64) -> Result<(u32, u64)> {
-        let start = chunk * CHUNK;
-        let len = usize::try_from(CHUNK.min(place.bytes - start)).expect("at most a chunk");
-        let at = place.offset + start;
-        Ok((crc32c::crc32c(&self.file.read(at, len)?), at))
     }
 
     /// Rows of a tensor as f32, in parallel; `out` holds whole rows of the stored matrix.

@@ -100,7 +100,7 @@ fn check_plane(
 }
 
 /// What a chunk holds that its layout does not allow.
-fn bad_content(entry: &Entry, plane: Plane, start: u64, bytes: &[u8]) -> Option<String> {
+pub(super) fn bad_content(entry: &Entry, plane: Plane, start: u64, bytes: &[u8]) -> Option<String> {
     let Layout::Grouped(layout) = &entry.codec().layout else { return None };
     let cols = usize::try_from(entry.matrix().1).ok()?;
     let bits = layout.bits() as usize;

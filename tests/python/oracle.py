@@ -1,0 +1,812 @@
+"""An independent reader, decoder, encoder and writer of tenpak artifacts, in numpy.
+
+Written from `src/artifact/FORMAT.md` alone, so that the text and the Rust code check each other: what the text leaves
+open shows here first. It favours being obviously right over being fast, holds whole files in memory, and shares no code
+with the package.
+
+| function | what |
+|---|---|
+| `read` | bytes of a file to an `Artifact`, refusing all that the text refuses |
+| `Artifact.decode` | weights of one tensor: float32 of a quantized one, bytes of a raw one |
+| `encode` | codes of weights, given the stored scales, offsets and zero points |
+| `write` | tensors to the bytes of a file |
+| `materialize` | base and deltas to the bytes of a file |
+
+From a shell: `python oracle.py FILE` checks a file and prints a line per tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+Bytes = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+Object = dict[str, Any]
+
+MAGIC = bytes.fromhex("89544E504B0D0A1A")
+VERSION = 1
+DELTA_FLAG = 1
+PREAMBLE = 64
+CHUNK = 4 << 20
+HEADER_LIMIT = 64 << 20
+DIMS_LIMIT = 8
+NAME_LIMIT = 1024
+
+ELEMENT_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=np.float32,
+)
+
+
+class FormatError(Exception):
+    """The file is not an artifact that the text allows; `kind` is `corrupt` or `unsupported`."""
+
+    def __init__(self, what: str, kind: str = "corrupt") -> None:
+        """Keep the kind beside the message."""
+        super().__init__(what)
+        self.kind = kind
+
+
+def require(condition: bool, what: str, kind: str = "corrupt") -> None:
+    """Refuse the file unless the condition holds."""
+    if not condition:
+        raise FormatError(what, kind)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One row of the table of codecs; `group` 0 is a whole row."""
+
+    id: str
+    bits: int
+    levels: str
+    group: int
+    scale: str
+    offset: str | None = None
+
+    def groups(self, cols: int) -> int:
+        """Count the groups of a row of `cols` columns."""
+        if self.group == 0:
+            return 1 if cols else 0
+        return -(-cols // self.group)
+
+    def row_bytes(self, plane: str, cols: int) -> int:
+        """Bytes of one row of a plane."""
+        groups = self.groups(cols)
+        match plane:
+            case "codes":
+                return 4 * -(-cols * self.bits // 32)
+            case "scales":
+                return groups * ELEMENT_BYTES[self.scale]
+            case "offsets":
+                return groups * ELEMENT_BYTES[self.offset or self.scale]
+            case "zero_points":
+                return -(-groups * self.bits // 8)
+        raise KeyError(plane)
+
+    def planes(self) -> list[str]:
+        """Names of the planes, in the order of the file."""
+        names = ["codes", "scales"]
+        if self.offset:
+            names.append("offsets")
+        if self.levels == "zero point":
+            names.append("zero_points")
+        return names
+
+
+RAW = "raw_v1"
+CODECS = {
+    codec.id: codec
+    for codec in [
+        Codec("int4_g8_v1", 4, "unsigned", 8, "F32", "F32"),
+        Codec("int4_g8_fp16_v1", 4, "unsigned", 8, "F16", "F16"),
+        Codec("int4_g16_v1", 4, "unsigned", 16, "F32", "F32"),
+        Codec("int4_g16_fp16_v1", 4, "unsigned", 16, "F16", "F16"),
+        Codec("int4_g32_fp16_v1", 4, "unsigned", 32, "F16", "F16"),
+        Codec("int4_g128_fp16_v1", 4, "unsigned", 128, "F16", "F16"),
+        Codec("int4_opt_v1", 4, "unsigned", 16, "F16", "F16"),
+        Codec("int4_opt_llama_v1", 4, "unsigned", 8, "F16", "F16"),
+        Codec("int8_sym_v1", 8, "signed", 0, "F32"),
+        Codec("int4_sym_g32_fp16_v1", 4, "signed", 32, "F16"),
+        Codec("int4_sym_g64_fp16_v1", 4, "signed", 64, "F16"),
+        Codec("int4_sym_g128_fp16_v1", 4, "signed", 128, "F16"),
+        Codec("int4_zp_g32_fp16_v1", 4, "zero point", 32, "F16"),
+        Codec("int4_zp_g64_fp16_v1", 4, "zero point", 64, "F16"),
+        Codec("int4_zp_g128_fp16_v1", 4, "zero point", 128, "F16"),
+        Codec("int8_sym_g32_fp16_v1", 8, "signed", 32, "F16"),
+        Codec("int8_sym_g128_fp16_v1", 8, "signed", 128, "F16"),
+        Codec("nf4_g64_fp16_v1", 4, "table", 64, "F16"),
+    ]
+}
+
+
+# Checksums
+
+
+def _crc_table() -> npt.NDArray[np.uint32]:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1).astype(np.uint32)
+    return table
+
+
+_TABLE = _crc_table()
+_TABLE_LIST: list[int] = [int(x) for x in _TABLE]
+_LANES = 4096
+
+Operator = npt.NDArray[np.uint32]
+"""A linear map of 32 bits: the image of each bit, the lowest first."""
+
+
+def _apply(operator: Operator, states: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    out = np.zeros_like(states)
+    for bit in range(32):
+        out ^= ((states >> np.uint32(bit)) & np.uint32(1)) * operator[bit]
+    return out
+
+
+def _zeros(count: int) -> Operator:
+    """Give the map from a state to the state `count` zero bytes later."""
+    basis = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    power = (basis >> np.uint32(8)) ^ _TABLE[basis & np.uint32(0xFF)]
+    result = basis
+    while count:
+        if count & 1:
+            result = _apply(power, result)
+        power = _apply(power, power)
+        count >>= 1
+    return result
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC-32C (Castagnoli: reflected polynomial 0x82F63B78, initial value and final exclusive or 0xFFFFFFFF).
+
+    Long input is cut into lanes that numpy walks in step. The state of a concatenation is the first state moved over
+    the zeros that stand for the second part, exclusive or the second state: so the lanes are put together pairwise.
+    """
+    length = len(data)
+    if length < 2 * _LANES:
+        state = 0xFFFFFFFF
+        for byte in bytes(data):
+            state = _TABLE_LIST[(state ^ byte) & 0xFF] ^ (state >> 8)
+        return state ^ 0xFFFFFFFF
+    per_lane = -(-length // _LANES)
+    padded = np.zeros(per_lane * _LANES, np.uint8)  # zeros before the data leave a zero state as it is
+    padded[len(padded) - length :] = np.frombuffer(data, np.uint8)
+    states = np.zeros(_LANES, np.uint32)
+    for column in np.ascontiguousarray(padded.reshape(_LANES, per_lane).T):
+        states = (states >> np.uint32(8)) ^ _TABLE[(states ^ column) & np.uint32(0xFF)]
+    move = _zeros(per_lane)
+    while len(states) > 1:
+        states = _apply(move, states[0::2]) ^ states[1::2]
+        move = _apply(move, move)
+    start = _apply(_zeros(length), np.array([0xFFFFFFFF], np.uint32))
+    return int(start[0] ^ states[0]) ^ 0xFFFFFFFF
+
+
+def chunk_checksums(plane: bytes | memoryview) -> str:
+    """Give the `crc32c` of a plane: 8 hex digits per chunk."""
+    return "".join(f"{crc32c(plane[at : at + CHUNK]):08x}" for at in range(0, len(plane), CHUNK))
+
+
+# Header
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plane of an entry, as the header has it."""
+
+    plane: str
+    offset: int
+    bytes: int
+    crc32c: str
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor, as the header has it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    codec: str
+    planes: tuple[Plane, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns that are stored."""
+        return matrix(self.shape, self.transposed)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a delta says about its base and its result."""
+
+    base: str
+    result: str
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that the header says."""
+
+    metadata: dict[str, str]
+    provenance: Object
+    delta: Delta | None
+    identity: str
+    tensors: tuple[Entry, ...]
+
+
+def matrix(shape: Sequence[int], transposed: bool) -> tuple[int, int]:
+    """Rows and columns of a shape: the last dimension, and the product of the others."""
+    if transposed:
+        a, b = shape
+        return b, a
+    if not shape:
+        return 1, 1
+    rows = 1
+    for dim in shape[:-1]:
+        rows *= dim
+    return rows, shape[-1]
+
+
+def plane_lengths(codec: str, dtype: str, shape: Sequence[int], transposed: bool) -> dict[str, int]:
+    """Bytes of every plane of a tensor, in order."""
+    rows, cols = matrix(shape, transposed)
+    if codec == RAW:
+        return {"data": rows * cols * ELEMENT_BYTES[dtype]}
+    layout = CODECS[codec]
+    return {plane: rows * layout.row_bytes(plane, cols) for plane in layout.planes()}
+
+
+def align(x: int) -> int:
+    """Round up to a multiple of 64."""
+    return -(-x // 64) * 64
+
+
+def print_header(header: Header) -> bytes:
+    """Print a header as canonical JSON."""
+    out: Object = {}
+    if header.metadata:
+        out["metadata"] = {k: header.metadata[k] for k in sorted(header.metadata, key=lambda s: s.encode())}
+    p = header.provenance
+    out["provenance"] = {
+        "tool": p["tool"],
+        "recipe": p["recipe"],
+        "nonfinite": p["nonfinite"],
+        "sources": [{key: s[key] for key in ("name", "bytes", "blake3")} for s in p["sources"]],
+    }
+    if header.delta is not None:
+        d = header.delta
+        out["delta"] = {"base": d.base, "result": d.result, "runs": [list(run) for run in d.runs]}
+    out["identity"] = header.identity
+    out["tensors"] = [_print_entry(entry) for entry in header.tensors]
+    return print_json(out)
+
+
+def _print_entry(entry: Entry) -> Object:
+    out: Object = {"name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape)}
+    if entry.transposed:
+        out["transposed"] = True
+    out["codec"] = entry.codec
+    out["planes"] = [
+        {"plane": p.plane, "offset": p.offset, "bytes": p.bytes, "crc32c": p.crc32c, "blake3": p.blake3}
+        for p in entry.planes
+    ]
+    return out
+
+
+def print_json(value: object) -> bytes:
+    """JSON without white space, escaped as little as JSON allows."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _fields(value: object, where: str, required: Sequence[str], optional: Sequence[str] = ()) -> Object:
+    require(isinstance(value, dict), f"{where} is not an object")
+    assert isinstance(value, dict)
+    missing = [key for key in required if key not in value]
+    require(not missing, f"{where} has no field {missing}")
+    unknown = [key for key in value if key not in required and key not in optional]
+    require(not unknown, f"{where} has the unknown field {unknown}")
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    require(isinstance(value, str), f"{where} is not a string")
+    assert isinstance(value, str)
+    return value
+
+
+def _number(value: object, where: str, least: int = 0) -> int:
+    require(type(value) is int and least <= value < 2**64, f"{where} is not an integer from {least}")
+    assert isinstance(value, int)
+    return value
+
+
+def _array(value: object, where: str) -> list[Any]:
+    require(isinstance(value, list), f"{where} is not an array")
+    assert isinstance(value, list)
+    return value
+
+
+def _hex(value: object, where: str, digits: int | None = 64) -> str:
+    text = _text(value, where)
+    require(all(c in "0123456789abcdef" for c in text), f"{where} is not lower-case hex")
+    require(digits is None or len(text) == digits, f"{where} has not {digits} digits")
+    return text
+
+
+def is_control(c: str) -> bool:
+    """Whether a character is a control character: U+0000 … U+001F and U+007F … U+009F."""
+    return c < " " or "\x7f" <= c <= "\x9f"
+
+
+def parse_header(text: bytes, *, is_delta: bool) -> Header:
+    """Read a header and check all that can be checked without the planes."""
+
+    def pairs(items: list[tuple[str, Any]]) -> Object:
+        out = dict(items)
+        require(len(out) == len(items), "a field stands twice")
+        return out
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"the header is not JSON: {e}") from e
+    top = _fields(value, "header", ["provenance", "identity", "tensors"], ["metadata", "delta"])
+    require(("delta" in top) == is_delta, "field delta and flag bit 0 disagree")
+    metadata = _fields(top.get("metadata", {}), "metadata", [], list(top.get("metadata", {})))
+    for key, item in metadata.items():
+        _text(item, f"metadata {key}")
+    header = Header(
+        metadata=metadata,
+        provenance=_parse_provenance(top["provenance"]),
+        delta=_parse_delta(top["delta"]) if is_delta else None,
+        identity=_hex(top["identity"], "identity"),
+        tensors=tuple(_parse_entry(entry) for entry in _array(top["tensors"], "tensors")),
+    )
+    try:
+        printed = print_header(header)
+    except UnicodeEncodeError as e:
+        raise FormatError(f"the header has half a surrogate pair: {e}") from e
+    require(printed == text, "the header is not canonical")
+    names = [entry.name for entry in header.tensors]
+    require(len(set(names)) == len(names), "a name stands twice")
+    _check_offsets(header.tensors)
+    require(header.identity == identity(header.tensors), "identity is not that of the tensors")
+    if header.delta is not None:
+        _check_runs(header.delta, len(header.tensors))
+    return header
+
+
+def _parse_provenance(value: object) -> Object:
+    out = _fields(value, "provenance", ["tool", "recipe", "nonfinite", "sources"])
+    _text(out["tool"], "tool")
+    _text(out["recipe"], "recipe")
+    require(out["nonfinite"] in ("error", "zero", "clamp", "raw"), "unknown policy in nonfinite")
+    for source in _array(out["sources"], "sources"):
+        _fields(source, "source", ["name", "bytes", "blake3"])
+        _text(source["name"], "name of a source")
+        _number(source["bytes"], "bytes of a source")
+        _hex(source["blake3"], "blake3 of a source")
+    return out
+
+
+def _parse_delta(value: object) -> Delta:
+    out = _fields(value, "delta", ["base", "result", "runs"])
+    runs = []
+    for run in _array(out["runs"], "runs"):
+        require(len(_array(run, "run")) == 2, "a run is not [first, count]")
+        first, count = _number(run[0], "first", -1), _number(run[1], "count", 1)
+        require(first + count < 2**63, "first + count of a run is 2^63 or more")
+        runs.append((first, count))
+    return Delta(_hex(out["base"], "base"), _hex(out["result"], "result"), tuple(runs))
+
+
+def _check_runs(delta: Delta, own: int) -> None:
+    require(sum(count for first, count in delta.runs if first == -1) == own, "runs do not use every tensor once")
+    for (first, count), (next_first, _) in zip(delta.runs, delta.runs[1:], strict=False):
+        joined = next_first == (-1 if first == -1 else first + count)
+        require(not joined, "two runs could be one")
+
+
+def _parse_entry(value: object) -> Entry:
+    out = _fields(value, "tensor", ["name", "dtype", "shape", "codec", "planes"], ["transposed"])
+    name = _text(out["name"], "name")
+    require(not any(is_control(c) for c in name), "control character in a name")
+    require(1 <= len(name.encode("utf-8", "surrogatepass")) <= NAME_LIMIT, "a name is not of 1 to 1024 bytes")
+    dtype, codec = _text(out["dtype"], "dtype"), _text(out["codec"], "codec")
+    require(dtype in ELEMENT_BYTES, f"unknown dtype {dtype}", "unsupported")
+    require(codec == RAW or codec in CODECS, f"unknown codec {codec}", "unsupported")
+    shape = tuple(_number(dim, "dimension") for dim in _array(out["shape"], "shape"))
+    require(len(shape) <= DIMS_LIMIT, "more than 8 dimensions")
+    size = ELEMENT_BYTES[dtype]
+    for dim in shape:
+        size *= dim or 1
+    require(size < 2**63, "the product of the dimensions and the element size is 2^63 or more")
+    transposed = out.get("transposed", False)
+    require(transposed is True or "transposed" not in out, "transposed is not true")
+    if transposed:
+        require(len(shape) == 2, "a transposed tensor has not two dimensions")
+        require(codec != RAW, "a raw tensor is never transposed")
+    if codec != RAW:
+        require(dtype in FLOAT_DTYPES, f"{codec} cannot hold {dtype}")
+    lengths = plane_lengths(codec, dtype, shape, transposed)
+    planes = []
+    for item in _array(out["planes"], "planes"):
+        _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"])
+        planes.append(
+            Plane(
+                _text(item["plane"], "plane"),
+                _number(item["offset"], "offset"),
+                _number(item["bytes"], "bytes"),
+                _hex(item["crc32c"], "crc32c", None),
+                _hex(item["blake3"], "blake3"),
+            )
+        )
+    require([p.plane for p in planes] == list(lengths), f"the planes of {codec} are {list(lengths)}")
+    for p in planes:
+        require(p.bytes == lengths[p.plane], f"plane {p.plane} has not {lengths[p.plane]} bytes")
+        require(len(p.crc32c) == 8 * -(-p.bytes // CHUNK), "crc32c has not 8 digits per chunk")
+    return Entry(name, dtype, shape, transposed, codec, tuple(planes))
+
+
+def _check_offsets(tensors: Iterable[Entry]) -> int:
+    """Check that planes follow each other, and give the offset of the header."""
+    at = PREAMBLE
+    for entry in tensors:
+        for p in entry.planes:
+            require(p.offset == align(at), f"plane {p.plane} of {entry.name} is not at {align(at)}")
+            at = p.offset + p.bytes
+    return align(at)
+
+
+def identity(tensors: Iterable[Entry]) -> str:
+    """BLAKE3-256 of the logical content, as 64 hex digits."""
+
+    def text(s: str) -> bytes:
+        raw = s.encode("utf-8", "surrogatepass")
+        return struct.pack("<Q", len(raw)) + raw
+
+    entries = list(tensors)
+    out = [b"tenpak identity 1", struct.pack("<Q", len(entries))]
+    for entry in entries:
+        out += [text(entry.name), text(entry.dtype), struct.pack("<Q", len(entry.shape))]
+        out += [struct.pack("<Q", dim) for dim in entry.shape]
+        out += [bytes([entry.transposed]), text(entry.codec)]
+        out += [bytes.fromhex(p.blake3) for p in entry.planes]
+    return str(blake3(b"".join(out)).hexdigest())
+
+
+# Planes and numbers
+
+
+def unpack(plane: Bytes, bits: int, count: int) -> Bytes:
+    """Codes `[rows, count]` of packed rows `[rows, bytes]`."""
+    if bits == 8:
+        return plane[:, :count]
+    assert bits == 4
+    out = np.empty((plane.shape[0], plane.shape[1] * 2), np.uint8)
+    out[:, 0::2] = plane & 15
+    out[:, 1::2] = plane >> 4
+    return out[:, :count]
+
+
+def pack(codes: Bytes, bits: int, row_bytes: int) -> Bytes:
+    """Packed rows `[rows, row_bytes]` of codes `[rows, count]`; what is left over is zero."""
+    out = np.zeros((codes.shape[0], row_bytes), np.uint8)
+    if bits == 8:
+        out[:, : codes.shape[1]] = codes
+        return out
+    assert bits == 4
+    even, odd = codes[:, 0::2], codes[:, 1::2]
+    out[:, : even.shape[1]] |= even
+    out[:, : odd.shape[1]] |= odd << 4
+    return out
+
+
+def _floats(plane: Bytes, dtype: str) -> npt.NDArray[np.float16 | np.float32]:
+    return plane.view("<f2" if dtype == "F16" else "<f4")
+
+
+def _levels(codec: Codec) -> F32:
+    """Give the level of every code, without its zero point where there is one."""
+    if codec.levels == "table":
+        return NF4
+    codes = np.arange(1 << codec.bits, dtype=np.float32)
+    return codes - np.float32(1 << (codec.bits - 1)) if codec.levels == "signed" else codes
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a group stores besides its codes, `[rows, groups]`: scales and offsets widened, zero points unpacked."""
+
+    scales: F32
+    offsets: F32 | None = None
+    zero_points: Bytes | None = None
+
+
+def parameters(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> Parameters:
+    """Widen the parameters of packed planes `[rows, row bytes]`."""
+    offsets = zero_points = None
+    if codec.offset:
+        offsets = _floats(planes["offsets"], codec.offset).astype(np.float32)
+    if codec.levels == "zero point":
+        zero_points = unpack(planes["zero_points"], codec.bits, codec.groups(cols))
+    return Parameters(_floats(planes["scales"], codec.scale).astype(np.float32), offsets, zero_points)
+
+
+def decode_matrix(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> F32:
+    """Weights `[rows, cols]` of packed planes `[rows, row bytes]`."""
+    stored = parameters(codec, planes, cols)
+    group = np.arange(cols) // (codec.group or max(cols, 1))
+    level = _levels(codec)[unpack(planes["codes"], codec.bits, cols)]
+    if stored.zero_points is not None:
+        level = level - stored.zero_points[:, group].astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        weights: F32 = level * stored.scales[:, group]
+        if stored.offsets is not None:
+            weights = weights + stored.offsets[:, group]
+    return weights
+
+
+def encode(codec: Codec, weights: F32, stored: Parameters) -> Bytes:
+    """Codes `[rows, cols]` of weights `[rows, cols]`: the nearest level, ties to the lower code."""
+    rows, cols = weights.shape
+    group = np.arange(cols) // (codec.group or max(cols, 1))
+    scale = stored.scales[:, group]
+    with np.errstate(all="ignore"):
+        shifted = weights if stored.offsets is None else weights - stored.offsets[:, group]
+        ratio = (shifted / scale).astype(np.float64)
+    levels = _levels(codec).astype(np.float64)
+    if codec.levels == "signed" and codec.bits == 8:
+        levels[0] = -np.inf  # the code of -128 is not used
+    zero_points = np.zeros((rows, cols), np.uint8)
+    if stored.zero_points is not None:
+        zero_points = stored.zero_points[:, group]
+        ratio = ratio + zero_points  # exact up to where the code is clamped anyway
+    # Levels rise with the code, so the code is the number of midpoints that lie strictly below the weight. Midpoints of
+    # singles are exact in double precision.
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    codes: Bytes = np.searchsorted(midpoints, ratio.ravel(), side="left").reshape(rows, cols).astype(np.uint8)
+    if codec.levels == "signed" and codec.bits == 8:
+        codes = np.maximum(codes, 1).astype(np.uint8)
+    zero = int(np.flatnonzero(_levels(codec) == 0)[0])
+    at_zero = zero_points if stored.zero_points is not None else np.full((rows, cols), zero, np.uint8)
+    return np.where(scale == 0, at_zero, codes).astype(np.uint8)
+
+
+# Files
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose bytes have been checked."""
+
+    header: Header
+    data: bytes = field(repr=False)
+
+    def entry(self, name: str) -> Entry:
+        """Find the entry of a name."""
+        return next(entry for entry in self.header.tensors if entry.name == name)
+
+    def plane(self, entry: Entry, name: str) -> bytes:
+        """Bytes of a plane."""
+        p = next(p for p in entry.planes if p.plane == name)
+        return self.data[p.offset : p.offset + p.bytes]
+
+    def matrices(self, entry: Entry) -> dict[str, Bytes]:
+        """Packed planes `[rows, row bytes]` of a quantized tensor."""
+        rows, cols = entry.matrix
+        codec = CODECS[entry.codec]
+        return {
+            p.plane: np.frombuffer(self.plane(entry, p.plane), np.uint8).reshape(rows, codec.row_bytes(p.plane, cols))
+            for p in entry.planes
+        }
+
+    def decode(self, entry: Entry) -> F32:
+        """Weights of a quantized tensor in the shape and the orientation of the source."""
+        rows, cols = entry.matrix
+        weights = decode_matrix(CODECS[entry.codec], self.matrices(entry), cols)
+        return np.ascontiguousarray(weights.T if entry.transposed else weights).reshape(entry.shape)
+
+    def raw(self, entry: Entry) -> bytes:
+        """Bytes of a raw tensor in the order of the source."""
+        assert entry.codec == RAW
+        return self.plane(entry, "data")
+
+    def tensors(self) -> list[Tensor]:
+        """Give the tensors as `write` takes them."""
+        return [
+            Tensor(e.name, e.dtype, e.shape, e.codec, {p.plane: self.plane(e, p.plane) for p in e.planes}, e.transposed)
+            for e in self.header.tensors
+        ]
+
+
+def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
+    """Check all of a file.
+
+    Raises
+    ------
+    FormatError
+        The text does not allow these bytes.
+    """
+    require(len(data) >= PREAMBLE, "the file is shorter than a preamble")
+    magic, version, flags, header_length, file_length, header_crc, rest, preamble_crc = struct.unpack(
+        "<8sIIQQI24sI", data[:PREAMBLE]
+    )
+    require(magic == MAGIC, "wrong magic")
+    require(preamble_crc == crc32c(data[:60]), "wrong checksum of the preamble")
+    require(version == VERSION, f"unknown version {version}", "unsupported")
+    require(flags & ~DELTA_FLAG == 0, f"unknown flags {flags:#x}", "unsupported")
+    require(rest == bytes(24), "bytes 36 to 60 are not zero")
+    require(file_length <= len(data), "truncated")
+    require(file_length >= len(data), "trailing data")
+    require(header_length <= header_limit, "the header is longer than the limit")
+    require(header_length <= len(data) - PREAMBLE, "the header is longer than the file")
+    header_at = len(data) - header_length
+    require(header_crc == crc32c(data[header_at:]), "wrong checksum of the header")
+    header = parse_header(data[header_at:], is_delta=bool(flags & DELTA_FLAG))
+    require(header_at == _check_offsets(header.tensors), "the header is not where the planes end")
+    end = PREAMBLE
+    view = memoryview(data)
+    for entry in header.tensors:
+        for p in entry.planes:
+            require(not any(data[end : p.offset]), f"padding before plane {p.plane} of {entry.name} is not zero")
+            end = p.offset + p.bytes
+            plane = view[p.offset : end]
+            require(chunk_checksums(plane) == p.crc32c, f"wrong checksum in plane {p.plane} of {entry.name}")
+            require(blake3(plane).hexdigest() == p.blake3, f"wrong digest of plane {p.plane} of {entry.name}")
+    require(not any(data[end:header_at]), "padding before the header is not zero")
+    artifact = Artifact(header, data)
+    for entry in header.tensors:
+        if entry.codec != RAW:
+            _check_content(artifact, entry)
+    return artifact
+
+
+def _check_content(artifact: Artifact, entry: Entry) -> None:
+    codec, (_, cols) = CODECS[entry.codec], entry.matrix
+    planes = artifact.matrices(entry)
+    for name, dtype in (("scales", codec.scale), ("offsets", codec.offset)):
+        if dtype:
+            require(bool(np.isfinite(_floats(planes[name], dtype)).all()), f"{name} of {entry.name} are not finite")
+    for name, count in (("codes", cols), ("zero_points", codec.groups(cols))):
+        if name in planes:
+            again = pack(unpack(planes[name], codec.bits, count), codec.bits, planes[name].shape[1])
+            require(bool((again == planes[name]).all()), f"unused bits in {name} of {entry.name} are not zero")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write: planes are bytes or arrays, in any shape; an absent plane is all zero."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    planes: Mapping[str, bytes | npt.NDArray[Any]] = field(default_factory=dict)
+    transposed: bool = False
+
+
+PROVENANCE: Object = {"tool": "oracle", "recipe": "", "nonfinite": "error", "sources": []}
+
+
+def write(
+    tensors: Iterable[Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    provenance: Object = PROVENANCE,
+    delta: Delta | None = None,
+) -> bytes:
+    """Give the bytes of an artifact. Values are not judged, so that what a reader must refuse can be written too."""
+    out = bytearray(PREAMBLE)
+    entries = []
+    for tensor in tensors:
+        planes = []
+        for name, length in plane_lengths(tensor.codec, tensor.dtype, tensor.shape, tensor.transposed).items():
+            given = tensor.planes.get(name, bytes(length))
+            content = given if isinstance(given, bytes) else given.tobytes()
+            require(len(content) == length, f"plane {name} of {tensor.name} takes {length} bytes, got {len(content)}")
+            out += bytes(align(len(out)) - len(out))
+            digest = str(blake3(content).hexdigest())
+            planes.append(Plane(name, len(out), length, chunk_checksums(content), digest))
+            out += content
+        entries.append(Entry(tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec, tuple(planes)))
+    out += bytes(align(len(out)) - len(out))
+    header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries))
+    return seal(bytes(out), print_header(header), DELTA_FLAG if delta else 0)
+
+
+def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) -> bytes:
+    """Make a file of a front (room for the preamble, then planes) and a header, with correct lengths and checksums."""
+    length = len(front) + len(header)
+    preamble = struct.pack("<8sIIQQI24x", MAGIC, version, flags, len(header), length, crc32c(header))
+    return preamble + struct.pack("<I", crc32c(preamble)) + front[PREAMBLE:] + header
+
+
+def materialize(base: Artifact, deltas: Iterable[Artifact]) -> bytes:
+    """Give the bytes of the artifact that a base and a chain of deltas give.
+
+    Raises
+    ------
+    FormatError
+        A delta is not of what stands before it, or gives something else than it says.
+    """
+    for artifact in deltas:
+        delta = artifact.header.delta
+        if delta is None:
+            raise FormatError("not a delta")
+        require(delta.base == base.header.identity, "the delta is of another base")
+        from_base, own = base.tensors(), iter(artifact.tensors())
+        tensors: list[Tensor] = []
+        for first, count in delta.runs:
+            require(first + count <= len(from_base), "a run goes beyond the base")
+            tensors += [next(own) for _ in range(count)] if first == -1 else from_base[first : first + count]
+        data = write(tensors, metadata=artifact.header.metadata, provenance=artifact.header.provenance)
+        base = read(data)
+        require(base.header.identity == delta.result, "the result has another identity")
+    return base.data
+
+
+def main(paths: Sequence[str]) -> int:
+    """Check files and print what they hold."""
+    for path in paths:
+        artifact = read(Path(path).read_bytes())
+        for entry in artifact.header.tensors:
+            print(f"{entry.name}\t{entry.dtype}\t{list(entry.shape)}\t{entry.codec}")
+        print(f"{path}: sound, identity {artifact.header.identity}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
