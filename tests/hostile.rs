@@ -64,10 +64,10 @@ fn every_flip_of_one_bit_is_refused() {
     let check = |(name, sound): &(String, Vec<u8>)| {
         let probe = Probe::new();
         assert_eq!(probe.read(sound), Outcome::Sound, "{name}");
-        for at in 0..sound.len() {
+        for (at, &byte) in sound.iter().enumerate() {
             for bit in 0..8 {
-                let flipped = sound[at] ^ (1 << bit);
-                assert_ne!(probe.read_with(at, flipped, sound[at]), Outcome::Sound, "{name}: bit {bit} of byte {at}");
+                let outcome = probe.read_with(at, byte ^ (1 << bit), byte);
+                assert_ne!(outcome, Outcome::Sound, "{name}: bit {bit} of byte {at}");
             }
         }
         8 * sound.len()
