@@ -214,6 +214,11 @@ pub fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+/// A finite number within `-max ..= max`; infinities and NaN as they are.
+fn within(x: f32, max: f32) -> f32 {
+    if x.is_finite() { x.clamp(-max, max) } else { x }
+}
+
 /// Applies `$convert` to each f32 and stores the little-endian result in `$out`.
 macro_rules! each_from {
     ($ty:ty, $values:expr, $out:expr, $convert:expr) => {
@@ -226,6 +231,9 @@ macro_rules! each_from {
 
 /// Writes f32 `values` as little-endian elements of a floating-point `dtype`, rounding to nearest even.
 ///
+/// A finite number beyond the largest of the dtype becomes the largest: decoded weights may lie half a step outside the
+/// range of their source, and must not become infinite for it.
+///
 /// # Errors
 /// [`Error::Invalid`] when `dtype` is not a floating-point type.
 ///
@@ -236,8 +244,8 @@ pub fn from_f32(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<()> {
     match dtype {
         DType::F64 => each_from!(f64, values, out, f64::from),
         DType::F32 => each_from!(f32, values, out, |x| x),
-        DType::F16 => each_from!(u16, values, out, |x| f16::from_f32(x).to_bits()),
-        DType::BF16 => each_from!(u16, values, out, |x| bf16::from_f32(x).to_bits()),
+        DType::F16 => each_from!(u16, values, out, |x| f16::from_f32(within(x, f16::MAX.to_f32())).to_bits()),
+        DType::BF16 => each_from!(u16, values, out, |x| bf16::from_f32(within(x, bf16::MAX.to_f32())).to_bits()),
         DType::F8E4M3 => each_from!(u8, values, out, |x| float8::F8E4M3::from_f32(x).to_bits()),
         DType::F8E5M2 => each_from!(u8, values, out, |x| float8::F8E5M2::from_f32(x).to_bits()),
         other => return Err(Error::invalid(format!("weights cannot be written as {other}, choose a float dtype"))),
