@@ -5,7 +5,9 @@
 //! together where they lie without gaps; ragged last groups are batched across rows. A scale per row is the one case
 //! whose groups are too long for that: there the lanes go along the row.
 
-use super::lanes::{Lanes, MAX_LANES};
+#![expect(unsafe_code, reason = "the bounds of a batch are checked once, not at every load")]
+
+use super::lanes::{Lanes, MAX_LANES, prefetch};
 use super::{PlanesMut, Strides, reference};
 use crate::fit::{self, Fit, OutOfRange, lanes as fits};
 use crate::layout::{Float, Grouped, Levels, ROW, store_bits};
@@ -161,6 +163,22 @@ struct Batch {
     contiguous: bool,
 }
 
+impl Batch {
+    /// Loads the first `len` columns of the groups; `len` is a multiple of eight.
+    #[inline(always)]
+    fn load<L: Lanes>(&self, src: &[f32], len: usize, columns: &mut [L; MAX_GROUP]) {
+        let last = self.starts[..L::N].iter().fold(0, |last, &start| if start > last { start } else { last });
+        assert!(last + len <= src.len(), "a group ends inside the weights");
+        for (c, eight) in columns[..len].as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            // SAFETY: `8 * c + 8 <= len`, and the assertion holds for the last of the starts.
+            *eight = unsafe { L::columns(src, &self.starts, 8 * c) };
+        }
+    }
+}
+
+/// How many weights ahead of a batch are asked for: the next page, whose first line no hardware prefetcher fetches.
+const AHEAD: usize = 1024;
+
 /// Encodes groups of at most [`MAX_GROUP`] weights.
 #[inline(always)]
 fn groups<L: Lanes, K: Kind>(
@@ -175,6 +193,7 @@ fn groups<L: Lanes, K: Kind>(
     let strides = Strides::new(layout, cols);
     let group_bytes = group * layout.bits() as usize / 8;
     let mut columns = [L::splat(0.0); MAX_GROUP];
+    let mut words = [[0; MAX_LANES]; MAX_GROUP / 4];
     let mut batch = Batch {
         used: 0,
         len: group,
@@ -209,10 +228,11 @@ fn groups<L: Lanes, K: Kind>(
             g += 1;
             (row, g) = if g == full { (row + 1, 0) } else { (row, g) };
         }
-        for (c, eight) in columns[..group].as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *eight = L::columns(weights, &batch.starts, 8 * c);
+        for line in (0..L::N * group).step_by(16) {
+            prefetch(weights, batch.starts[0] + AHEAD.max(L::N * group) + line);
         }
-        encode_batch::<L, K>(layout, fit, &batch, &columns, &strides, planes)?;
+        batch.load(weights, group, &mut columns);
+        encode_batch::<L, K>(layout, fit, &batch, &columns, &strides, &mut words, planes)?;
         first += batch.used;
         left -= batch.used;
     }
@@ -230,14 +250,15 @@ fn groups<L: Lanes, K: Kind>(
                 batch.place[lane] = (row, full);
                 padded[lane * MAX_GROUP..][..ragged].copy_from_slice(&weights[row * cols + full * group..][..ragged]);
             }
-            for (c, eight) in columns[..group].as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                *eight = L::columns(&padded, &batch.starts, 8 * c);
-            }
-            encode_batch::<L, K>(layout, fit, &batch, &columns, &strides, planes)?;
+            batch.load(&padded, group, &mut columns);
+            encode_batch::<L, K>(layout, fit, &batch, &columns, &strides, &mut words, planes)?;
         }
     }
     Ok(())
 }
+
+/// The codes of every lane's group, in words.
+type Words = [[u32; MAX_LANES]; MAX_GROUP / 4];
 
 /// Encodes one batch, whose weights are in `columns`.
 #[inline(always)]
@@ -247,6 +268,7 @@ fn encode_batch<L: Lanes, K: Kind>(
     batch: &Batch,
     columns: &[L; MAX_GROUP],
     strides: &Strides,
+    words: &mut Words,
     planes: &mut PlanesMut<'_>,
 ) -> Result<(), OutOfRange> {
     let columns = &columns[..batch.len];
@@ -275,7 +297,6 @@ fn encode_batch<L: Lanes, K: Kind>(
         greatest: L::splat(f32::from(layout.max_code())) - zero,
         thresholds: thresholds(layout),
     };
-    let mut words = [0; MAX_LANES];
     if layout.bits() == 4 {
         for (at, weights) in columns.chunks(8).enumerate() {
             let (mut low, mut high) = (L::splat(0.0), L::splat(0.0));
@@ -290,8 +311,7 @@ fn encode_batch<L: Lanes, K: Kind>(
                     *half = *half * L::splat(16.0) + K::codes(&coder, w);
                 }
             }
-            L::store_words(low, high, &mut words);
-            place(&words, batch, at, layout, planes.codes);
+            L::store_words(low, high, &mut words[at]);
         }
     } else {
         for (at, weights) in columns.chunks(4).enumerate() {
@@ -300,24 +320,27 @@ fn encode_batch<L: Lanes, K: Kind>(
                 let half = if j < 2 { &mut low } else { &mut high };
                 *half = *half * L::splat(256.0) + K::codes(&coder, w);
             }
-            L::store_words(low, high, &mut words);
-            place(&words, batch, at, layout, planes.codes);
+            L::store_words(low, high, &mut words[at]);
         }
     }
+    place(&words[..(batch.len * layout.bits() as usize).div_ceil(32)], batch, planes.codes);
     Ok(())
 }
 
-/// Writes word `at` of every lane's group.
+/// Writes the words of every lane's group, which follow each other in its plane.
 #[inline(always)]
-fn place(words: &[u32; MAX_LANES], batch: &Batch, at: usize, layout: &Grouped, codes: &mut [u8]) {
-    if batch.contiguous && layout.group() * layout.bits() as usize == 32 {
+fn place(words: &[[u32; MAX_LANES]], batch: &Batch, codes: &mut [u8]) {
+    if let ([words], true) = (words, batch.contiguous) {
         let bytes = &mut codes[batch.code_at[0]..][..4 * batch.used];
         for (to, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
             *to = word.to_le_bytes();
         }
     } else {
-        for (word, &start) in words[..batch.used].iter().zip(&batch.code_at) {
-            codes[start + 4 * at..][..4].copy_from_slice(&word.to_le_bytes());
+        for (lane, &start) in batch.code_at[..batch.used].iter().enumerate() {
+            let bytes = &mut codes[start..][..4 * words.len()];
+            for (to, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+                *to = word[lane].to_le_bytes();
+            }
         }
     }
 }
@@ -412,6 +435,9 @@ fn min_max<L: Lanes>(row: &[f32]) -> (f32, f32) {
     let mut max = [L::splat(f32::NEG_INFINITY); 4];
     let mut chunks = row.chunks_exact(4 * L::N);
     for chunk in &mut chunks {
+        for line in (0..4 * L::N).step_by(16) {
+            prefetch(chunk, AHEAD + line);
+        }
         for (i, weights) in chunk.chunks_exact(L::N).enumerate() {
             let w = L::load(weights);
             min[i] = w.min(min[i]);

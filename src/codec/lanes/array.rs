@@ -3,6 +3,8 @@
 //! Four lanes are what baseline instruction sets have (NEON, wasm), and straight loops over them are what the compiler
 //! turns into vectors by itself.
 
+#![expect(unsafe_code, reason = "the trait lets vectors load without a check")]
+
 use std::ops::{Add, Div, Mul, Sub};
 
 use half::f16;
@@ -67,7 +69,7 @@ impl<const N: usize> Lanes for Array<N> {
     }
 
     #[inline(always)]
-    fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
         let mut columns = [Self::splat(0.0); 8];
         for l in 0..N {
             let row = &src[starts[l] + at..][..8];

@@ -39,10 +39,12 @@ impl Lanes for F32x8 {
     }
 
     #[inline(always)]
-    fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
         let mut r = [Self::splat(0.0).0; 8];
         for l in 0..8 {
-            r[l] = Self::load(&src[starts[l] + at..]).0;
+            debug_assert!(starts[l] + at + 8 <= src.len());
+            // SAFETY: the caller promises eight numbers from `starts[l] + at` on.
+            r[l] = unsafe { _mm256_loadu_ps(src.as_ptr().add(starts[l] + at)) };
         }
         // SAFETY: only functions that enable AVX2 and F16C name this type.
         unsafe {

@@ -39,15 +39,16 @@ impl Lanes for F32x16 {
     }
 
     #[inline(always)]
-    fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
         // Row l in the lower and row l + 8 in the upper half: both halves are then transposed as 8 x 8.
         let mut r = [Self::splat(0.0).0; 8];
         for l in 0..8 {
-            let (low, high) = (&src[starts[l] + at..][..8], &src[starts[l + 8] + at..][..8]);
-            // SAFETY: both slices hold eight numbers; only functions that enable AVX-512 name this type.
+            debug_assert!(starts[l] + at + 8 <= src.len() && starts[l + 8] + at + 8 <= src.len());
+            // SAFETY: the caller promises eight numbers from each start on.
             r[l] = unsafe {
-                let low = _mm512_castps256_ps512(_mm256_loadu_ps(low.as_ptr()));
-                _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(high.as_ptr()))
+                let low = _mm256_loadu_ps(src.as_ptr().add(starts[l] + at));
+                let high = _mm256_loadu_ps(src.as_ptr().add(starts[l + 8] + at));
+                _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
             };
         }
         // SAFETY: only functions that enable AVX-512 name this type.

@@ -4,6 +4,8 @@
 //! same order at every width and the bytes cannot depend on the machine. Only IEEE operations that round correctly
 //! are offered (no reciprocal, no fused multiply-add), and `f32` itself is the width of one: what the vectors must equal.
 
+#![expect(unsafe_code, reason = "the bounds of a batch are checked by its loader, not at every load")]
+
 pub(crate) mod array;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -11,6 +13,9 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod sse2;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use sse2::prefetch;
 
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -36,7 +41,10 @@ pub(crate) trait Lanes:
     /// Writes the first `N` numbers.
     fn store(self, dst: &mut [f32]);
     /// Numbers `starts[lane] + at ..+ 8` of `src`, lane by lane: eight columns of as many groups as there are lanes.
-    fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8];
+    ///
+    /// # Safety
+    /// `starts[lane] + at + 8 <= src.len()` for the first `N` lanes: checked once a batch, not once a load.
+    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8];
     /// `self < other ? self : other`
     fn min(self, other: Self) -> Self;
     /// `self > other ? self : other`
@@ -109,6 +117,11 @@ pub(crate) trait Eight: Lanes {
     /// `table[code]` for the eight codes of a word.
     fn lookup(word: u32, table: &[f32; 16]) -> Self;
 }
+
+/// Asks for numbers that are needed soon; nothing where there is no such instruction.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+pub(crate) fn prefetch(_src: &[f32], _at: usize) {}
 
 /// Implements the arithmetic operators of a vector type by its intrinsics.
 #[cfg(target_arch = "x86_64")]

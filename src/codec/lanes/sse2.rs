@@ -16,6 +16,14 @@ pub(crate) struct F32x4(__m128);
 
 operators!(F32x4: Add add _mm_add_ps, Sub sub _mm_sub_ps, Mul mul _mm_mul_ps, Div div _mm_div_ps);
 
+/// Asks for the cache line of number `at`, which may lie past the end.
+#[inline(always)]
+pub(crate) fn prefetch(src: &[f32], at: usize) {
+    let address = src.as_ptr().wrapping_add(at);
+    // SAFETY: SSE is part of x86-64, and a prefetch of any address does nothing that a program can see.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+}
+
 impl F32x4 {
     #[inline(always)]
     fn to_array(self) -> [f32; 4] {
@@ -50,12 +58,14 @@ impl Lanes for F32x4 {
     }
 
     #[inline(always)]
-    fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
         let mut columns = [Self::splat(0.0); 8];
         for half in 0..2 {
             let mut r = [Self::splat(0.0).0; 4];
             for l in 0..4 {
-                r[l] = Self::load(&src[starts[l] + at + 4 * half..]).0;
+                debug_assert!(starts[l] + at + 8 <= src.len());
+                // SAFETY: the caller promises eight numbers from `starts[l] + at` on.
+                r[l] = unsafe { _mm_loadu_ps(src.as_ptr().add(starts[l] + at + 4 * half)) };
             }
             // SAFETY: SSE2 is part of x86-64.
             unsafe {
