@@ -3,10 +3,12 @@
 //! [`reference`] is the specification; what runs is one fast path per instruction set that gives the same bytes: the
 //! same generic code ([`encode`], [`decode`]) over vectors of different width ([`lanes`]), chosen once by [`isa`].
 
+pub(crate) mod batch;
 mod convert;
 mod decode;
-pub(crate) mod encode;
+mod encode;
 pub mod isa;
+pub(crate) mod kind;
 pub(crate) mod lanes;
 pub mod reference;
 

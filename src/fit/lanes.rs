@@ -4,7 +4,7 @@
 //! scalar code does.
 
 use super::{Fit, OutOfRange, min_scale};
-use crate::codec::encode::LaneParams;
+use crate::codec::kind::LaneParams;
 use crate::codec::lanes::Lanes;
 use crate::layout::{Float, Grouped, Levels};
 

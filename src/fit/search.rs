@@ -16,7 +16,8 @@
 //! lane arithmetic in one order, one group per lane, so that any number of lanes gives the same bytes.
 
 use super::{Fit, OutOfRange, Params, lanes as fits, min_scale};
-use crate::codec::encode::{LaneParams, MAX_GROUP};
+use crate::codec::batch::{MAX_GROUP, range};
+use crate::codec::kind::LaneParams;
 use crate::codec::lanes::{Lanes, array::Array};
 use crate::layout::{Float, Grouped, Levels};
 
@@ -240,16 +241,11 @@ fn round<L: Lanes>(float: Float, x: L) -> L {
 /// [`OutOfRange`] when minmax refuses any of the groups.
 #[inline(always)]
 pub(crate) fn lanes<L: Lanes>(layout: &Grouped, weights: &[L]) -> Result<LaneParams<L>, OutOfRange> {
-    let (mut min, mut max) = (L::splat(f32::INFINITY), L::splat(f32::NEG_INFINITY));
-    for &w in weights {
-        min = w.min(min);
-        max = w.max(max);
-    }
-    let (min, max) = (min + L::splat(0.0), max + L::splat(0.0));
+    let (min, max) = range(weights);
     let params = fits::params(Fit::MinMax, layout, min, max)?;
 
-    let range = max - min;
-    let factor = L::splat(1.0) / range;
+    let width = max - min;
+    let factor = L::splat(1.0) / width;
     let mut normal = [L::splat(0.0); MAX_GROUP];
     let mut total = L::splat(0.0);
     let mut count = 0.0;
@@ -266,8 +262,8 @@ pub(crate) fn lanes<L: Lanes>(layout: &Grouped, weights: &[L]) -> Result<LanePar
     // Zero where nothing may be compared: nothing is then better.
     best.error = L::select(L::splat(LEAST_ERROR).lt(start), start * L::splat(CLEARLY_LESS), L::splat(0.0));
     for line in lines {
-        let scale = line.slope * range;
-        let offset = (line.start + L::splat(0.5)) * range + min;
+        let scale = line.slope * width;
+        let offset = (line.start + L::splat(0.5)) * width + min;
         for step in [0.0, -NEIGHBOUR, NEIGHBOUR] {
             let offset = offset + offset * L::splat(step);
             let refit = best.attempt(scale, offset);

@@ -3,8 +3,6 @@
 //! Four lanes are what baseline instruction sets have (NEON, wasm), and straight loops over them are what the compiler
 //! turns into vectors by itself.
 
-#![expect(unsafe_code, reason = "the trait lets vectors load without a check")]
-
 use std::ops::{Add, Div, Mul, Sub};
 
 use half::f16;
@@ -69,10 +67,11 @@ impl<const N: usize> Lanes for Array<N> {
     }
 
     #[inline(always)]
-    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    fn columns(src: &[f32], stride: usize) -> [Self; 8] {
+        assert!(src.len() >= (Self::N - 1) * stride + 8, "every lane has eight numbers");
         let mut columns = [Self::splat(0.0); 8];
         for l in 0..N {
-            let row = &src[starts[l] + at..][..8];
+            let row = &src[l * stride..][..8];
             for j in 0..8 {
                 columns[j].0[l] = row[j];
             }

@@ -39,15 +39,15 @@ impl Lanes for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    fn columns(src: &[f32], stride: usize) -> [Self; 8] {
+        assert!(src.len() >= (Self::N - 1) * stride + 8, "every lane has eight numbers");
         // Row l in the lower and row l + 8 in the upper half: both halves are then transposed as 8 x 8.
         let mut r = [Self::splat(0.0).0; 8];
         for l in 0..8 {
-            debug_assert!(starts[l] + at + 8 <= src.len() && starts[l + 8] + at + 8 <= src.len());
-            // SAFETY: the caller promises eight numbers from each start on.
+            // SAFETY: eight numbers from every lane's start on are there, as asserted above.
             r[l] = unsafe {
-                let low = _mm256_loadu_ps(src.as_ptr().add(starts[l] + at));
-                let high = _mm256_loadu_ps(src.as_ptr().add(starts[l + 8] + at));
+                let low = _mm256_loadu_ps(src.as_ptr().add(l * stride));
+                let high = _mm256_loadu_ps(src.as_ptr().add((l + 8) * stride));
                 _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
             };
         }

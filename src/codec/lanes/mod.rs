@@ -4,8 +4,6 @@
 //! same order at every width and the bytes cannot depend on the machine. Only IEEE operations that round correctly
 //! are offered (no reciprocal, no fused multiply-add), and `f32` itself is the width of one: what the vectors must equal.
 
-#![expect(unsafe_code, reason = "the bounds of a batch are checked by its loader, not at every load")]
-
 pub(crate) mod array;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -40,11 +38,8 @@ pub(crate) trait Lanes:
     fn load(src: &[f32]) -> Self;
     /// Writes the first `N` numbers.
     fn store(self, dst: &mut [f32]);
-    /// Numbers `starts[lane] + at ..+ 8` of `src`, lane by lane: eight columns of as many groups as there are lanes.
-    ///
-    /// # Safety
-    /// `starts[lane] + at + 8 <= src.len()` for the first `N` lanes: checked once a batch, not once a load.
-    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8];
+    /// Numbers `lane * stride ..+ 8` of `src`, lane by lane: eight columns of as many groups as there are lanes.
+    fn columns(src: &[f32], stride: usize) -> [Self; 8];
     /// `self < other ? self : other`
     fn min(self, other: Self) -> Self;
     /// `self > other ? self : other`

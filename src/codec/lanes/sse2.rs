@@ -58,14 +58,14 @@ impl Lanes for F32x4 {
     }
 
     #[inline(always)]
-    unsafe fn columns(src: &[f32], starts: &[usize; MAX_LANES], at: usize) -> [Self; 8] {
+    fn columns(src: &[f32], stride: usize) -> [Self; 8] {
+        assert!(src.len() >= (Self::N - 1) * stride + 8, "every lane has eight numbers");
         let mut columns = [Self::splat(0.0); 8];
         for half in 0..2 {
             let mut r = [Self::splat(0.0).0; 4];
             for l in 0..4 {
-                debug_assert!(starts[l] + at + 8 <= src.len());
-                // SAFETY: the caller promises eight numbers from `starts[l] + at` on.
-                r[l] = unsafe { _mm_loadu_ps(src.as_ptr().add(starts[l] + at + 4 * half)) };
+                // SAFETY: eight numbers from every lane's start on are there, as asserted above.
+                r[l] = unsafe { _mm_loadu_ps(src.as_ptr().add(l * stride + 4 * half)) };
             }
             // SAFETY: SSE2 is part of x86-64.
             unsafe {
