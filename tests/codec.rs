@@ -6,6 +6,9 @@ use tenpak::codec::{Codec, Planes, PlanesMut, reference};
 use tenpak::layout::{Grouped, Layout, Plane};
 use tenpak::{DType, codecs};
 
+mod stream;
+use stream::Stream;
+
 /// The planes of a few rows, three of them, the last one perhaps empty.
 type Buffers = [Vec<u8>; 3];
 
@@ -102,29 +105,6 @@ fn check_everywhere(weights: &[f32], cols: usize) {
     }
 }
 
-/// A deterministic stream of numbers (splitmix64).
-struct Stream(u64);
-
-impl Stream {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in 0..1.
-    fn uniform(&mut self) -> f32 {
-        f32::from(u16::try_from(self.next() >> 48).unwrap()) / 65_536.0
-    }
-
-    /// About normal.
-    fn normal(&mut self) -> f32 {
-        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
-    }
-}
-
 const COLS: [usize; 24] =
     [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 63, 64, 65, 127, 128, 129, 172, 255, 256, 384, 1000];
 
@@ -139,10 +119,13 @@ fn every_instruction_set_writes_the_reference_s_bytes_at_every_width() {
     }
 }
 
+/// Weight `i` of a matrix of hard numbers.
+type Kind = dyn Fn(&mut Stream, usize) -> f32;
+
 #[test]
 fn hard_numbers_are_no_exception() {
     let mut stream = Stream(2);
-    let kinds: [&dyn Fn(&mut Stream, usize) -> f32; 14] = [
+    let kinds: [&Kind; 14] = [
         // Ties exactly at half steps, of steps that are powers of two, with both ends of the range present.
         &|s, i| {
             if i % 8 == 0 {
@@ -168,7 +151,7 @@ fn hard_numbers_are_no_exception() {
             0 => -7.5,
             1 => 7.5,
             _ => {
-                f32::from_bits((0.5 * (s.next() % 15) as f32 + 0.5).to_bits() - 1 + (s.next() % 3) as u32)
+                f32::from_bits((0.5 * (s.next() % 15) as f32 + 0.5).to_bits() - 1 + s.bits() % 3)
                     * if s.next() % 2 == 0 { 1.0 } else { -1.0 }
             }
         },
@@ -178,7 +161,7 @@ fn hard_numbers_are_no_exception() {
         &|_, i| if i / 128 % 2 == 0 { 0.3 } else { -0.7 },
         &|_, i| if i % 5 == 0 { -1.5 } else { -0.0 },
         // From subnormal halves to their largest, a magnitude for each run of 128.
-        &|s, i| s.normal() * (2.0f32).powi(-26 + (i as i32 / 128 % 8) * 6),
+        &|s, i| s.normal() * [2e-8, 1e-6, 6e-5, 4e-3, 0.25, 16.0, 1000.0, 65_000.0][i / 128 % 8],
         &|s, i| s.normal() * if i % 64 < 32 { 1e-4 } else { 3e-5 },
         // A small range far from zero.
         &|s, _| 1000.0 + s.uniform(),
@@ -257,7 +240,7 @@ proptest! {
 fn conversions_are_those_of_the_half_crate_on_every_instruction_set() {
     let mut stream = Stream(4);
     let halves: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-    let mut values: Vec<f32> = (0..50_000).map(|_| f32::from_bits(stream.next() as u32)).collect();
+    let mut values: Vec<f32> = (0..50_000).map(|_| f32::from_bits(stream.bits())).collect();
     values.extend((0..=u16::MAX).map(|b| half::f16::from_bits(b).to_f32()));
     // Halfway between neighbouring halves, and one unit in the last place to either side.
     for b in 0..0x7c00u16 {
@@ -272,13 +255,13 @@ fn conversions_are_those_of_the_half_crate_on_every_instruction_set() {
         for len in [0, 1, 7, 15, 17, 33, 65_535] {
             let mut floats = vec![0.0; len];
             isa.f16_to_f32(&halves[..2 * len], &mut floats);
-            for (b, x) in floats.iter().enumerate() {
-                let want = half::f16::from_bits(b as u16).to_f32();
+            for (b, x) in (0..=u16::MAX).zip(&floats) {
+                let want = half::f16::from_bits(b).to_f32();
                 assert!(x.to_bits() == want.to_bits() || want.is_nan(), "{isa:?}: half {b:#x}");
             }
             isa.bf16_to_f32(&halves[..2 * len], &mut floats);
-            for (b, x) in floats.iter().enumerate() {
-                let want = half::bf16::from_bits(b as u16).to_f32();
+            for (b, x) in (0..=u16::MAX).zip(&floats) {
+                let want = half::bf16::from_bits(b).to_f32();
                 assert!(x.to_bits() == want.to_bits() || want.is_nan(), "{isa:?}: bfloat {b:#x}");
             }
         }

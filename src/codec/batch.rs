@@ -21,8 +21,8 @@ pub(super) const AHEAD: usize = 1024;
 type Words = [[u32; MAX_LANES]; MAX_GROUP / 4];
 
 /// What a matrix and its layout look like to a batch.
-struct Shape<'a> {
-    layout: &'a Grouped,
+pub(super) struct Shape<'a> {
+    pub(super) layout: &'a Grouped,
     fit: Fit,
     cols: usize,
     strides: Strides,
@@ -48,55 +48,52 @@ pub(super) fn groups<L: Lanes, K: Kind>(
     let shape = Shape { layout, fit, cols, strides: Strides::new(layout, cols), group_bytes };
     // An odd number of 4-bit zero points leaves a gap at the end of a row of them.
     let gapless = ragged == 0 && (layout.levels() != Levels::ZeroPoint || full.is_multiple_of(2));
-    let done = match (gapless, group) {
-        (false, _) => 0,
-        (true, 8) => run::<L, K, 8>(&shape, weights, planes)?,
-        (true, 16) => run::<L, K, 16>(&shape, weights, planes)?,
-        (true, 32) if !K::SEARCHES => run::<L, K, 32>(&shape, weights, planes)?,
-        (true, 64) if !K::SEARCHES => run::<L, K, 64>(&shape, weights, planes)?,
-        (true, 128) if !K::SEARCHES => run::<L, K, 128>(&shape, weights, planes)?,
-        (true, _) => 0,
-    };
-    let mut gather = Gather { padded: [0.0; MAX_GROUP * MAX_LANES], place: [(0, 0); MAX_LANES], used: 0, len: group };
-    for index in done..rows * full {
-        gather.push(&shape, weights, (index / full, index % full));
-        if gather.used == L::N {
-            gather.flush::<L, K>(&shape, planes)?;
+    let done = if gapless { K::run::<L>(&shape, weights, planes)? } else { 0 };
+
+    // Full groups first, then the ragged ones, so that the groups of a batch have one length.
+    let whole = rows * full;
+    let end = if ragged > 0 { whole + rows } else { whole };
+    let mut gather = Gather { padded: [0.0; MAX_GROUP * MAX_LANES], place: [(0, 0); MAX_LANES], used: 0, len: 0 };
+    let mut index = done;
+    while index < end {
+        let (stop, len) = if index < whole { (whole, group) } else { (end, ragged) };
+        gather.used = 0;
+        gather.len = len;
+        while index < stop && gather.used < L::N {
+            let place = if index < whole { (index / full, index % full) } else { (index - whole, full) };
+            gather.push(&shape, weights, place);
+            index += 1;
         }
+        gather.flush::<L, K>(&shape, planes)?;
     }
-    gather.flush::<L, K>(&shape, planes)?;
-    gather.len = ragged;
-    for row in 0..if ragged > 0 { rows } else { 0 } {
-        gather.push(&shape, weights, (row, full));
-        if gather.used == L::N {
-            gather.flush::<L, K>(&shape, planes)?;
-        }
-    }
-    gather.flush::<L, K>(&shape, planes)
+    Ok(())
 }
 
 /// Encodes whole batches of a matrix without gaps in place; returns how many groups that were.
+///
+/// `group` is at most `LONGEST`. Where both are the same constant, the weights of a batch stay in registers.
 #[inline(always)]
-fn run<L: Lanes, K: Kind, const GROUP: usize>(
+pub(super) fn run<L: Lanes, K: Kind, const LONGEST: usize>(
     shape: &Shape<'_>,
+    group: usize,
     weights: &[f32],
     planes: &mut PlanesMut<'_>,
 ) -> Result<usize, OutOfRange> {
     let layout = shape.layout;
-    let group_bytes = GROUP * layout.bits() as usize / 8;
+    let group_bytes = group * layout.bits() as usize / 8;
     let mut words = [[0; MAX_LANES]; MAX_GROUP / 4];
-    let batches = weights.chunks_exact(L::N * GROUP).zip(planes.codes.chunks_exact_mut(L::N * group_bytes));
+    let batches = weights.chunks_exact(L::N * group).zip(planes.codes.chunks_exact_mut(L::N * group_bytes));
     let mut first = 0;
     for (weights, codes) in batches {
-        let mut columns = [L::splat(0.0); GROUP];
-        for (c, eight) in columns.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let mut columns = [L::splat(0.0); LONGEST];
+        for (c, eight) in columns[..group].as_chunks_mut::<8>().0.iter_mut().enumerate() {
             // A little with every eight columns: all at once would fill the buffers that loads wait in.
             for line in (0..8 * L::N).step_by(16) {
-                prefetch(weights, AHEAD.max(L::N * GROUP) + 8 * L::N * c + line);
+                prefetch(weights, AHEAD.max(L::N * group) + 8 * L::N * c + line);
             }
-            *eight = L::columns(&weights[8 * c..], GROUP);
+            *eight = L::columns(&weights[8 * c..], group);
         }
-        let params = encode_columns::<L, K>(shape, &columns, &mut words)?;
+        let params = encode_columns::<L, K>(shape, &columns[..group], &mut words)?;
         store_floats(layout.scale(), params.scale, &mut planes.scales[first * layout.scale().size()..]);
         if let Some(float) = layout.offset() {
             store_floats(float, params.offset, &mut planes.addends[first * float.size()..]);
@@ -140,9 +137,6 @@ impl Gather {
     /// Encodes the groups that are there.
     #[inline(always)]
     fn flush<L: Lanes, K: Kind>(&mut self, shape: &Shape<'_>, planes: &mut PlanesMut<'_>) -> Result<(), OutOfRange> {
-        if self.used == 0 {
-            return Ok(());
-        }
         // Lanes without a group repeat the first, so that they can fail no check of their own.
         for lane in self.used..L::N {
             self.padded.copy_within(..self.len, lane * MAX_GROUP);
@@ -175,7 +169,6 @@ impl Gather {
             }
             store_words(words, lane, &mut planes.codes[row * strides.codes + g * group_bytes..][..4 * words.len()]);
         }
-        self.used = 0;
         Ok(())
     }
 }

@@ -33,10 +33,9 @@ pub(super) fn encode<L: Lanes>(
         (Levels::Unsigned, 4, Some(_), Fit::Search) if batched(layout) => {
             groups::<L, Searched>(layout, fit, weights, cols, planes)
         }
-        (Levels::Signed, 4 | 8, None, Fit::AbsMax) if batched(layout) => {
-            groups::<L, Signed>(layout, fit, weights, cols, planes)
-        }
-        (Levels::ZeroPoint, 4, None, Fit::ZeroPoint) if batched(layout) => {
+        (Levels::Signed, 4 | 8, None, Fit::AbsMax) | (Levels::ZeroPoint, 4, None, Fit::ZeroPoint)
+            if batched(layout) =>
+        {
             groups::<L, Signed>(layout, fit, weights, cols, planes)
         }
         (Levels::Table(_), 4, None, Fit::AbsMax) if batched(layout) => {

@@ -1,7 +1,9 @@
 //! How the weights of a batch become codes: parameters per lane, and one rule for each kind of levels.
 
+use super::batch::{MAX_GROUP, Shape, run};
 use super::lanes::Lanes;
-use super::reference;
+use super::{PlanesMut, reference};
+use crate::fit::OutOfRange;
 use crate::layout::{Grouped, Levels};
 
 /// What is chosen for the group of every lane; all numbers already rounded to their stored type.
@@ -21,12 +23,23 @@ impl<L: Lanes> LaneParams<L> {
 }
 
 /// How weights of one kind of levels become codes.
-pub(super) trait Kind {
+pub(super) trait Kind: Sized {
     /// Whether the fit looks at every weight and not only at the range.
     const SEARCHES: bool = false;
 
     /// The codes of one weight per lane, as integers in f32.
     fn codes<L: Lanes>(coder: &Coder<L>, w: L) -> L;
+
+    /// Encodes whole batches in place (see [`run`]), specialised for the group sizes that are worth it.
+    #[inline(always)]
+    fn run<L: Lanes>(shape: &Shape<'_>, weights: &[f32], planes: &mut PlanesMut<'_>) -> Result<usize, OutOfRange> {
+        match shape.layout.group() {
+            32 => run::<L, Self, 32>(shape, 32, weights, planes),
+            64 => run::<L, Self, 64>(shape, 64, weights, planes),
+            128 => run::<L, Self, 128>(shape, 128, weights, planes),
+            group => run::<L, Self, MAX_GROUP>(shape, group, weights, planes),
+        }
+    }
 }
 
 /// Everything that the codes of a batch depend on.
@@ -55,6 +68,17 @@ impl Kind for Unsigned {
         let t = (w - coder.offset) / coder.divisor;
         t.max(L::splat(0.0)).min(L::splat(15.0)).nearest_positive()
     }
+
+    #[inline(always)]
+    fn run<L: Lanes>(shape: &Shape<'_>, weights: &[f32], planes: &mut PlanesMut<'_>) -> Result<usize, OutOfRange> {
+        match shape.layout.group() {
+            8 => run::<L, Self, 8>(shape, 8, weights, planes),
+            16 => run::<L, Self, 16>(shape, 16, weights, planes),
+            32 => run::<L, Self, 32>(shape, 32, weights, planes),
+            128 => run::<L, Self, 128>(shape, 128, weights, planes),
+            group => run::<L, Self, MAX_GROUP>(shape, group, weights, planes),
+        }
+    }
 }
 
 impl Kind for Searched {
@@ -63,6 +87,12 @@ impl Kind for Searched {
     #[inline(always)]
     fn codes<L: Lanes>(coder: &Coder<L>, w: L) -> L {
         Unsigned::codes(coder, w)
+    }
+
+    /// Nothing: beside a search it costs nothing to gather every batch.
+    #[inline(always)]
+    fn run<L: Lanes>(_: &Shape<'_>, _: &[f32], _: &mut PlanesMut<'_>) -> Result<usize, OutOfRange> {
+        Ok(0)
     }
 }
 

@@ -15,6 +15,8 @@
 //! On random groups the result is within a thousandth of the best line over a grid of 8281 trials. Everything is f32
 //! lane arithmetic in one order, one group per lane, so that any number of lanes gives the same bytes.
 
+use std::hint::black_box;
+
 use super::{Fit, OutOfRange, Params, lanes as fits, min_scale};
 use crate::codec::batch::{MAX_GROUP, range};
 use crate::codec::kind::LaneParams;
@@ -243,6 +245,8 @@ fn round<L: Lanes>(float: Float, x: L) -> L {
 pub(crate) fn lanes<L: Lanes>(layout: &Grouped, weights: &[L]) -> Result<LaneParams<L>, OutOfRange> {
     let (min, max) = range(weights);
     let params = fits::params(Fit::MinMax, layout, min, max)?;
+    // The compiler would otherwise unroll every loop below into hundreds of kilobytes.
+    let weights = black_box(weights);
 
     let width = max - min;
     let factor = L::splat(1.0) / width;
@@ -261,10 +265,10 @@ pub(crate) fn lanes<L: Lanes>(layout: &Grouped, weights: &[L]) -> Result<LanePar
     let (start, _) = best.error(&params);
     // Zero where nothing may be compared: nothing is then better.
     best.error = L::select(L::splat(LEAST_ERROR).lt(start), start * L::splat(CLEARLY_LESS), L::splat(0.0));
-    for line in lines {
+    for line in black_box(&lines[..]) {
         let scale = line.slope * width;
         let offset = (line.start + L::splat(0.5)) * width + min;
-        for step in [0.0, -NEIGHBOUR, NEIGHBOUR] {
+        for &step in black_box(&[0.0, -NEIGHBOUR, NEIGHBOUR][..]) {
             let offset = offset + offset * L::splat(step);
             let refit = best.attempt(scale, offset);
             best.attempt(refit, offset);

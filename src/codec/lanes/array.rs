@@ -25,8 +25,8 @@ impl<const N: usize> Array<N> {
     #[inline(always)]
     fn compare(self, other: Self, f: impl Fn(&f32, &f32) -> bool) -> [bool; N] {
         let mut mask = [false; N];
-        for l in 0..N {
-            mask[l] = f(&self.0[l], &other.0[l]);
+        for (l, answer) in mask.iter_mut().enumerate() {
+            *answer = f(&self.0[l], &other.0[l]);
         }
         mask
     }
@@ -122,8 +122,8 @@ impl<const N: usize> Lanes for Array<N> {
 
     #[inline(always)]
     fn select(mask: Self::Mask, yes: Self, mut no: Self) -> Self {
-        for l in 0..N {
-            no.0[l] = if mask[l] { yes.0[l] } else { no.0[l] };
+        for (l, lane) in no.0.iter_mut().enumerate() {
+            *lane = if mask[l] { yes.0[l] } else { *lane };
         }
         no
     }
@@ -152,8 +152,8 @@ impl<const N: usize> Lanes for Array<N> {
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "integers of 16 bits by contract")]
     fn store_words(low: Self, high: Self, dst: &mut [u32; MAX_LANES]) {
-        for l in 0..N {
-            dst[l] = low.0[l] as u32 | (high.0[l] as u32) << 16;
+        for (l, word) in dst[..N].iter_mut().enumerate() {
+            *word = low.0[l] as u32 | (high.0[l] as u32) << 16;
         }
     }
 

@@ -42,9 +42,9 @@ impl Lanes for F32x8 {
     fn columns(src: &[f32], stride: usize) -> [Self; 8] {
         assert!(src.len() >= (Self::N - 1) * stride + 8, "every lane has eight numbers");
         let mut r = [Self::splat(0.0).0; 8];
-        for l in 0..8 {
+        for (l, row) in r.iter_mut().enumerate() {
             // SAFETY: eight numbers from every lane's start on are there, as asserted above.
-            r[l] = unsafe { _mm256_loadu_ps(src.as_ptr().add(l * stride)) };
+            *row = unsafe { _mm256_loadu_ps(src.as_ptr().add(l * stride)) };
         }
         // SAFETY: only functions that enable AVX2 and F16C name this type.
         unsafe {

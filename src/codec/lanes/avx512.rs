@@ -43,9 +43,9 @@ impl Lanes for F32x16 {
         assert!(src.len() >= (Self::N - 1) * stride + 8, "every lane has eight numbers");
         // Row l in the lower and row l + 8 in the upper half: both halves are then transposed as 8 x 8.
         let mut r = [Self::splat(0.0).0; 8];
-        for l in 0..8 {
+        for (l, row) in r.iter_mut().enumerate() {
             // SAFETY: eight numbers from every lane's start on are there, as asserted above.
-            r[l] = unsafe {
+            *row = unsafe {
                 let low = _mm256_loadu_ps(src.as_ptr().add(l * stride));
                 let high = _mm256_loadu_ps(src.as_ptr().add((l + 8) * stride));
                 _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)

@@ -63,9 +63,9 @@ impl Lanes for F32x4 {
         let mut columns = [Self::splat(0.0); 8];
         for half in 0..2 {
             let mut r = [Self::splat(0.0).0; 4];
-            for l in 0..4 {
+            for (l, row) in r.iter_mut().enumerate() {
                 // SAFETY: eight numbers from every lane's start on are there, as asserted above.
-                r[l] = unsafe { _mm_loadu_ps(src.as_ptr().add(l * stride + 4 * half)) };
+                *row = unsafe { _mm_loadu_ps(src.as_ptr().add(l * stride + 4 * half)) };
             }
             // SAFETY: SSE2 is part of x86-64.
             unsafe {
