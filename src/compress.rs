@@ -302,7 +302,7 @@ struct Job<'a> {
 #[derive(Default)]
 struct Task {
     distance: Distance,
-    /// Flat index in the matrix of the first weight that is not finite, and how many there are.
+    /// Flat index in the source of the first weight that is not finite, and how many there are.
     nonfinite: Option<(u64, u64)>,
     out_of_range: bool,
 }
@@ -342,10 +342,10 @@ impl Job<'_> {
             let block = block?;
             if let Some((index, n)) = block.nonfinite {
                 match self.nonfinite {
-                    Nonfinite::Raw => return Ok(Some(Misfit::Nonfinite { index: self.stored_index(index), count: n })),
+                    Nonfinite::Raw => return Ok(Some(Misfit::Nonfinite { index, count: n })),
                     Nonfinite::Error => {
-                        let (index, before) = found.unwrap_or((self.stored_index(index), 0));
-                        found = Some((index, before + n));
+                        let (first, before) = found.unwrap_or((index, 0));
+                        found = Some((first.min(index), before + n));
                     }
                     Nonfinite::Zero | Nonfinite::Clamp => self.repaired += n,
                 }
@@ -396,7 +396,7 @@ impl Job<'_> {
             all.distance.merge(&task.distance);
             all.out_of_range |= task.out_of_range;
             all.nonfinite = match (all.nonfinite, task.nonfinite) {
-                (Some((first, a)), Some((_, b))) => Some((first, a + b)),
+                (Some((first, a)), Some((second, b))) => Some((first.min(second), a + b)),
                 (a, b) => a.or(b),
             };
             all
@@ -408,8 +408,10 @@ impl Job<'_> {
         let mut task = Task::default();
         let bad = scratch.weights.iter().filter(|w| !w.is_finite()).count();
         if bad > 0 {
-            let at = scratch.weights.iter().position(|w| !w.is_finite()).unwrap_or_default();
-            task.nonfinite = Some((start + at as u64, bad as u64));
+            // The first of the matrix need not be the first of the source.
+            let at =
+                (start..).zip(&scratch.weights).filter(|(_, w)| !w.is_finite()).map(|(at, _)| self.stored_index(at));
+            task.nonfinite = Some((at.min().unwrap_or_default(), bad as u64));
             match self.nonfinite {
                 Nonfinite::Error | Nonfinite::Raw => return task,
                 Nonfinite::Zero => repair(&mut scratch.weights, cols, |_, _| 0.0),

@@ -111,6 +111,28 @@ impl Error {
         }
     }
 
+    /// The same error, its text cut to a length and without the control characters of a file that it quotes, which a
+    /// terminal would obey.
+    #[must_use]
+    pub(crate) fn printable(self) -> Self {
+        const MOST: usize = 1000;
+        let plain = |text: String| {
+            if text.len() <= MOST && !text.contains(char::is_control) {
+                return text;
+            }
+            let cut = text.char_indices().nth(MOST).map_or(text.len(), |(at, _)| at);
+            let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+            let more = if cut < text.len() { "…" } else { "" };
+            text[..cut].chars().map(escape).collect::<String>() + more
+        };
+        match self {
+            Self::Invalid(what) => Self::Invalid(plain(what)),
+            Self::Corrupt { at, what } => Self::Corrupt { at, what: plain(what) },
+            Self::Unsupported(what) => Self::Unsupported(plain(what)),
+            other => other,
+        }
+    }
+
     /// The error without the path that [`Error::in_file`] put around it.
     #[must_use]
     pub fn root(&self) -> &Self {

@@ -24,15 +24,23 @@ impl OutputFile {
     /// Starts a file that will be called `target`; nothing is visible yet.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the target exists and `force` is not set, or is not a regular file; [`Error::Io`] when
-    /// its directory cannot be written.
+    /// [`Error::Invalid`] when the target exists and `force` is not set, is not a regular file or is a symbolic link that
+    /// points to nothing; [`Error::Io`] when its directory cannot be written.
     pub fn create(target: &Path, force: bool) -> Result<Self> {
         match std::fs::metadata(target) {
             Ok(found) if !found.is_file() => {
                 return Err(Error::invalid(format!("output {} exists and is not a file", target.display())));
             }
             Ok(_) if !force => return Err(exists(target)),
-            _ => {}
+            Ok(_) => {}
+            // Left to the end of the run, this would be found only then.
+            Err(_) if std::fs::symlink_metadata(target).is_ok_and(|found| found.is_symlink()) => {
+                return Err(Error::invalid(format!(
+                    "output {} is a symbolic link that points to nothing; remove it or choose another name",
+                    target.display()
+                )));
+            }
+            Err(_) => {}
         }
         // A symbolic link keeps pointing; what it points to is replaced.
         let target = std::fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());

@@ -5,16 +5,19 @@
 //! byte, the file that compressing the variant directly would have given. Chains of deltas resolve to one list of
 //! planes before anything is copied.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use super::header::{CHUNK, Delta, Entry, Identity, identity};
 use super::map::ArtifactFile;
 use super::writer::{TensorWriter, Writer, Written};
+use crate::codecs;
 use crate::compress::{self, OnProgress, Options, Progress, TensorReport};
 use crate::error::{Error, Result};
 use crate::output;
 use crate::recipe::Recipe;
 use crate::source::Source;
+use crate::tensor::DType;
 
 /// The longest chain of deltas that is resolved.
 pub const MAX_CHAIN: usize = 32;
@@ -78,10 +81,10 @@ pub fn delta(
             None => None,
         };
         if let Some(i) = same {
-            runs.base(i);
+            runs.push(i64::try_from(i).expect("tensors are counted in 32 bits"));
             result.push(base.tensors()[i].clone());
         } else {
-            runs.own();
+            runs.push(-1);
             result.push(writer.keep(tensor)?.clone());
             changed.push(report);
         }
@@ -106,7 +109,10 @@ fn is_unchanged(
     if tensor.same_as(entry) {
         return Ok(true);
     }
-    if epsilon == 0.0 || !entry.info().dtype().is_float() || tensor.transposed() != entry.transposed() {
+    // Raw doubles hold more than the comparison below sees.
+    let doubles =
+        entry.info().dtype() == DType::F64 && [tensor.codec(), entry.codec()].iter().any(|c| c.id == codecs::RAW);
+    if epsilon == 0.0 || !entry.info().dtype().is_float() || doubles || tensor.transposed() != entry.transposed() {
         return Ok(false);
     }
     let (rows, cols) = entry.matrix();
@@ -132,18 +138,21 @@ fn is_unchanged(
 struct Runs(Vec<(i64, u64)>);
 
 impl Runs {
-    fn base(&mut self, index: usize) {
-        let index = i64::try_from(index).expect("tensors are counted in 32 bits");
-        match self.0.last_mut() {
-            Some((first, count)) if *first >= 0 && *first + count.cast_signed() == index => *count += 1,
-            _ => self.0.push((index, 1)),
+    /// Adds tensor number `first` of the base, or with -1 the delta's next own.
+    fn push(&mut self, first: i64) {
+        if self.continues(first) {
+            self.0.last_mut().expect("only a run is continued").1 += 1;
+        } else {
+            self.0.push((first, 1));
         }
     }
 
-    fn own(&mut self) {
-        match self.0.last_mut() {
-            Some((-1, count)) => *count += 1,
-            _ => self.0.push((-1, 1)),
+    /// Whether a tensor belongs to the last run.
+    fn continues(&self, first: i64) -> bool {
+        match self.0.last() {
+            Some((-1, _)) => first == -1,
+            Some(&(start, count)) => start >= 0 && start.checked_add_unsigned(count) == Some(first),
+            None => false,
         }
     }
 }
@@ -186,7 +195,10 @@ pub fn materialize(
         tensors = resolve(&tensors, seen[seen.len() - 1], delta).map_err(|e| e.in_file(delta.file().path()))?;
         let result = identity(tensors.iter().map(|(file, i)| &file.tensors()[*i]).collect::<Vec<_>>().into_iter());
         // A delta whose result is its own base changes nothing; anything earlier would be a cycle.
-        if seen[..seen.len() - 1].contains(&result) {
+        if seen[seen.len() - 1] == result {
+            continue;
+        }
+        if seen.contains(&result) {
             return Err(Error::invalid(format!(
                 "{} leads back to {result}, which the chain has already passed",
                 delta.file().path().display()
@@ -236,8 +248,11 @@ fn resolve<'a>(
     }
     let bad = |what: String| Error::corrupt(0, format!("delta: {what}"));
     let own_total = delta.tensors().len();
+    if section.runs.windows(2).any(|pair| Runs(vec![pair[0]]).continues(pair[1].0)) {
+        return Err(bad("a run that continues the one before it, expected one run".into()));
+    }
     let mut own = 0;
-    let mut result = Vec::new();
+    let mut result: Vec<(&ArtifactFile, usize)> = Vec::new();
     for &(first, count) in &section.runs {
         let count = usize::try_from(count).unwrap_or(usize::MAX);
         let (list_len, from) = match usize::try_from(first) {
@@ -261,6 +276,12 @@ fn resolve<'a>(
     }
     if own != own_total {
         return Err(bad(format!("{own} of its {own_total} tensors are used")));
+    }
+    let mut names = HashSet::with_capacity(result.len());
+    if let Some(twice) =
+        result.iter().map(|(file, i)| file.tensors()[*i].info().name()).find(|name| !names.insert(*name))
+    {
+        return Err(bad(format!("tensor '{twice}' occurs twice in the result")));
     }
     let entries: Vec<_> = result.iter().map(|(file, i)| &file.tensors()[*i]).collect();
     let found = identity(entries.into_iter());

@@ -364,7 +364,7 @@ impl Header {
     /// # Errors
     /// [`Error::Corrupt`], [`Error::Unsupported`] or [`Error::Limit`]; `FORMAT.md` gives the order of the checks.
     pub fn read(file: &InputFile, limits: &Limits) -> Result<Self> {
-        Preamble::read(file, limits)?.header(file, limits)
+        Preamble::read(file, limits)?.header(file, limits).map_err(Error::printable)
     }
 }
 
@@ -492,11 +492,11 @@ impl Preamble {
         let parsed: HeaderIn = serde_json::from_reader(section()).map_err(|e| bad(e.to_string()))?;
         let header = parsed.check(limits, start, self.flags)?;
         let mut compare = Compare { expected: section(), at: start };
-        header.print(&mut compare).map_err(|_| {
-            Error::corrupt(compare.at, "header: not in canonical form, expected it as this program prints it")
-        })?;
-        if compare.at != self.file_bytes {
-            return Err(Error::corrupt(compare.at, "header: not in canonical form, it goes on behind its JSON"));
+        let printed = header.print(&mut compare);
+        // White space behind the object is no part of what is printed.
+        if printed.is_err() || compare.at != self.file_bytes {
+            let what = "header: not in canonical form, expected it as this program prints it";
+            return Err(Error::corrupt(compare.at, what));
         }
         Ok(header)
     }
@@ -646,11 +646,40 @@ impl HeaderIn {
 struct EntryJson {
     name: String,
     dtype: String,
+    #[serde(deserialize_with = "short")]
     shape: Vec<u64>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     transposed: bool,
     codec: String,
+    #[serde(deserialize_with = "short")]
     planes: Vec<PlaneJson>,
+}
+
+/// The most dimensions or planes that an entry may list, whatever the limits: no codec has more than three planes.
+const SHORT: usize = 16;
+
+/// Reads an array of at most [`SHORT`] elements, so that a hostile one takes no memory.
+fn short<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Vec<T>, D::Error> {
+    struct Elements<T>(std::marker::PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Elements<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "an array of at most {SHORT}")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut all = Vec::new();
+            while let Some(element) = seq.next_element()? {
+                if all.len() == SHORT {
+                    return Err(serde::de::Error::invalid_length(SHORT + 1, &self));
+                }
+                all.push(element);
+            }
+            Ok(all)
+        }
+    }
+    d.deserialize_seq(Elements(std::marker::PhantomData))
 }
 
 /// A plane as it stands in JSON.

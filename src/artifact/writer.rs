@@ -184,6 +184,11 @@ impl TensorWriter {
         planes.iter().enumerate().try_for_each(|(index, bytes)| self.write(writer, index, bytes))
     }
 
+    /// The codec that the tensor is written with.
+    pub(crate) fn codec(&self) -> &'static Codec {
+        self.entry.codec()
+    }
+
     /// Whether the matrix is the transpose of the source tensor.
     pub(crate) fn transposed(&self) -> bool {
         self.entry.transposed()

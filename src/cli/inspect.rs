@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use clap::Args;
 use serde::Serialize;
 
-use super::report::{phrase, shape, table, thousands};
+use super::report::{phrase, plain, shape, table, thousands};
 use super::{Context, Input, Outcome};
 use crate::artifact::header::{Delta, PlaneEntry};
 use crate::artifact::{ArtifactFile, Entry, Provenance};
@@ -140,7 +140,8 @@ fn summary(artifact: &ArtifactFile, total: &Sizes, context: &mut Context<'_>) {
     }
     context.line(format!("identity {}", header.identity()));
     for source in &provenance.sources {
-        context.line(format!("source   {}, {} bytes, blake3 {}", source.name, thousands(source.bytes), source.blake3));
+        let name = plain(&source.name);
+        context.line(format!("source   {name}, {} bytes, blake3 {}", thousands(source.bytes), source.blake3));
     }
-    context.line(format!("made by  {}", provenance.tool));
+    context.line(format!("made by  {}", plain(&provenance.tool)));
 }

@@ -34,6 +34,11 @@ pub(super) fn thousands(n: u64) -> String {
     out
 }
 
+/// Text of a file without control characters, which a terminal would obey.
+pub(super) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
 /// A shape as people write it.
 pub(super) fn shape(dims: &[u64]) -> String {
     if dims.is_empty() { "scalar".into() } else { dims.iter().map(u64::to_string).collect::<Vec<_>>().join("x") }

@@ -1,0 +1,318 @@
+//! Every rule of the format, broken once in a file whose checksums are correct, and the error that says so.
+
+#![cfg(unix)]
+
+#[path = "support/damage.rs"]
+mod damage;
+#[path = "support/format.rs"]
+mod format;
+mod support;
+
+use std::collections::HashSet;
+
+use damage::{Outcome, Probe};
+use format::{Artifact, Delta, Entry, File};
+use support::Tensor;
+use tenpak::artifact::ArtifactFile;
+use tenpak::{DType, Limits, codecs};
+
+/// An encoded, a raw and a transposed tensor; rows of the first have unused bits.
+fn sample() -> Artifact {
+    let encoded = |name: &str, shape: &[u64], transposed, id: &str| {
+        let weights = Tensor::random(name, DType::F32, shape, 3).weights();
+        Entry::encoded(name, shape, transposed, codecs::get(id).unwrap(), &weights)
+    };
+    let mut artifact = Artifact::new(vec![
+        encoded("w", &[3, 21], false, "int4_g8_fp16_v1"),
+        Entry::raw("r", DType::I32, &[3], &[7; 12]),
+        encoded("t", &[16, 4], true, "int8_sym_v1"),
+        encoded("z", &[2, 70], false, "int4_zp_g32_fp16_v1"),
+    ]);
+    artifact.metadata.push(("format".to_owned(), "pt".to_owned()));
+    artifact
+}
+
+/// A rule that is broken, the kind of error and what its message says.
+type Case = (&'static str, Vec<u8>, fn(String) -> Outcome, String);
+
+struct Cases(Vec<Case>);
+
+impl Cases {
+    fn add(&mut self, name: &'static str, bytes: Vec<u8>, kind: fn(String) -> Outcome, says: impl Into<String>) {
+        self.0.push((name, bytes, kind, says.into()));
+    }
+
+    /// The content is changed, and everything that follows from it.
+    fn content(
+        &mut self,
+        name: &'static str,
+        kind: fn(String) -> Outcome,
+        says: impl Into<String>,
+        change: impl Fn(&mut Artifact),
+    ) {
+        let mut artifact = sample();
+        change(&mut artifact);
+        self.add(name, artifact.bytes(), kind, says);
+    }
+
+    /// The text of the header is changed, and the checksum of the header.
+    fn text(&mut self, name: &'static str, says: &str, from: &str, to: &str) {
+        self.add(name, sample().file().edit(from, to).bytes(), Outcome::Corrupt, says);
+    }
+
+    fn file(&mut self, name: &'static str, kind: fn(String) -> Outcome, says: &str, change: impl Fn(&mut File)) {
+        let mut file = sample().file();
+        change(&mut file);
+        self.add(name, file.bytes(), kind, says);
+    }
+}
+
+fn preambles(cases: &mut Cases) {
+    use Outcome::{Corrupt, Limit, Unsupported};
+    cases.file("magic of another format", Corrupt, "not a tenpak artifact", |f| f.magic = *b"GGUF\x03\0\0\0");
+    cases.file("magic after a newline conversion", Corrupt, "magic", |f| f.magic = *b"\x89TNPK\n\x1a\0");
+    cases.file("wrong preamble checksum", Corrupt, "preamble checksum is 00000001", |f| f.preamble_crc32c = Some(1));
+    cases.file("version 0", Unsupported, "version 0 is not known, this build reads version 1", |f| f.version = 0);
+    cases.file("version 2", Unsupported, "version 2 is not known, this build reads version 1", |f| f.version = 2);
+    cases.file("highest version", Unsupported, "version 4294967295", |f| f.version = u32::MAX);
+    cases.file("unknown flag", Unsupported, "features 0x2, this build knows 0x1", |f| f.flags = 2);
+    cases.file("every flag", Unsupported, "features 0xfffffffe", |f| f.flags = u32::MAX);
+    cases.file("first reserved byte", Corrupt, "reserved bytes", |f| f.reserved[0] = 1);
+    cases.file("last reserved byte", Corrupt, "reserved bytes", |f| f.reserved[23] = 1);
+    cases.file("file length too small", Corrupt, "trailing data", |f| f.file_bytes = Some(64));
+    cases.file("file length too large", Corrupt, "truncated", |f| f.file_bytes = Some(1 << 40));
+    cases.file("greatest file length", Corrupt, "truncated", |f| f.file_bytes = Some(u64::MAX));
+    cases.file("header longer than the file", Corrupt, "in a file of", |f| f.header_bytes = 60_000);
+    cases.file("header over the limit", Limit, "bytes of the header is 67108865", |f| f.header_bytes = (64 << 20) + 1);
+    cases.file("greatest header length", Limit, "bytes of the header", |f| f.header_bytes = u64::MAX);
+    cases.file("header that begins late", Corrupt, "header checksum", |f| f.header_bytes -= 1);
+    cases.file("header that begins early", Corrupt, "header checksum", |f| f.header_bytes += 1);
+    cases.file("no header", Corrupt, "header checksum", |f| f.header_bytes = 0);
+    cases.file("wrong header checksum", Corrupt, "header checksum is", |f| f.header_crc32c = Some(0));
+    cases.file("delta flag without a section", Corrupt, "contradict", |f| f.flags = 1);
+    cases.file("empty body", Corrupt, "beyond the header", |f| f.body.clear());
+    cases.file("a page behind the planes", Corrupt, "it begins at byte", |f| f.body.extend([0; 64]));
+    cases.file("a byte behind the planes", Corrupt, "it begins at byte", |f| f.body.push(0));
+    cases.file("header of no bytes, correctly", Corrupt, "header: EOF", |f| *f = f.clone().header(""));
+    let delta = Delta { base: sample().identity(), result: sample().identity(), runs: vec![(-1, 4)] };
+    let mut section = sample();
+    section.delta = Some(delta);
+    let mut file = section.file();
+    file.flags = 0;
+    cases.add("delta section without the flag", file.bytes(), Corrupt, "contradict");
+}
+
+fn names(cases: &mut Cases) {
+    use Outcome::{Corrupt, Limit};
+    cases.content("empty name", Corrupt, "empty name", |a| a.tensors[0].name.clear());
+    cases.content("name over the limit", Limit, "1025, at most 1024", |a| a.tensors[0].name = "n".repeat(1025));
+    cases.content("newline in a name", Corrupt, "control character", |a| a.tensors[0].name = "a\nb".into());
+    cases.content("escape in a name", Corrupt, "control character", |a| a.tensors[0].name = "\u{1b}[2J".into());
+    cases.content("NUL in a name", Corrupt, "control character", |a| a.tensors[0].name = "a\0".into());
+    cases.content("C1 control in a name", Corrupt, "control character", |a| a.tensors[0].name = "\u{9b}".into());
+    cases.content("name twice", Corrupt, "'w' occurs twice", |a| a.tensors[1].name = "w".into());
+    let mut bytes = sample().file();
+    let at = bytes.header.windows(10).position(|w| w == b"\"name\":\"w\"").unwrap();
+    bytes.header[at + 8] = 0xff;
+    cases.add("name that is not UTF-8", bytes.bytes(), Corrupt, "header:");
+}
+
+fn shapes(cases: &mut Cases) {
+    use Outcome::{Corrupt, Limit, Unsupported};
+    let unknown = |id: &str| format!("unknown codec '{id}', this build of tenpak {} knows", env!("CARGO_PKG_VERSION"));
+    cases.content("unknown codec", Unsupported, unknown("int3_v1"), |a| a.tensors[0].codec = "int3_v1".into());
+    let known: Vec<_> = codecs::all().iter().map(|c| c.id).collect();
+    cases.content("codec of a later version", Unsupported, known.join(", "), |a| a.tensors[0].codec = "raw_v2".into());
+    cases.content("empty codec", Unsupported, unknown(""), |a| a.tensors[0].codec.clear());
+    cases.content("escapes in a codec", Unsupported, "\\u{1b}[2J", |a| a.tensors[0].codec = "\u{1b}[2J".into());
+    cases.content("endless codec", Unsupported, "…", |a| a.tensors[0].codec = "x".repeat(1 << 20));
+    cases.content("unknown dtype", Unsupported, "unknown dtype 'F4'", |a| a.tensors[0].dtype = "F4".into());
+    cases.content("dtype in lower case", Unsupported, "unknown dtype 'f32'", |a| a.tensors[0].dtype = "f32".into());
+    cases.content("nine dimensions", Limit, "dimensions of a tensor is 9, at most 8", |a| {
+        a.tensors[1].shape = vec![3, 1, 1, 1, 1, 1, 1, 1, 1];
+    });
+    cases.content("a product of 2^66", Corrupt, "larger than 2^63 bytes", |a| a.tensors[1].shape = vec![1 << 33; 2]);
+    cases.content("a product that wraps to 12 bytes", Corrupt, "larger than 2^63", |a| {
+        a.tensors[1].shape = vec![3, 1 << 32, 1 << 32];
+    });
+    cases.content("overflow behind a zero", Corrupt, "larger than 2^63", |a| a.tensors[1].shape = vec![0, u64::MAX, 2]);
+    cases.content("2^60 elements declared", Corrupt, "too large", |a| {
+        a.tensors[1].shape = vec![1 << 60];
+        a.tensors[1].planes[0].len = Some(1 << 62);
+    });
+    cases.content("2^60 bytes declared in rows", Corrupt, "digits of checksums", |a| {
+        a.tensors[1].dtype = "U8".into();
+        a.tensors[1].shape = vec![1 << 30, 1 << 30];
+        a.tensors[1].planes[0].len = Some(1 << 60);
+    });
+    cases.content("rows of 2^60 weights", Corrupt, "too large", |a| a.tensors[0].shape = vec![1, 1 << 60]);
+    cases.content("a row more than stored", Corrupt, "has planes", |a| a.tensors[0].shape = vec![4, 21]);
+    cases.content("a row less than stored", Corrupt, "has planes", |a| a.tensors[0].shape = vec![2, 21]);
+    cases.content("another codec's planes", Corrupt, "has planes", |a| a.tensors[0].codec = "int4_g8_v1".into());
+    cases.content("integers in a lossy codec", Corrupt, "takes floats only", |a| a.tensors[0].dtype = "I32".into());
+    cases.content("booleans in a lossy codec", Corrupt, "takes floats only", |a| a.tensors[0].dtype = "BOOL".into());
+    cases.content("transposed raw", Corrupt, "transposed", |a| {
+        a.tensors[1].shape = vec![3, 1];
+        a.tensors[1].transposed = true;
+    });
+    cases.content("transposed vector", Corrupt, "transposed", |a| a.tensors[2].shape = vec![64]);
+    cases.content("transposed stack", Corrupt, "transposed", |a| a.tensors[2].shape = vec![2, 8, 4]);
+    cases.content("transposed, but not stored so", Corrupt, "has planes", |a| a.tensors[2].transposed = false);
+}
+
+fn planes(cases: &mut Cases) {
+    use Outcome::{Corrupt, Damaged};
+    cases.content("missing plane", Corrupt, "has planes", |a| drop(a.tensors[0].planes.pop()));
+    cases.content("no planes", Corrupt, "has planes", |a| a.tensors[0].planes.clear());
+    cases.content("extra plane", Corrupt, "has planes", |a| {
+        let again = a.tensors[0].planes[2].clone();
+        a.tensors[0].planes.push(again);
+    });
+    cases.content("planes in another order", Corrupt, "has planes", |a| a.tensors[0].planes.swap(1, 2));
+    cases.content("unknown plane", Corrupt, "has planes", |a| a.tensors[0].planes[0].name = "outliers".into());
+    cases.content("many planes", Corrupt, "at most 16", |a| {
+        let plane = a.tensors[1].planes[0].clone();
+        a.tensors[0].planes = vec![plane; 10_000];
+    });
+    cases.content("plane too long", Corrupt, "has planes", |a| a.tensors[0].planes[0].bytes.push(0));
+    cases.content("plane too short", Corrupt, "has planes", |a| a.tensors[0].planes[0].bytes.truncate(35));
+    cases.content("length other than the shape's", Corrupt, "has planes", |a| {
+        a.tensors[1].planes[0].len = Some(1 << 50)
+    });
+    for (name, offset) in [("planes overlap", 64), ("a hole before a plane", 192), ("plane not aligned", 129)] {
+        cases.content(name, Corrupt, "expected 128", |a| a.tensors[0].planes[1].offset = Some(offset));
+    }
+    cases.content("plane inside the preamble", Corrupt, "expected 64", |a| a.tensors[0].planes[0].offset = Some(0));
+    cases.content("plane beyond the file", Corrupt, "expected 256", |a| a.tensors[1].planes[0].offset = Some(1 << 40));
+    cases.content("greatest offset", Corrupt, "expected", |a| a.tensors[1].planes[0].offset = Some(u64::MAX));
+    let crc = |a: &mut Artifact, text: &str| a.tensors[1].planes[0].crc32c = Some(text.to_owned());
+    cases.content("no checksums", Corrupt, "0 digits of checksums, expected 8", |a| crc(a, ""));
+    cases.content("half a checksum", Corrupt, "4 digits of checksums", |a| crc(a, "0123"));
+    cases.content("a checksum too many", Corrupt, "16 digits of checksums", |a| crc(a, "0123456789abcdef"));
+    cases.content("checksum that is not hex", Corrupt, "hex digits", |a| crc(a, "0123456g"));
+    cases.content("checksum with a sign", Corrupt, "canonical", |a| crc(a, "+0000000"));
+    cases.content("checksum in upper case", Corrupt, "canonical", |a| crc(a, "ABCDEF01"));
+    cases.content("checksum of other characters", Corrupt, "hex digits", |a| crc(a, "éééé"));
+    cases.content("wrong checksum", Corrupt, "chunk 0: checksum is", |a| crc(a, "00000000"));
+    let digest = |a: &mut Artifact, text: String| a.tensors[1].planes[0].blake3 = Some(text);
+    cases.content("digest that is not hex", Corrupt, "not a digest", |a| digest(a, "g".repeat(64)));
+    cases.content("digest too short", Corrupt, "not a digest", |a| digest(a, "0".repeat(63)));
+    cases.content("digest in upper case", Corrupt, "canonical", |a| digest(a, "A".repeat(64)));
+    cases.content("digest of something else", Damaged, "digest is", |a| digest(a, "0".repeat(64)));
+    cases.content("wrong identity", Corrupt, "the tensors give", |a| a.identity = Some("0".repeat(64)));
+    cases.content("identity that is not hex", Corrupt, "not a digest", |a| a.identity = Some("identity".into()));
+    let f16 = |a: &mut Artifact, plane: usize, bits: u16| {
+        a.tensors[0].planes[plane].bytes[2..4].copy_from_slice(&bits.to_le_bytes());
+    };
+    cases.content("scale that is NaN", Damaged, "a value is NaN", |a| f16(a, 1, 0x7e00));
+    cases.content("scale that is infinite", Damaged, "a value is inf", |a| f16(a, 1, 0x7c00));
+    cases.content("offset that is infinite", Damaged, "a value is -inf", |a| f16(a, 2, 0xfc00));
+    cases.content("wide scale that is NaN", Damaged, "a value is NaN", |a| {
+        a.tensors[2].planes[1].bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    cases
+        .content("unused bits of codes", Damaged, "unused bits of row 0", |a| a.tensors[0].planes[0].bytes[10] |= 0xf0);
+    cases.content("unused bytes of codes", Damaged, "unused bits of row 2", |a| a.tensors[0].planes[0].bytes[35] = 1);
+    cases.content("unused bits of zero points", Damaged, "unused bits of row 1", |a| {
+        a.tensors[3].planes[2].bytes[3] |= 0x80;
+    });
+    for (name, at) in [("first byte of padding", 36), ("last byte of padding", 63)] {
+        cases.file(name, Damaged, "padding", |f| f.body[at] = 1);
+    }
+    cases.file("padding behind the last plane", Damaged, "padding", |f| *f.body.last_mut().unwrap() = 1);
+}
+
+fn texts(cases: &mut Cases) {
+    const NOT_CANONICAL: &str = "not in canonical form";
+    cases.text("white space", NOT_CANONICAL, ",\"identity\"", ", \"identity\"");
+    cases.text("newline before", NOT_CANONICAL, "{\"metadata\"", "\n{\"metadata\"");
+    cases.text("newline behind", NOT_CANONICAL, "]}]}", "]}]}\n");
+    cases.text("a second object", "trailing characters", "]}]}", "]}]}{}");
+    cases.text(
+        "fields in another order",
+        NOT_CANONICAL,
+        "\"dtype\":\"F32\",\"shape\":[3,21]",
+        "\"shape\":[3,21],\"dtype\":\"F32\"",
+    );
+    cases.text("characters escaped for nothing", NOT_CANONICAL, "\"name\":\"w\"", "\"name\":\"\\u0077\"");
+    cases.text("slash escaped for nothing", NOT_CANONICAL, "a test", "a\\/test");
+    cases.text("half a surrogate pair", "header", "a test", "\\ud800");
+    cases.text("control character as it is", "control character", "a test", "a\ttest");
+    cases.text("key twice", "duplicate field `dtype`", "\"dtype\":\"F32\",", "\"dtype\":\"F32\",\"dtype\":\"F32\",");
+    cases.text("tensors twice", "duplicate field `tensors`", "\"tensors\":", "\"tensors\":[],\"tensors\":");
+    cases.text("metadata key twice", NOT_CANONICAL, "{\"format\":", "{\"format\":\"pt\",\"format\":");
+    cases.text("metadata keys not sorted", NOT_CANONICAL, "{\"format\":", "{\"z\":\"\",\"format\":");
+    cases.text("empty metadata", NOT_CANONICAL, "\"metadata\":{\"format\":\"pt\"}", "\"metadata\":{}");
+    cases.text("leading zero", "number", "[3,21]", "[03,21]");
+    cases.text("plus sign", "expected value", "[3,21]", "[+3,21]");
+    cases.text("negative dimension", "invalid value", "[3,21]", "[-3,21]");
+    cases.text("negative zero", "header", "[3,21]", "[-0,21]");
+    cases.text("exponent", "floating point", "[3,21]", "[3e0,21]");
+    cases.text("fraction", "floating point", "[3,21]", "[3.0,21]");
+    cases.text("number beyond 64 bits", "floating point", "[3,21]", "[18446744073709551616,21]");
+    cases.text("endless number", "number out of range", "[3,21]", &format!("[{},21]", "9".repeat(5000)));
+    cases.text("NaN", "expected", "[3,21]", "[NaN,21]");
+    cases.text("unknown field", "unknown field `x`", "\"codec\":", "\"x\":0,\"codec\":");
+    cases.text("unknown field at the top", "unknown field `x`", "\"identity\":", "\"x\":{},\"identity\":");
+    cases.text("unknown field of provenance", "unknown field `time`", "\"tool\":", "\"time\":0,\"tool\":");
+    cases.text("missing field", "missing field `dtype`", "\"dtype\":\"F32\",", "");
+    cases.text("missing provenance field", "missing field `tool`", "\"tool\":\"a test\",", "");
+    cases.text("transposed is false", NOT_CANONICAL, "\"shape\":[3,21],", "\"shape\":[3,21],\"transposed\":false,");
+    cases.text("transposed is a number", "invalid type", "\"transposed\":true", "\"transposed\":1");
+    cases.text("delta is null", NOT_CANONICAL, "\"identity\":", "\"delta\":null,\"identity\":");
+    cases.text("tensors are an object", "an array of tensors", "\"tensors\":[", "\"tensors\":{");
+    cases.text("deep arrays", "header", "[3,21]", &"[".repeat(200_000));
+    cases.text("deep objects", "header", "\"tool\":\"a test\"", &"{\"tool\":".repeat(100_000));
+    cases.text("endless shape", "at most 16", "[3,21]", &format!("[{}1]", "1,".repeat(1 << 20)));
+    let head = sample().file();
+    for (name, text) in [("an array", "[]"), ("a string", "\"\""), ("null", "null"), ("an empty object", "{}")] {
+        cases.add(name, head.clone().header(text).bytes(), Outcome::Corrupt, "header:");
+    }
+}
+
+#[test]
+fn every_broken_rule_has_its_error() {
+    assert_eq!(Probe::new().read(&sample().bytes()), Outcome::Sound);
+    let mut cases = Cases(Vec::new());
+    preambles(&mut cases);
+    names(&mut cases);
+    shapes(&mut cases);
+    planes(&mut cases);
+    texts(&mut cases);
+    let names: HashSet<_> = cases.0.iter().map(|(name, ..)| *name).collect();
+    assert!(names.len() == cases.0.len() && names.len() >= 60);
+    let probe = Probe::new();
+    let mut wrong = Vec::new();
+    for (name, bytes, kind, says) in &cases.0 {
+        let outcome = probe.read(bytes);
+        let (Outcome::Corrupt(found) | Outcome::Unsupported(found) | Outcome::Limit(found) | Outcome::Damaged(found)) =
+            &outcome
+        else {
+            wrong.push(format!("{name}: {outcome:?}"));
+            continue;
+        };
+        if kind(found.clone()) != outcome || !found.contains(says) {
+            wrong.push(format!("{name}: {outcome:?}, expected {:?}", kind(says.clone())));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.0.len(), wrong.join("\n"));
+    println!("{} named headers refused", cases.0.len());
+}
+
+#[test]
+fn the_caller_decides_how_many_tensors_there_may_be() {
+    let limits = Limits { tensors: 3, ..Limits::DEFAULT };
+    let outcome = Probe::new().read_within(&sample().bytes(), &limits);
+    assert!(
+        matches!(&outcome, Outcome::Limit(what) if what.contains("number of tensors is 4, at most 3")),
+        "{outcome:?}"
+    );
+}
+
+#[test]
+fn a_damaged_header_says_which_file_it_is() {
+    let folder = support::Folder::new();
+    let path = folder.write("model.tenpak", sample().file().edit("[3,21]", "[3,22]").bytes());
+    let message = support::refusal(ArtifactFile::open(&path), "corrupt");
+    assert!(message.starts_with(path.to_str().unwrap()), "{message}");
+}
