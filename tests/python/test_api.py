@@ -652,7 +652,9 @@ def test_an_exception_of_progress_stops_the_work_and_leaves_nothing(
     verbs = {
         "compress": lambda progress: tenpak.compress(sample_model, work / "a.tenpak", progress=progress),
         "decompress": lambda progress: tenpak.decompress(artifact, work / "w.safetensors", progress=progress),
-        "folder": lambda progress: tenpak.decompress(artifact, work / "folder", progress=progress),
+        "folder": lambda progress: tenpak.decompress(
+            artifact, work / "folder", progress=progress, max_shard_size=300_000
+        ),
         "verify": lambda progress: tenpak.verify(artifact, progress=progress),
         "delta": lambda progress: tenpak.delta(artifact, sample_model, work / "d.tenpak", progress=progress),
         "materialize": lambda progress: tenpak.materialize(artifact, delta, work / "r.tenpak", progress=progress),
