@@ -57,7 +57,7 @@ pub(super) fn interruptible<T: Send>(
                 if wanted {
                     // The caller listens until the work has ended.
                     drop(told.send(Message::Progress { done: p.done, total: p.total, tensor: p.tensor.to_owned() }));
-                    drop(resume.recv());
+                    let _ = resume.recv();
                 }
                 if stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
             };
@@ -89,7 +89,7 @@ pub(super) fn interruptible<T: Send>(
             }
             if called {
                 // The work may have ended since.
-                drop(called_back.send(()));
+                let _ = called_back.send(());
             }
         }
         let result = py.detach(|| worker.join());
