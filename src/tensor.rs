@@ -6,8 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use half::{bf16, f16};
-
+use crate::codec::isa;
 use crate::error::{Error, Result};
 use crate::limits::{self, Limits};
 
@@ -199,8 +198,8 @@ pub fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         DType::F64 => each_le!(f64, bytes, out, |x| x as f32),
         DType::F32 => each_le!(f32, bytes, out, |x| x),
-        DType::F16 => crate::codec::half_to_f32(bytes, out),
-        DType::BF16 => each_le!(u16, bytes, out, |x: u16| f32::from_bits(u32::from(x) << 16)),
+        DType::F16 => isa::best().f16_to_f32(bytes, out),
+        DType::BF16 => isa::best().bf16_to_f32(bytes, out),
         DType::F8E4M3 => each_le!(u8, bytes, out, |x| float8::F8E4M3::from_bits(x).to_f32()),
         DType::F8E5M2 => each_le!(u8, bytes, out, |x| float8::F8E5M2::from_bits(x).to_f32()),
         DType::I64 => each_le!(i64, bytes, out, |x| x as f32),
@@ -211,6 +210,18 @@ pub fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::U32 => each_le!(u32, bytes, out, |x| x as f32),
         DType::U16 => each_le!(u16, bytes, out, f32::from),
         DType::U8 | DType::Bool => each_le!(u8, bytes, out, f32::from),
+    }
+}
+
+/// Converts finite weights within `-max ..= max`, so that rounding makes none infinite; infinities and NaN as they are.
+fn narrow(values: &[f32], max: f32, out: &mut [u8], convert: impl Fn(&[f32], &mut [u8])) {
+    const PART: usize = 1024;
+    let mut part = [0.0; PART];
+    for (values, out) in values.chunks(PART).zip(out.chunks_mut(2 * PART)) {
+        for (kept, &x) in part.iter_mut().zip(values) {
+            *kept = if x.is_finite() { x.clamp(-max, max) } else { x };
+        }
+        convert(&part[..values.len()], out);
     }
 }
 
@@ -226,6 +237,9 @@ macro_rules! each_from {
 
 /// Writes f32 `values` as little-endian elements of a floating-point `dtype`, rounding to nearest even.
 ///
+/// A finite number beyond the largest of the dtype becomes the largest: decoded weights may lie half a step outside the
+/// range of their source, and must not become infinite for it.
+///
 /// # Errors
 /// [`Error::Invalid`] when `dtype` is not a floating-point type.
 ///
@@ -236,8 +250,8 @@ pub fn from_f32(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<()> {
     match dtype {
         DType::F64 => each_from!(f64, values, out, f64::from),
         DType::F32 => each_from!(f32, values, out, |x| x),
-        DType::F16 => each_from!(u16, values, out, |x| f16::from_f32(x).to_bits()),
-        DType::BF16 => each_from!(u16, values, out, |x| bf16::from_f32(x).to_bits()),
+        DType::F16 => narrow(values, f16::MAX.to_f32(), out, |values, out| isa::best().f32_to_f16(values, out)),
+        DType::BF16 => narrow(values, bf16::MAX.to_f32(), out, |values, out| isa::best().f32_to_bf16(values, out)),
         DType::F8E4M3 => each_from!(u8, values, out, |x| float8::F8E4M3::from_f32(x).to_bits()),
         DType::F8E5M2 => each_from!(u8, values, out, |x| float8::F8E5M2::from_f32(x).to_bits()),
         other => return Err(Error::invalid(format!("weights cannot be written as {other}, choose a float dtype"))),

@@ -197,7 +197,7 @@ fn a_checkpoint_without_tensors_makes_a_sound_artifact() {
 #[test]
 fn a_tensor_of_several_chunks_is_checked_chunk_by_chunk() {
     let folder = Folder::new();
-    let chunk = tenpak::artifact::header::CHUNK;
+    let chunk = tenpak::artifact::CHUNK;
     let tensor = Tensor::random("w", DType::U8, &[2 * chunk + 100], 5);
     let input = folder.checkpoint("model.safetensors", std::slice::from_ref(&tensor));
     let output = folder.path("model.tenpak");

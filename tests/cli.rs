@@ -334,7 +334,7 @@ fn the_sample_model_kept_raw_is_the_sample_model() {
     let original = fs::read(Path::new(SAMPLE).join("model.safetensors")).unwrap();
     let back = shell.bytes("back.safetensors");
     let [original, back] = [&original, &back].map(|bytes| safetensors::SafeTensors::deserialize(bytes).unwrap());
-    assert_eq!(original.names(), back.names());
+    assert_eq!(original.len(), back.len());
     assert!(original.iter().all(|(name, tensor)| tensor == back.tensor(name).unwrap()));
     shell.run("decompress m.tenpak -o shards --max-shard-size 400000", 0);
     let index: serde_json::Value = serde_json::from_slice(&shell.bytes("shards/model.safetensors.index.json")).unwrap();

@@ -278,16 +278,18 @@ fn hostile(folder: &Folder, runs: &[(i64, u64)], result: &[usize]) -> tenpak::Re
     result.map(drop)
 }
 
+/// What the error says, the runs, and which of the tensors they stand for.
+type Case = (&'static str, &'static [(i64, u64)], &'static [usize]);
+
 #[test]
 fn runs_that_make_no_sense_are_refused_before_anything_is_written() {
     let folder = Folder::new();
-    let most = i64::MAX;
-    let cases: &[(&str, &[(i64, u64)], &[usize])] = &[
+    let cases: &[Case] = &[
         ("a run of 1 tensors from 4, but there are 4", &[(4, 1), (-1, 1)], &[4]),
         ("a run of 5 tensors from 0", &[(0, 5), (-1, 1)], &[0, 1, 2, 3, 4]),
         ("a run of 2 tensors from 3", &[(3, 2), (-1, 1)], &[3, 4]),
         ("but there are 4", &[(0, u64::MAX), (-1, 1)], &[0, 1, 2, 3, 4]),
-        ("but there are 4", &[(most, u64::MAX), (-1, 1)], &[4]),
+        ("but there are 4", &[(i64::MAX, u64::MAX), (-1, 1)], &[4]),
         ("a run of 0 tensors", &[(0, 0), (-1, 1)], &[4]),
         ("a run of 0 tensors", &[(-1, 1), (0, 0)], &[4]),
         ("a run from -2", &[(-2, 1), (-1, 1)], &[4]),

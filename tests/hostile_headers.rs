@@ -296,7 +296,7 @@ fn every_broken_rule_has_its_error() {
         }
     }
     assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.0.len(), wrong.join("\n"));
-    println!("{} named headers refused", cases.0.len());
+    eprintln!("{} named headers refused", cases.0.len());
 }
 
 #[test]
@@ -315,4 +315,14 @@ fn a_damaged_header_says_which_file_it_is() {
     let path = folder.write("model.tenpak", sample().file().edit("[3,21]", "[3,22]").bytes());
     let message = support::refusal(ArtifactFile::open(&path), "corrupt");
     assert!(message.starts_with(path.to_str().unwrap()), "{message}");
+}
+
+#[test]
+fn inspect_prints_no_control_character_of_a_file() {
+    let folder = support::Folder::new();
+    let path = folder.write("model.tenpak", sample().file().edit("a test", "\\u001b[2Jtest").bytes());
+    let inspect = std::process::Command::new(assert_cmd::cargo::cargo_bin!("tenpak")).arg("inspect").arg(path).output();
+    let printed = String::from_utf8(inspect.unwrap().stdout).unwrap();
+    assert!(printed.contains("made by  \\u{1b}[2Jtest"), "{printed}");
+    assert!(!printed.contains(|c: char| c.is_control() && c != '\n'), "{printed:?}");
 }

@@ -8,7 +8,9 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use super::header::{CHUNK, Delta, Entry, Identity, identity};
+use super::entry::{CHUNK, Entry};
+use super::header::Delta;
+use super::identity::{self, Identity};
 use super::map::ArtifactFile;
 use super::writer::{TensorWriter, Writer, Written};
 use crate::codecs;
@@ -89,7 +91,7 @@ pub fn delta(
             changed.push(report);
         }
     }
-    let result = identity(result.iter());
+    let result = identity::of(result.iter());
     let provenance = compress::provenance(variant, &options, |file| Ok(file.digest()?.into()))?;
     let unchanged = variant.tensors().len() - changed.len();
     let section = Delta { base: base.header().identity(), result, runs: runs.0 };
@@ -193,7 +195,7 @@ pub fn materialize(
     let mut seen = vec![base.header().identity()];
     for delta in deltas {
         tensors = resolve(&tensors, seen[seen.len() - 1], delta).map_err(|e| e.in_file(delta.file().path()))?;
-        let result = identity(tensors.iter().map(|(file, i)| &file.tensors()[*i]).collect::<Vec<_>>().into_iter());
+        let result = identity::of(tensors.iter().map(|(file, i)| &file.tensors()[*i]).collect::<Vec<_>>().into_iter());
         // A delta whose result is its own base changes nothing; anything earlier would be a cycle.
         if seen[seen.len() - 1] == result {
             continue;
@@ -284,7 +286,7 @@ fn resolve<'a>(
         return Err(bad(format!("tensor '{twice}' occurs twice in the result")));
     }
     let entries: Vec<_> = result.iter().map(|(file, i)| &file.tensors()[*i]).collect();
-    let found = identity(entries.into_iter());
+    let found = identity::of(entries.into_iter());
     if found != section.result {
         return Err(bad(format!("the result is {found}, expected {}", section.result)));
     }

@@ -7,7 +7,8 @@ use std::ops::Deref;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::header::{CHUNK, Entry, Header};
+use super::entry::{CHUNK, Entry};
+use super::header::Header;
 use super::verify::bad_content;
 use crate::codec::{self, Planes};
 use crate::error::{Error, Result};

@@ -7,11 +7,17 @@
 #![doc = include_str!("FORMAT.md")]
 
 pub mod delta;
+mod entry;
 pub mod header;
+mod identity;
 pub mod map;
+mod preamble;
 pub mod verify;
 pub mod writer;
 
-pub use header::{Entry, Header, Identity, PlaneEntry, Provenance, SourceFile};
+pub use entry::{ALIGN, CHUNK, Entry, PlaneEntry};
+pub use header::{Header, Provenance, SourceFile};
+pub use identity::Identity;
 pub use map::ArtifactFile;
+pub use preamble::{FLAG_DELTA, MAGIC, VERSION};
 pub use writer::Writer;

@@ -3,7 +3,8 @@
 //! Beyond the checksums: the digest of each plane, padding between planes, unused bits of rows, and scales and offsets
 //! that are not finite, none of which a writer of this project leaves behind.
 
-use super::header::{CHUNK, Entry, Identity, PlaneEntry, align};
+use super::entry::{CHUNK, Entry, PlaneEntry, align};
+use super::identity::Identity;
 use super::map::ArtifactFile;
 use crate::error::Result;
 use crate::layout::{Float, Layout, Plane};

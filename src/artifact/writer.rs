@@ -7,8 +7,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::header::{ALIGN, CHUNK, Delta, Entry, FLAG_DELTA, Header, Identity, Preamble, Provenance, align};
+use super::entry::{ALIGN, CHUNK, Entry, align};
+use super::header::{Delta, Header, Provenance};
+use super::identity::Identity;
 use super::map::decode_rows;
+use super::preamble::{FLAG_DELTA, Preamble};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::limits::Limits;

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::report::{phrase, plain, shape, table, thousands};
 use super::{Context, Input, Outcome};
-use crate::artifact::header::{Delta, PlaneEntry};
-use crate::artifact::{ArtifactFile, Entry, Provenance};
+use crate::artifact::header::Delta;
+use crate::artifact::{ArtifactFile, Entry, PlaneEntry, Provenance};
 use crate::error::Result;
 use crate::report::{Sizes, Tensor};
 

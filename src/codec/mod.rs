@@ -1,7 +1,15 @@
 //! Codec = id + layout + fit; encode and decode, rayon over rows.
 //!
-//! [`mod@reference`] is the specification; what runs is one fast path per instruction set that gives the same bytes.
+//! [`mod@reference`] is the specification; what runs is one fast path per instruction set that gives the same bytes: the
+//! same generic code over vectors of different width, chosen once by [`isa`].
 
+pub(crate) mod batch;
+mod convert;
+mod decode;
+mod encode;
+pub mod isa;
+pub(crate) mod kind;
+pub(crate) mod lanes;
 pub mod reference;
 
 use rayon::prelude::*;
@@ -134,31 +142,12 @@ pub fn encode_rows(
     cols: usize,
     planes: &mut PlanesMut<'_>,
 ) -> Result<(), OutOfRange> {
-    let strides = Strides::new(layout, cols);
-    for (r, row) in weights.chunks_exact(cols.max(1)).enumerate() {
-        let mut row_planes = PlanesMut {
-            codes: &mut planes.codes[r * strides.codes..][..strides.codes],
-            scales: &mut planes.scales[r * strides.scales..][..strides.scales],
-            addends: &mut planes.addends[r * strides.addends..][..strides.addends],
-        };
-        reference::encode_row(layout, fit, row, &mut row_planes)?;
-    }
-    Ok(())
+    isa::best().encode_rows(layout, fit, weights, cols, planes)
 }
 
 /// Decodes consecutive rows, on this thread.
 pub fn decode_rows(layout: &Grouped, planes: &Planes<'_>, cols: usize, out: &mut [f32]) {
-    let strides = Strides::new(layout, cols);
-    for (r, row) in out.chunks_exact_mut(cols.max(1)).enumerate() {
-        reference::decode_row(layout, &planes.rows(&strides, r, 1), row);
-    }
-}
-
-/// Reads little-endian IEEE halves as f32.
-pub(crate) fn half_to_f32(bytes: &[u8], out: &mut [f32]) {
-    for (value, chunk) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-        *value = half::f16::from_le_bytes(*chunk).to_f32();
-    }
+    isa::best().decode_rows(layout, planes, cols, out);
 }
 
 /// A matrix in a codec: its planes have exactly the lengths that the layout gives.
@@ -278,7 +267,9 @@ impl Codec {
         if rows.checked_mul(cols) != Some(weights.len()) {
             return Err(Error::invalid(format!("{} weights for a {rows} x {cols} matrix", weights.len())));
         }
-        if let Some(index) = weights.iter().position(|w| !w.is_finite()) {
+        // Whole chunks first: a search for the first one would go weight by weight.
+        let finite = weights.par_chunks(65_536).all(|chunk| chunk.iter().fold(true, |ok, w| ok & w.is_finite()));
+        if !finite && let Some(index) = weights.iter().position(|w| !w.is_finite()) {
             return Err(Error::Nonfinite {
                 tensor: "array".into(),
                 index: index as u64,

@@ -82,17 +82,23 @@ pub fn load_params(layout: &Grouped, row: &Planes<'_>, g: usize) -> Params {
     }
 }
 
+/// The weight that a code stands for.
+#[must_use]
+pub fn weight(layout: &Grouped, params: &Params, code: u8) -> f32 {
+    let level = layout.level(code, params.zero_point);
+    match layout.offset() {
+        Some(_) => level * params.scale + params.offset,
+        None => level * params.scale,
+    }
+}
+
 /// Decodes one row.
 pub fn decode_row(layout: &Grouped, row: &Planes<'_>, out: &mut [f32]) {
     let len = layout.group_len(out.len()).max(1);
     for (g, group) in out.chunks_mut(len).enumerate() {
         let params = load_params(layout, row, g);
         for (j, w) in group.iter_mut().enumerate() {
-            let level = layout.level(layout.load_code(row.codes, g * len + j), params.zero_point);
-            *w = match layout.offset() {
-                Some(_) => level * params.scale + params.offset,
-                None => level * params.scale,
-            };
+            *w = weight(layout, &params, layout.load_code(row.codes, g * len + j));
         }
     }
 }

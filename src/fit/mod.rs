@@ -3,6 +3,7 @@
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
 //! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
 
+pub(crate) mod lanes;
 pub mod search;
 
 use crate::layout::{Float, Grouped, Levels};
@@ -99,18 +100,22 @@ pub fn min_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, Ou
     Ok(Params { scale, offset, zero_point: 0 })
 }
 
+/// The level at which [`Fit::AbsMax`] puts the greatest magnitude.
+fn peak(layout: &Grouped) -> f32 {
+    match layout.levels() {
+        Levels::Table(_) => 1.0,
+        _ if layout.bits() == 8 => 127.0,
+        _ => 7.5,
+    }
+}
+
 /// Parameters of the symmetric and table codecs, from the range of a group.
 ///
 /// # Errors
 /// [`OutOfRange`] when the scale does not fit its stored type.
 pub fn abs_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
-    let peak = match layout.levels() {
-        Levels::Table(_) => 1.0,
-        _ if layout.bits() == 8 => 127.0,
-        _ => 7.5,
-    };
     let abs = if -min > max { -min } else { max };
-    let scale = if min == max { abs } else { abs / peak };
+    let scale = if min == max { abs } else { abs / peak(layout) };
     Ok(Params { scale: store_scale(layout.scale(), scale)?, offset: 0.0, zero_point: 0 })
 }
 
@@ -132,6 +137,22 @@ pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params,
     Ok(Params { scale, offset: 0.0, zero_point })
 }
 
+/// The parameters that `fit` chooses for a group of this range; for [`Fit::Search`] those where the search starts.
+///
+/// # Errors
+/// [`OutOfRange`] when a parameter does not fit its stored type.
+///
+/// # Panics
+/// For [`Fit::Exact`], which has no groups.
+pub fn range_params(fit: Fit, layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
+    match fit {
+        Fit::MinMax | Fit::Search => min_max_params(layout, min, max),
+        Fit::AbsMax => abs_max_params(layout, min, max),
+        Fit::ZeroPoint => zero_point_params(layout, min, max),
+        Fit::Exact => panic!("the raw codec has no groups"),
+    }
+}
+
 /// The parameters that `fit` chooses for one group.
 ///
 /// # Errors
@@ -140,12 +161,9 @@ pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params,
 /// # Panics
 /// For [`Fit::Exact`], which has no groups.
 pub fn params(fit: Fit, layout: &Grouped, group: &[f32]) -> Result<Params, OutOfRange> {
-    let (min, max) = min_max(group);
-    match fit {
-        Fit::MinMax => min_max_params(layout, min, max),
-        Fit::AbsMax => abs_max_params(layout, min, max),
-        Fit::ZeroPoint => zero_point_params(layout, min, max),
-        Fit::Search => search::params(layout, group),
-        Fit::Exact => panic!("the raw codec has no groups"),
+    if fit == Fit::Search {
+        return search::params(layout, group);
     }
+    let (min, max) = min_max(group);
+    range_params(fit, layout, min, max)
 }

@@ -1,0 +1,307 @@
+//! Entry: what the header says of one tensor, checked when it is made, and its JSON.
+
+use std::fmt;
+
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::identity::Identity;
+use crate::codec::Codec;
+use crate::codecs;
+use crate::error::{Error, Result};
+use crate::layout::Plane;
+use crate::limits::Limits;
+use crate::tensor::{DType, TensorInfo};
+
+/// The alignment of planes.
+pub const ALIGN: u64 = 64;
+/// Bytes of a plane that share a checksum.
+pub const CHUNK: u64 = 4 << 20;
+
+/// One plane of a tensor in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlaneEntry {
+    /// Which one.
+    pub plane: Plane,
+    /// Where it begins.
+    pub offset: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// CRC32C of each chunk.
+    pub crc32c: Box<[u32]>,
+    /// BLAKE3-256 of all of it.
+    pub blake3: Identity,
+}
+
+/// One tensor in the file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    info: TensorInfo,
+    codec: &'static Codec,
+    transposed: bool,
+    planes: Box<[PlaneEntry]>,
+}
+
+impl Entry {
+    /// An entry whose planes have not been placed yet: lengths known, offsets and checksums not.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the codec cannot hold the tensor: a lossy codec and integers, a transposed tensor that
+    /// is not a matrix, or sizes beyond 63 bits.
+    pub(crate) fn unplaced(info: TensorInfo, codec: &'static Codec, transposed: bool) -> Result<Self> {
+        let mut entry = Self { info, codec, transposed, planes: Box::default() };
+        entry.planes = entry
+            .plane_bytes()?
+            .into_iter()
+            .map(|(plane, bytes)| PlaneEntry {
+                plane,
+                offset: 0,
+                bytes,
+                crc32c: vec![0; chunks(bytes)].into(),
+                blake3: Identity([0; 32]),
+            })
+            .collect();
+        Ok(entry)
+    }
+
+    fn plane_bytes(&self) -> Result<Vec<(Plane, u64)>> {
+        let name = self.info.name();
+        if self.transposed && (self.info.shape().len() != 2 || self.codec.grouped().is_err()) {
+            return Err(Error::invalid(format!(
+                "tensor '{name}' of shape {:?} in {} is transposed, which only encoded matrices are",
+                self.info.shape(),
+                self.codec.id
+            )));
+        }
+        if self.codec.grouped().is_ok() && !self.info.dtype().is_float() {
+            return Err(Error::invalid(format!(
+                "tensor '{name}' holds {} and codec {} takes floats only, use {}",
+                self.info.dtype(),
+                self.codec.id,
+                codecs::RAW
+            )));
+        }
+        let (rows, cols) = self.matrix();
+        self.codec.layout.plane_bytes(self.info.dtype(), rows, cols)
+    }
+
+    /// Name, dtype and shape of the source tensor.
+    #[must_use]
+    pub fn info(&self) -> &TensorInfo {
+        &self.info
+    }
+
+    /// The codec.
+    #[must_use]
+    pub fn codec(&self) -> &'static Codec {
+        self.codec
+    }
+
+    /// Whether the matrix is the transpose of the source tensor.
+    #[must_use]
+    pub fn transposed(&self) -> bool {
+        self.transposed
+    }
+
+    /// The planes, in stored order.
+    #[must_use]
+    pub fn planes(&self) -> &[PlaneEntry] {
+        &self.planes
+    }
+
+    pub(crate) fn planes_mut(&mut self) -> &mut [PlaneEntry] {
+        &mut self.planes
+    }
+
+    /// Rows and columns of the stored matrix.
+    #[must_use]
+    pub fn matrix(&self) -> (u64, u64) {
+        if let (true, &[rows, cols]) = (self.transposed, self.info.shape()) { (cols, rows) } else { self.info.matrix() }
+    }
+
+    /// Bytes of all planes, padding not counted.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.planes.iter().map(|p| p.bytes).sum()
+    }
+
+    /// Average cost of a weight of this tensor, everything in its planes counted.
+    #[must_use]
+    pub fn bits_per_weight(&self) -> f64 {
+        self.stored_bytes() as f64 * 8.0 / (self.info.elements() as f64).max(1.0)
+    }
+
+    /// Whether both entries hold the same content under the same name.
+    #[must_use]
+    pub fn same_content(&self, other: &Self) -> bool {
+        self.info == other.info
+            && self.codec == other.codec
+            && self.transposed == other.transposed
+            && self.planes.iter().zip(&other.planes).all(|(a, b)| a.blake3 == b.blake3)
+    }
+}
+
+/// How many checksums a plane has.
+#[must_use]
+pub(crate) fn chunks(bytes: u64) -> usize {
+    usize::try_from(bytes.div_ceil(CHUNK)).unwrap_or(usize::MAX)
+}
+
+/// `at` rounded up to the alignment.
+#[must_use]
+pub(crate) const fn align(at: u64) -> u64 {
+    at.div_ceil(ALIGN) * ALIGN
+}
+
+/// An entry as it stands in JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EntryJson {
+    name: String,
+    dtype: String,
+    #[serde(deserialize_with = "short")]
+    shape: Vec<u64>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    transposed: bool,
+    codec: String,
+    #[serde(deserialize_with = "short")]
+    planes: Vec<PlaneJson>,
+}
+
+/// The most dimensions or planes that an entry may list, whatever the limits: no codec has more than three planes.
+const SHORT: usize = 16;
+
+/// Reads an array of at most [`SHORT`] elements, so that a hostile one takes no memory.
+fn short<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Vec<T>, D::Error> {
+    struct Elements<T>(std::marker::PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Elements<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "an array of at most {SHORT}")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut all = Vec::new();
+            while let Some(element) = seq.next_element()? {
+                if all.len() == SHORT {
+                    return Err(serde::de::Error::invalid_length(SHORT + 1, &self));
+                }
+                all.push(element);
+            }
+            Ok(all)
+        }
+    }
+    d.deserialize_seq(Elements(std::marker::PhantomData))
+}
+
+/// A plane as it stands in JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlaneJson {
+    plane: String,
+    offset: u64,
+    bytes: u64,
+    crc32c: String,
+    blake3: Identity,
+}
+
+impl Serialize for Entry {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let plane = |p: &PlaneEntry| PlaneJson {
+            plane: p.plane.name().into(),
+            offset: p.offset,
+            bytes: p.bytes,
+            crc32c: p.crc32c.iter().map(|crc| format!("{crc:08x}")).collect(),
+            blake3: p.blake3,
+        };
+        EntryJson {
+            name: self.info.name().into(),
+            dtype: self.info.dtype().name().into(),
+            shape: self.info.shape().into(),
+            transposed: self.transposed,
+            codec: self.codec.id.into(),
+            planes: self.planes.iter().map(plane).collect(),
+        }
+        .serialize(s)
+    }
+}
+
+/// The entries of a header, and what was wrong with the first bad one.
+pub(super) struct EntriesIn {
+    pub entries: Vec<Entry>,
+    pub error: Option<Error>,
+}
+
+impl<'de> Deserialize<'de> for EntriesIn {
+    /// Builds each entry at once, so that a header of many tensors is in memory once, in its compact form.
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = EntriesIn;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array of tensors")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<EntriesIn, A::Error> {
+                let mut all = EntriesIn { entries: Vec::new(), error: None };
+                while let Some(json) = seq.next_element::<EntryJson>()? {
+                    if all.error.is_none() {
+                        match json.build() {
+                            Ok(entry) => all.entries.push(entry),
+                            Err(e) => all.error = Some(e),
+                        }
+                    }
+                }
+                Ok(all)
+            }
+        }
+        d.deserialize_seq(Entries)
+    }
+}
+
+impl EntryJson {
+    fn build(self) -> Result<Entry> {
+        let dtype = DType::ALL.iter().copied().find(|d| d.name() == self.dtype).ok_or_else(|| {
+            Error::unsupported(format!("tensor '{}' has the unknown dtype '{}'; upgrade tenpak", self.name, self.dtype))
+        })?;
+        let codec = codecs::get(&self.codec)?;
+        // The caller's limits are applied by `HeaderIn::check`; here only what no limit may lift.
+        let lifted = Limits { dims: u64::MAX, name_bytes: u64::MAX, ..Limits::DEFAULT };
+        let info = TensorInfo::within(&lifted, self.name, dtype, self.shape)?;
+        let mut entry = Entry { info, codec, transposed: self.transposed, planes: Box::default() };
+        let expected = entry.plane_bytes()?;
+        let name = entry.info.name();
+        let wanted: Vec<_> = expected.iter().map(|(plane, bytes)| (plane.name(), *bytes)).collect();
+        let found: Vec<_> = self.planes.iter().map(|p| (p.plane.as_str(), p.bytes)).collect();
+        if found != wanted {
+            return Err(Error::invalid(format!(
+                "tensor '{name}' has planes {found:?}, codec {} and its shape give {wanted:?}",
+                codec.id
+            )));
+        }
+        let place = |(json, (plane, bytes)): (PlaneJson, (Plane, u64))| {
+            let crc32c = parse_crcs(&json.crc32c, bytes).ok_or_else(|| {
+                Error::invalid(format!(
+                    "plane {} of tensor '{name}' has {} digits of checksums, expected {} hex digits",
+                    plane.name(),
+                    json.crc32c.len(),
+                    chunks(bytes).saturating_mul(8)
+                ))
+            })?;
+            Ok(PlaneEntry { plane, bytes, offset: json.offset, crc32c, blake3: json.blake3 })
+        };
+        let planes = self.planes.into_iter().zip(expected).map(place).collect::<Result<_>>()?;
+        entry.planes = planes;
+        Ok(entry)
+    }
+}
+
+/// Eight hex digits for every chunk of a plane of `bytes`.
+fn parse_crcs(hex: &str, bytes: u64) -> Option<Box<[u32]>> {
+    if hex.len() != chunks(bytes).checked_mul(8)? || !hex.is_ascii() {
+        return None;
+    }
+    (0..hex.len()).step_by(8).map(|at| u32::from_str_radix(&hex[at..at + 8], 16).ok()).collect()
+}

@@ -1,0 +1,184 @@
+//! The first 64 bytes of an artifact, and the way from there to its header.
+//!
+//! Parsing streams from the file and printing streams against it, so that the text of a header is never in memory as a
+//! whole.
+
+use std::io::{self, BufReader, Read, Write};
+
+use super::header::{Header, HeaderIn};
+use crate::error::{Error, Result};
+use crate::file::InputFile;
+use crate::limits::{self, Limits};
+
+/// First bytes of an artifact: not text, and broken by every kind of newline or 7-bit conversion.
+pub const MAGIC: [u8; 8] = *b"\x89TNPK\r\n\x1a";
+/// The version this build writes, and the highest that it reads.
+pub const VERSION: u32 = 1;
+/// Flag bit of a delta.
+pub const FLAG_DELTA: u32 = 1;
+
+/// The first 64 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Preamble {
+    pub flags: u32,
+    pub header_bytes: u64,
+    pub file_bytes: u64,
+    pub header_crc32c: u32,
+}
+
+impl Preamble {
+    pub fn print(&self) -> [u8; 64] {
+        let mut out = [0; 64];
+        out[..8].copy_from_slice(&MAGIC);
+        out[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        out[12..16].copy_from_slice(&self.flags.to_le_bytes());
+        out[16..24].copy_from_slice(&self.header_bytes.to_le_bytes());
+        out[24..32].copy_from_slice(&self.file_bytes.to_le_bytes());
+        out[32..36].copy_from_slice(&self.header_crc32c.to_le_bytes());
+        let crc = crc32c::crc32c(&out[..60]);
+        out[60..].copy_from_slice(&crc.to_le_bytes());
+        out
+    }
+
+    pub fn read(file: &InputFile, limits: &Limits) -> Result<Self> {
+        let mut bytes = [0; 64];
+        let have = usize::try_from(file.len().min(64)).expect("at most 64");
+        file.read_into(0, &mut bytes[..have])?;
+        if have < 8 || bytes[..8] != MAGIC {
+            return Err(Error::corrupt(0, "this is not a tenpak artifact: the magic bytes are missing"));
+        }
+        if have < 64 {
+            return Err(Error::corrupt(have as u64, "truncated: the file ends inside its 64-byte preamble"));
+        }
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        let crc = crc32c::crc32c(&bytes[..60]);
+        if u32_at(60) != crc {
+            return Err(Error::corrupt(60, format!("preamble checksum is {:08x}, expected {crc:08x}", u32_at(60))));
+        }
+        if u32_at(8) != VERSION {
+            return Err(Error::unsupported(format!(
+                "artifact version {} is not known, this build reads version {VERSION}; upgrade tenpak",
+                u32_at(8)
+            )));
+        }
+        let flags = u32_at(12);
+        if flags & !FLAG_DELTA != 0 {
+            return Err(Error::unsupported(format!(
+                "the artifact needs features {:#x}, this build knows {FLAG_DELTA:#x}; upgrade tenpak",
+                flags & !FLAG_DELTA
+            )));
+        }
+        if bytes[36..60] != [0; 24] {
+            return Err(Error::corrupt(36, "reserved bytes of the preamble are not zero"));
+        }
+        let preamble = Self { flags, header_bytes: u64_at(16), file_bytes: u64_at(24), header_crc32c: u32_at(32) };
+        match preamble.file_bytes.cmp(&file.len()) {
+            std::cmp::Ordering::Less => Err(Error::corrupt(
+                preamble.file_bytes,
+                format!("trailing data: the file has {} bytes, expected {}", file.len(), preamble.file_bytes),
+            )),
+            std::cmp::Ordering::Greater => Err(Error::corrupt(
+                file.len(),
+                format!("truncated: the file has {} bytes, expected {}", file.len(), preamble.file_bytes),
+            )),
+            std::cmp::Ordering::Equal => Ok(()),
+        }?;
+        limits::check("bytes of the header", limits.header_bytes, preamble.header_bytes)?;
+        if preamble.header_bytes > file.len() - 64 {
+            return Err(Error::corrupt(
+                16,
+                format!("a header of {} bytes in a file of {}", preamble.header_bytes, file.len()),
+            ));
+        }
+        Ok(preamble)
+    }
+
+    pub fn header(&self, file: &InputFile, limits: &Limits) -> Result<Header> {
+        let start = self.file_bytes - self.header_bytes;
+        let section = || BufReader::with_capacity(64 << 10, Section { file, at: start, end: self.file_bytes });
+        let mut crc = 0;
+        let mut reader = section();
+        loop {
+            let bytes = io::BufRead::fill_buf(&mut reader).map_err(|e| Error::io(file.path(), e))?;
+            if bytes.is_empty() {
+                break;
+            }
+            crc = crc32c::crc32c_append(crc, bytes);
+            let n = bytes.len();
+            io::BufRead::consume(&mut reader, n);
+        }
+        if crc != self.header_crc32c {
+            return Err(Error::corrupt(
+                start,
+                format!("header checksum is {crc:08x}, expected {:08x}", self.header_crc32c),
+            ));
+        }
+        let bad = |what: String| Error::corrupt(start, format!("header: {what}"));
+        let parsed: HeaderIn = serde_json::from_reader(section()).map_err(|e| bad(e.to_string()))?;
+        let header = parsed.check(limits, start, self.flags)?;
+        let mut compare = Compare { expected: section(), at: start };
+        let printed = header.print(&mut compare);
+        // White space behind the object is no part of what is printed.
+        if printed.is_err() || compare.at != self.file_bytes {
+            let what = "header: not in canonical form, expected it as this program prints it";
+            return Err(Error::corrupt(compare.at, what));
+        }
+        Ok(header)
+    }
+}
+
+/// A part of a file as a stream.
+struct Section<'a> {
+    file: &'a InputFile,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Section<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let n = usize::try_from((self.end - self.at).min(out.len() as u64)).expect("at most the length of a slice");
+        self.file.read_into(self.at, &mut out[..n]).map_err(io::Error::other)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+/// Counts what is written.
+pub(super) struct Count(pub u64);
+
+impl Write for Count {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Fails when what is written is not what is expected.
+struct Compare<R> {
+    expected: R,
+    at: u64,
+}
+
+impl<R: Read> Write for Compare<R> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut buffer = [0; 256];
+        for part in bytes.chunks(buffer.len()) {
+            let expected = &mut buffer[..part.len()];
+            self.expected.read_exact(expected)?;
+            if expected != part {
+                return Err(io::Error::other("the header is not canonical"));
+            }
+            self.at += part.len() as u64;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! Checkpoint in, artifact out: streams every tensor of a source through its codec into a new file.
+//!
+//! A tensor goes by in blocks of rows, each about [`BLOCK_BYTES`] of source: read, widened to f32, encoded, decoded
+//! again for the error report, hashed and written, so memory does not grow with the model.
+
+mod encode;
+
+use std::path::Path;
+
+use crate::artifact::writer::{Written, planned_bytes};
+use crate::artifact::{Identity, Provenance, SourceFile, Writer};
+use crate::codec::Codec;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::measure::Distance;
+use crate::output;
+use crate::recipe::{Choice, Reason, Recipe};
+use crate::source::{Source, SourceTensor};
+use crate::tensor;
+pub(crate) use encode::encode_tensor;
+
+/// Source bytes that are in memory at once.
+pub const BLOCK_BYTES: u64 = 8 << 20;
+
+/// What to do about weights that are NaN or infinite in a tensor that is to be quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Nonfinite {
+    /// Refuse the checkpoint, naming tensor, first index and count.
+    #[default]
+    Error,
+    /// Store zero in their place.
+    Zero,
+    /// Store zero for NaN, and for an infinity the largest finite magnitude of its row, with its sign.
+    Clamp,
+    /// Store the whole tensor as it is, in `raw_v1`.
+    Raw,
+}
+
+impl Nonfinite {
+    /// Every choice, with its name.
+    pub const ALL: &[(&'static str, Self)] =
+        &[("error", Self::Error), ("zero", Self::Zero), ("clamp", Self::Clamp), ("raw", Self::Raw)];
+
+    /// The name in options and provenance.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, choice)| *choice == self).map_or("", |(name, _)| name)
+    }
+}
+
+impl std::str::FromStr for Nonfinite {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL.iter().find(|(name, _)| *name == s).map(|(_, choice)| *choice).ok_or_else(|| {
+            Error::invalid(format!("unknown policy '{s}' for non-finite weights, expected error, zero, clamp or raw"))
+        })
+    }
+}
+
+/// How far the work is; given to a callback, which stops the work by returning an error.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress<'a> {
+    /// Source bytes done.
+    pub done: u64,
+    /// Source bytes in all.
+    pub total: u64,
+    /// The tensor under way.
+    pub tensor: &'a str,
+}
+
+/// What is told about progress.
+pub type OnProgress<'a> = dyn FnMut(Progress<'_>) -> Result<()> + Send + 'a;
+
+/// How to compress.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Which codec for which tensor.
+    pub recipe: Recipe,
+    /// What to do about NaN and infinities.
+    pub nonfinite: Nonfinite,
+    /// Replace an existing output.
+    pub force: bool,
+}
+
+/// What happened, or will happen, to one tensor.
+#[derive(Debug, Clone)]
+pub struct TensorReport {
+    /// Name.
+    pub name: String,
+    /// Dtype of the source.
+    pub dtype: tensor::DType,
+    /// Shape in the source.
+    pub shape: Vec<u64>,
+    /// The codec it is stored with.
+    pub codec: &'static Codec,
+    /// Why that codec.
+    pub reason: String,
+    /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
+    pub changed_codec: bool,
+    /// Bytes in the source.
+    pub source_bytes: u64,
+    /// Bytes of its planes.
+    pub stored_bytes: u64,
+    /// Distance to the source, where the codec is lossy; `None` before it has been encoded.
+    pub distance: Option<Distance>,
+    /// Weights that were NaN or infinite and have been replaced.
+    pub repaired: u64,
+}
+
+impl TensorReport {
+    /// Elements of the tensor.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+}
+
+/// What a run did, or, before anything was written, will do.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// One line per tensor, in stored order.
+    pub tensors: Vec<TensorReport>,
+    /// Length of the artifact.
+    pub file_bytes: u64,
+    /// Identity of the artifact; `None` for a plan.
+    pub identity: Option<Identity>,
+}
+
+/// What will be written, to the byte, from the source's headers alone.
+///
+/// A tensor whose scales turn out not to fit its codec, or that holds NaN, is the only thing headers cannot tell;
+/// [`compress`] then reports the codec that it took instead.
+///
+/// # Errors
+/// [`Error::Invalid`] when a codec cannot hold a tensor.
+pub fn plan(source: &Source, options: &Options) -> Result<Report> {
+    let tensors = source
+        .tensors()
+        .iter()
+        .map(|t| {
+            let Choice { codec, reason } = options.recipe.choose(t.info(), t.matrix().1);
+            let changed = matches!(reason, Reason::ShortRows { .. });
+            report(t, codec, reason.to_string(), changed)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let unknown = |_: &_| Ok(Identity([0; 32]));
+    let file_bytes = planned_bytes(
+        tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
+        source.metadata(),
+        &provenance(source, options, unknown)?,
+    )?;
+    Ok(Report { tensors, file_bytes, identity: None })
+}
+
+/// Compresses a source into an artifact at `target`.
+///
+/// # Errors
+/// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
+/// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
+pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
+    output::refuse_input(target, source.files().iter().map(crate::source::SourceFile::file))?;
+    let planned = plan(source, options)?;
+    let mut writer = Writer::create(target, options.force)?;
+    writer.output().preflight(planned.file_bytes)?;
+    let total = planned.tensors.iter().map(|t| t.source_bytes).sum();
+    let mut done = 0;
+    let mut tensors = Vec::with_capacity(planned.tensors.len());
+    for (index, planned) in planned.tensors.into_iter().enumerate() {
+        let name = planned.name.clone();
+        let bytes = planned.source_bytes;
+        let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
+        let (report, tensor) = encode_tensor(source, index, planned, options.nonfinite, &writer, &mut tick)?;
+        writer.keep(tensor)?;
+        tensors.push(report);
+        done += bytes;
+    }
+    let provenance = provenance(source, options, |file| Ok(file.digest()?.into()))?;
+    let Written { file_bytes, header } = writer.finish(source.metadata().clone(), provenance, None)?;
+    Ok(Report { tensors, file_bytes, identity: Some(header.identity()) })
+}
+
+/// Raw tensors keep the source's order.
+fn transposed(tensor: &SourceTensor, codec: &Codec) -> bool {
+    tensor.transposed() && codec.layout != Layout::Raw
+}
+
+fn report(tensor: &SourceTensor, codec: &'static Codec, reason: String, changed_codec: bool) -> Result<TensorReport> {
+    let info = tensor.info();
+    let (rows, cols) = tensor.matrix();
+    let stored_bytes = codec.layout.plane_bytes(info.dtype(), rows, cols)?.iter().map(|(_, bytes)| bytes).sum();
+    Ok(TensorReport {
+        name: info.name().to_owned(),
+        dtype: info.dtype(),
+        shape: info.shape().to_vec(),
+        codec,
+        reason,
+        changed_codec,
+        source_bytes: info.bytes(),
+        stored_bytes,
+        distance: None,
+        repaired: 0,
+    })
+}
+
+/// Where the content comes from; the recipe as text re-creates the same choices.
+pub(crate) fn provenance(
+    source: &Source,
+    options: &Options,
+    digest: impl Fn(&crate::file::InputFile) -> Result<Identity>,
+) -> Result<Provenance> {
+    let file = |f: &crate::source::SourceFile| {
+        Ok(SourceFile { name: f.name().to_owned(), bytes: f.file().len(), blake3: digest(f.file())? })
+    };
+    Ok(Provenance {
+        tool: concat!("tenpak ", env!("CARGO_PKG_VERSION")).to_owned(),
+        recipe: options.recipe.to_toml(),
+        nonfinite: options.nonfinite.name().to_owned(),
+        sources: source.files().iter().map(file).collect::<Result<_>>()?,
+    })
+}
