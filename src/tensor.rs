@@ -250,8 +250,10 @@ pub fn from_f32(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<()> {
     match dtype {
         DType::F64 => each_from!(f64, values, out, f64::from),
         DType::F32 => each_from!(f32, values, out, |x| x),
-        DType::F16 => narrow(values, f16::MAX.to_f32(), out, |values, out| isa::best().f32_to_f16(values, out)),
-        DType::BF16 => narrow(values, bf16::MAX.to_f32(), out, |values, out| isa::best().f32_to_bf16(values, out)),
+        DType::F16 => narrow(values, half::f16::MAX.to_f32(), out, |values, out| isa::best().f32_to_f16(values, out)),
+        DType::BF16 => {
+            narrow(values, half::bf16::MAX.to_f32(), out, |values, out| isa::best().f32_to_bf16(values, out))
+        }
         DType::F8E4M3 => each_from!(u8, values, out, |x| float8::F8E4M3::from_f32(x).to_bits()),
         DType::F8E5M2 => each_from!(u8, values, out, |x| float8::F8E5M2::from_f32(x).to_bits()),
         other => return Err(Error::invalid(format!("weights cannot be written as {other}, choose a float dtype"))),

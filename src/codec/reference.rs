@@ -25,10 +25,14 @@ pub fn min_code(layout: &Grouped) -> u8 {
     u8::from(layout.bits() == 8 && layout.levels() == Levels::Signed)
 }
 
-/// The threshold above which a table's code `i + 1` is nearer than code `i`.
+/// The threshold above which a table's code `i + 1` is nearer than code `i`: the greatest f32 that is not above the
+/// middle of the two levels, which f32 itself may not be able to hold.
 #[must_use]
 pub fn threshold(table: &[f32; 16], i: usize) -> f32 {
-    (table[i] + table[i + 1]) / 2.0
+    let middle = f64::midpoint(f64::from(table[i]), f64::from(table[i + 1]));
+    #[expect(clippy::cast_possible_truncation, reason = "rounds to nearest, which the next line corrects")]
+    let nearest = middle as f32;
+    if f64::from(nearest) > middle { nearest.next_down() } else { nearest }
 }
 
 /// The code of one weight.

@@ -40,9 +40,13 @@ pub(crate) fn min_max_params<L: Lanes>(layout: &Grouped, min: L, max: L) -> (Lan
 
 #[inline(always)]
 fn abs_max_params<L: Lanes>(layout: &Grouped, min: L, max: L) -> (LaneParams<L>, L::Mask) {
-    let abs = (L::splat(0.0) - min).max(max);
-    let constant = min.eq(max);
-    let (scale, good) = store_scale(layout.scale(), L::select(constant, abs, abs / L::splat(super::peak(layout))));
+    let peak = super::peak(layout);
+    let down = L::splat(0.0) - min;
+    let abs = down.max(max);
+    let ranged = abs / L::splat(peak);
+    // The long end is negative: where the greatest magnitude is, the scale is positive.
+    let ranged = if peak < 0.0 { L::select(down.lt(max), ranged, abs / L::splat(-peak)) } else { ranged };
+    let (scale, good) = store_scale(layout.scale(), L::select(min.eq(max), abs, ranged));
     (LaneParams { scale, offset: L::splat(0.0), zero_point: L::splat(0.0) }, good)
 }
 
