@@ -511,7 +511,7 @@ def encode(array: Array, codec: str) -> Encoded:
     """
     name = _arrays.dtype_name(array.dtype)
     shape = array.shape
-    contiguous = np.ascontiguousarray(array)
+    contiguous = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
     cols = shape[-1] if shape else 1
     rows = 1
     for dim in shape[:-1]:

@@ -3,17 +3,19 @@
 //! The library's own writer wants every tensor in memory, so the header is printed here. Wider elements come first, as
 //! the library orders them, so that every tensor is aligned.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::{Exported, Job};
 use crate::error::{Error, Result};
+use crate::output::OutputFile;
 
 /// Writes all tensors into one file.
 pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
     let all = ordered(job);
-    let bytes = write(job, target, &all)?;
+    let (out, bytes) = write(job, target, &all)?;
+    out.commit(bytes)?;
     Ok(Exported { files: vec![(target.to_owned(), bytes)], notes: Vec::new() })
 }
 
@@ -31,36 +33,54 @@ pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported
             return Err(Error::invalid(format!("output {} exists, pass --force to replace it", found.display())));
         }
     }
+    let made = !target.exists();
     std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
-    let mut exported = Exported::default();
-    let mut weight_map = Map::new();
-    let mut total = 0;
-    for (i, tensors) in shards.iter().enumerate() {
-        let path = target.join(name(i));
-        let bytes = write(job, &path, tensors)?;
-        exported.files.push((path, bytes));
-        for &t in tensors {
-            let entry = &job.artifact.tensors()[t];
-            weight_map.insert(entry.info().name().to_owned(), Value::from(name(i)));
-            total += entry.info().elements() * job.dtype(entry).size();
-        }
+    let written = write_all(job, &shards, &index, |i| target.join(name(i)));
+    if written.is_err() && made {
+        // Someone else may have put something there meanwhile: then it stays.
+        drop(std::fs::remove_dir(target));
     }
-    if shards.len() > 1 {
-        let text = serde_json::to_vec_pretty(&json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
-            .map_err(|e| Error::io(&index, e.into()))?;
-        exported.files.push((index.clone(), save(job, &index, &text)?));
-    } else if index.exists() {
+    // Nothing has its name before everything is written, so that no old shard stands beside a new one.
+    let mut exported = Exported::default();
+    for (out, bytes) in written? {
+        exported.files.push((out.target().to_owned(), bytes));
+        out.commit(bytes)?;
+    }
+    if shards.len() == 1 && index.exists() {
         // With --force over a sharded model: an index left behind would win over the new file.
         std::fs::remove_file(&index).map_err(|e| Error::io(&index, e))?;
     }
     Ok(exported)
 }
 
-fn save(job: &Job<'_, '_>, path: &Path, text: &[u8]) -> Result<u64> {
-    let out = job.create(path, text.len() as u64)?;
-    out.write_at(0, text)?;
-    out.commit(text.len() as u64)?;
-    Ok(text.len() as u64)
+/// Writes the shards and, where there are several, their index; none has its name yet.
+fn write_all(
+    job: &mut Job<'_, '_>,
+    shards: &[Vec<usize>],
+    index: &Path,
+    path: impl Fn(usize) -> PathBuf,
+) -> Result<Vec<(OutputFile, u64)>> {
+    let mut written = Vec::with_capacity(shards.len() + 1);
+    let mut weight_map = Map::new();
+    let mut total = 0;
+    for (i, tensors) in shards.iter().enumerate() {
+        let path = path(i);
+        written.push(write(job, &path, tensors)?);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        for &t in tensors {
+            let entry = &job.artifact.tensors()[t];
+            weight_map.insert(entry.info().name().to_owned(), Value::from(&*name));
+            total += entry.info().elements() * job.dtype(entry).size();
+        }
+    }
+    if shards.len() > 1 {
+        let text = serde_json::to_vec_pretty(&json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
+            .map_err(|e| Error::io(index, e.into()))?;
+        let out = job.create(index, text.len() as u64)?;
+        out.write_at(0, &text)?;
+        written.push((out, text.len() as u64));
+    }
+    Ok(written)
 }
 
 /// The tensors, wider elements first.
@@ -90,8 +110,8 @@ fn shards(job: &Job<'_, '_>) -> Vec<Vec<usize>> {
     shards
 }
 
-/// Writes one file.
-fn write(job: &mut Job<'_, '_>, target: &Path, tensors: &[usize]) -> Result<u64> {
+/// Writes one file, to be committed with the length that is given.
+fn write(job: &mut Job<'_, '_>, target: &Path, tensors: &[usize]) -> Result<(OutputFile, u64)> {
     let mut header = Map::new();
     if !job.artifact.header().metadata().is_empty() {
         header.insert("__metadata__".to_owned(), json!(job.artifact.header().metadata()));
@@ -121,6 +141,5 @@ fn write(job: &mut Job<'_, '_>, target: &Path, tensors: &[usize]) -> Result<u64>
             Ok(())
         })?;
     }
-    out.commit(at)?;
-    Ok(at)
+    Ok((out, at))
 }

@@ -37,7 +37,8 @@ pub(super) fn guarded<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> 
 
 /// Runs long work in the pool of `threads` threads, calling `progress(done, total, tensor)` from the calling thread.
 ///
-/// An exception of the callback, or of a signal handler, stops the work at its next step and is then raised.
+/// The work waits for the callback, so that an exception in it stops the work where it stands. One of a signal handler
+/// stops the work at its next step. Either is raised, even when the work came to its end meanwhile.
 pub(super) fn interruptible<T: Send>(
     py: Python<'_>,
     threads: usize,
@@ -46,6 +47,7 @@ pub(super) fn interruptible<T: Send>(
 ) -> PyResult<T> {
     let stop = AtomicBool::new(false);
     let (sender, mut receiver) = channel();
+    let (called_back, resume) = channel();
     let wanted = progress.is_some();
     let outcome = std::thread::scope(|scope| {
         let stop = &stop;
@@ -55,6 +57,7 @@ pub(super) fn interruptible<T: Send>(
                 if wanted {
                     // The caller listens until the work has ended.
                     drop(told.send(Message::Progress { done: p.done, total: p.total, tensor: p.tensor.to_owned() }));
+                    let _ = resume.recv();
                 }
                 if stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
             };
@@ -69,6 +72,7 @@ pub(super) fn interruptible<T: Send>(
         loop {
             let (message, back) = py.detach(move || (receiver.recv_timeout(PATIENCE), receiver));
             receiver = back;
+            let called = matches!(message, Ok(Message::Progress { .. }));
             let outcome = match message {
                 Ok(Message::Finished) | Err(RecvTimeoutError::Disconnected) => break,
                 Ok(Message::Progress { done, total, tensor }) => match &progress {
@@ -83,15 +87,19 @@ pub(super) fn interruptible<T: Send>(
                 stop.store(true, Ordering::Relaxed);
                 raised = Some(e);
             }
+            if called {
+                // The work may have ended since.
+                let _ = called_back.send(());
+            }
         }
         let result = py.detach(|| worker.join());
         match (raised, result) {
-            (Some(e), Ok(Ok(Err(Error::Interrupted)))) => Err(e),
+            (Some(e), Ok(Ok(Ok(_) | Err(Error::Interrupted)))) => Err(e),
             (_, Ok(Ok(result))) => result.map_err(|e| raise(py, e)),
             (_, Ok(Err(panic)) | Err(panic)) => Err(panicked(py, panic.as_ref())),
         }
     });
-    // Work that ended before it saw the request to stop is done; the signal is still the caller's.
+    // A signal that came after the last look is still the caller's.
     py.check_signals()?;
     outcome
 }
@@ -125,8 +133,13 @@ pub(super) fn raise(py: Python<'_>, error: Error) -> PyErr {
         Error::Io { path, source } => {
             let path = path.display().to_string();
             return match source.raw_os_error() {
-                Some(code) => PyOSError::new_err((code, source.to_string(), path)),
-                None => PyOSError::new_err(error.to_string()),
+                Some(code) => {
+                    let what = source.to_string();
+                    let what = what.strip_suffix(&format!(" (os error {code})")).unwrap_or(&what);
+                    PyOSError::new_err((code, what.to_owned(), path))
+                }
+                // The kind alone decides the subclass.
+                None => std::io::Error::new(source.kind(), error.to_string()).into(),
             };
         }
         Error::OutOfMemory { .. } => return PyMemoryError::new_err(error.to_string()),

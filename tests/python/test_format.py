@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import oracle
@@ -81,6 +82,14 @@ def assert_same_bits(got: Array, want: Array, what: str) -> None:
         pytest.fail(f"{what}: element {at} is {a[at]:#x}, not {b[at]:#x}")
 
 
+def restored_as(weights: Array, numpy: np.dtype[Any]) -> Array:
+    """Round decoded weights to their dtype; a finite one beyond its range becomes the largest, not an infinity."""
+    limit = float(ml_dtypes.finfo(numpy).max)
+    wide = weights.astype(np.float64)
+    inside = np.where(np.isfinite(wide), np.clip(wide, -limit, limit), wide)
+    return inside.astype(np.float32).astype(numpy) if numpy.itemsize < 4 else inside.astype(numpy)
+
+
 def as_stored(entry: oracle.Entry, source: Array) -> npt.NDArray[np.float32]:
     """Give the matrix that an encoder sees."""
     with np.errstate(over="ignore"):
@@ -129,8 +138,8 @@ def check_artifact(cli: Cli, path: Path, source: dict[str, Array] | None) -> ora
             continue
         weights = artifact.decode(entry)
         assert_same_bits(widened[entry.name], weights, f"{entry.name} decoded from {entry.codec}")
-        with np.errstate(over="ignore"):
-            assert_same_bits(restored[entry.name], weights.astype(numpy), f"{entry.name} restored as {entry.dtype}")
+        want = restored_as(weights, numpy)
+        assert_same_bits(restored[entry.name], want, f"{entry.name} restored as {entry.dtype}")
         if source is not None:
             assert dtype_name(source[entry.name]) == entry.dtype and source[entry.name].shape == entry.shape
             check_codes(artifact, entry, source[entry.name])
@@ -177,6 +186,24 @@ def test_every_dtype_and_shape_comes_back_as_the_text_says(
     assert {e.name for e in artifact.header.tensors} == set(source)
     assert any(e.codec == codec for e in artifact.header.tensors)
     assert all(e.codec == oracle.RAW for e in artifact.header.tensors if e.dtype not in oracle.FLOAT_DTYPES)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_weights_at_the_end_of_their_range_come_back_finite(
+    cli: Cli, tmp_path: Path, rng: np.random.Generator, dtype: str
+) -> None:
+    """What is decoded may lie half a step outside the range of the source."""
+    largest = float(ml_dtypes.finfo(NUMPY[dtype]).max)
+    weights = (rng.uniform(-1, 1, (8, 256)) * min(largest, 1e38)).astype(NUMPY[dtype])
+    weights[:, ::7], weights[:, 1::7] = largest, -largest
+    source = {codec: weights for codec in oracle.CODECS}
+    rules = [x for codec in source for x in ("--rule", f"{codec}={codec}")]
+    path = tmp_path / "a.tenpak"
+    cli("compress", write_safetensors(tmp_path / "s.safetensors", source), "-o", path, *rules)
+    check_artifact(cli, path, source)
+    cli("decompress", path, "-o", tmp_path / "own.safetensors")
+    for name, array in read_safetensors(tmp_path / "own.safetensors").items():
+        assert np.isfinite(array.astype(np.float32)).all(), name
 
 
 @pytest.mark.parametrize("codec", [*oracle.CODECS, oracle.RAW])
@@ -561,13 +588,13 @@ def test_a_small_artifact_is_sound_to_both(cli: Cli, tmp_path: Path, delta: bool
 
 
 def test_no_flipped_bit_goes_unseen(cli: Cli, tmp_path: Path, rng: np.random.Generator) -> None:
-    """A bit of every byte for the oracle, of every sixteenth byte for the binary."""
+    """A bit of every byte for the oracle, of every 64th byte for the binary."""
     data = small()
     for at in range(len(data)):
         flipped = bytearray(data)
         flipped[at] ^= 1 << int(rng.integers(8))
         assert not allowed(bytes(flipped))[0], at
-        if at % 16 == 0:
+        if at % 64 == 0:
             assert not sound(cli, tmp_path / "a.tenpak", bytes(flipped))[0], at
 
 
