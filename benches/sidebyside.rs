@@ -2,7 +2,7 @@
 //!
 //! Copy and codec take turns, and the best of each is compared, because only a ratio means anything on a machine that
 //! is shared. `--quick` uses small buffers, `--cache` one that fits the second-level cache; a word that is no flag
-//! selects the codecs whose id contains it.
+//! selects the codecs whose id contains it, `--avx2` and so on another instruction set than the best.
 
 #![expect(clippy::print_stdout, reason = "the table is what this program is for")]
 
@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use tenpak::codec::Codec;
-use tenpak::codec::isa;
+use tenpak::codec::isa::{self, Isa};
 use tenpak::codecs;
 use tenpak::fit::Fit;
 use tenpak::layout::Grouped;
@@ -56,9 +56,8 @@ fn best(parts: &mut [Part], repeats: usize, rounds: usize, work: impl Fn(&mut Pa
     (0..repeats).map(|_| once(parts)).fold(f64::INFINITY, f64::min)
 }
 
-fn row(plan: &Plan, rounds: usize, codec: &Codec, layout: &Grouped, parts: &mut [Part]) {
+fn row(isa: &Isa, plan: &Plan, rounds: usize, codec: &Codec, layout: &Grouped, parts: &mut [Part]) {
     let count = (plan.rows * plan.cols * parts.len()) as f64;
-    let isa = isa::best();
     for direction in ["encode", "decode"] {
         let (mut copy, mut time) = (f64::INFINITY, f64::INFINITY);
         let searches = codec.fit == Fit::Search && direction == "encode";
@@ -100,6 +99,9 @@ fn row(plan: &Plan, rounds: usize, codec: &Codec, layout: &Grouped, parts: &mut 
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    // Any instruction set of this machine by its name, as in `--avx2`; otherwise the best one.
+    let asked = |isa: &&Isa| args.iter().any(|arg| arg.strip_prefix("--") == Some(isa.name()));
+    let isa = isa::available().into_iter().find(asked).unwrap_or(isa::best());
     let flag = |name: &str| args.iter().any(|arg| arg == name);
     // `cargo test --benches` runs this without `--bench`, and wants only to know that it works.
     let quick = flag("--quick") || !flag("--bench");
@@ -110,12 +112,7 @@ fn main() {
     };
     let wanted: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
     let mebibytes = plan.rows * plan.cols / 262_144;
-    println!(
-        "{} rows x {} cols of f32 a thread, {mebibytes} MiB; instruction set {:?}",
-        plan.rows,
-        plan.cols,
-        isa::best()
-    );
+    println!("{} rows x {} cols of f32 a thread, {mebibytes} MiB; instruction set {:?}", plan.rows, plan.cols, isa);
     println!("codec                  way     threads     GB/s   memcpy   ratio    goal  M weights  met");
     let rounds = (64 / mebibytes.max(1)).clamp(1, 50);
     for &threads in plan.threads {
@@ -131,7 +128,7 @@ fn main() {
                 .drain(..)
                 .map(|(source, out)| Part { source, out, planes: Buffers::new(layout, plan.rows, plan.cols) })
                 .collect();
-            row(&plan, rounds, codec, layout, &mut parts);
+            row(isa, &plan, rounds, codec, layout, &mut parts);
             sources.extend(parts.into_iter().map(|part| (part.source, part.out)));
         }
     }
