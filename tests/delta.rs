@@ -271,7 +271,7 @@ fn hostile(folder: &Folder, runs: &[(i64, u64)], result: &[usize]) -> tenpak::Re
     let result = Artifact::identity_of(result.iter().map(|&i| &all[i]));
     delta.delta = Some(Delta { base: base.identity(), result, runs: runs.to_vec() });
     let base = ArtifactFile::open(folder.write("base.tenpak", base.bytes())).unwrap();
-    let delta = ArtifactFile::open(folder.write("delta.tenpak", delta.bytes())).unwrap();
+    let delta = ArtifactFile::open(folder.write("delta.tenpak", delta.bytes()))?;
     let output = folder.path("out.tenpak");
     let result = materialize(&base, &[delta], &output, true, &mut |_| panic!("something was written"));
     assert!(!output.exists());
@@ -288,19 +288,19 @@ fn runs_that_make_no_sense_are_refused_before_anything_is_written() {
         ("a run of 1 tensors from 4, but there are 4", &[(4, 1), (-1, 1)], &[4]),
         ("a run of 5 tensors from 0", &[(0, 5), (-1, 1)], &[0, 1, 2, 3, 4]),
         ("a run of 2 tensors from 3", &[(3, 2), (-1, 1)], &[3, 4]),
-        ("but there are 4", &[(0, u64::MAX), (-1, 1)], &[0, 1, 2, 3, 4]),
-        ("but there are 4", &[(i64::MAX, u64::MAX), (-1, 1)], &[4]),
-        ("a run of 0 tensors", &[(0, 0), (-1, 1)], &[4]),
-        ("a run of 0 tensors", &[(-1, 1), (0, 0)], &[4]),
+        ("a run of 18446744073709551615 tensors from 0", &[(0, u64::MAX), (-1, 1)], &[0, 1, 2, 3, 4]),
+        ("a run of 18446744073709551615 tensors", &[(i64::MAX, u64::MAX), (-1, 1)], &[4]),
+        ("an empty run from 0", &[(0, 0), (-1, 1)], &[4]),
+        ("an empty run from 0", &[(-1, 1), (0, 0)], &[4]),
         ("a run from -2", &[(-2, 1), (-1, 1)], &[4]),
         ("a run from -9223372036854775808", &[(i64::MIN, 1), (-1, 1)], &[4]),
-        ("a run of 2 tensors from 0, but there are 1", &[(-1, 2)], &[4]),
-        ("0 of its 1 tensors are used", &[(0, 4)], &[0, 1, 2, 3]),
-        ("0 of its 1 tensors are used", &[], &[]),
+        ("its runs use more than its 1 tensors", &[(-1, 2)], &[4]),
+        ("its runs leave 1 of its 1 tensors out", &[(0, 4)], &[0, 1, 2, 3]),
+        ("its runs leave 1 of its 1 tensors out", &[], &[]),
         ("continues the one before it", &[(-1, 1), (-1, 1)], &[4, 4]),
         ("continues the one before it", &[(0, 1), (1, 3), (-1, 1)], &[0, 1, 2, 3, 4]),
         ("'a' occurs twice", &[(0, 1), (-1, 1), (0, 2)], &[0, 4, 0, 1]),
-        ("but there are 1", &[(-1, 1), (0, 1), (-1, 1)], &[4, 0, 4]),
+        ("its runs use more than its 1 tensors", &[(-1, 1), (0, 1), (-1, 1)], &[4, 0, 4]),
         ("the result is", &[(0, 4), (-1, 1)], &[0, 1, 2, 4]),
         ("the result is", &[(-1, 1), (0, 4)], &[0, 1, 2, 3, 4]),
     ];

@@ -204,16 +204,16 @@ fn planes(cases: &mut Cases) {
     let f16 = |a: &mut Artifact, plane: usize, bits: u16| {
         a.tensors[0].planes[plane].bytes[2..4].copy_from_slice(&bits.to_le_bytes());
     };
-    cases.content("scale that is NaN", Damaged, "a value is NaN", |a| f16(a, 1, 0x7e00));
-    cases.content("scale that is infinite", Damaged, "a value is inf", |a| f16(a, 1, 0x7c00));
-    cases.content("offset that is infinite", Damaged, "a value is -inf", |a| f16(a, 2, 0xfc00));
-    cases.content("wide scale that is NaN", Damaged, "a value is NaN", |a| {
+    cases.content("scale that is NaN", Corrupt, "a value is NaN", |a| f16(a, 1, 0x7e00));
+    cases.content("scale that is infinite", Corrupt, "a value is inf", |a| f16(a, 1, 0x7c00));
+    cases.content("offset that is infinite", Corrupt, "a value is -inf", |a| f16(a, 2, 0xfc00));
+    cases.content("wide scale that is NaN", Corrupt, "a value is NaN", |a| {
         a.tensors[2].planes[1].bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     });
     cases
-        .content("unused bits of codes", Damaged, "unused bits of row 0", |a| a.tensors[0].planes[0].bytes[10] |= 0xf0);
-    cases.content("unused bytes of codes", Damaged, "unused bits of row 2", |a| a.tensors[0].planes[0].bytes[35] = 1);
-    cases.content("unused bits of zero points", Damaged, "unused bits of row 1", |a| {
+        .content("unused bits of codes", Corrupt, "unused bits of row 0", |a| a.tensors[0].planes[0].bytes[10] |= 0xf0);
+    cases.content("unused bytes of codes", Corrupt, "unused bits of row 2", |a| a.tensors[0].planes[0].bytes[35] = 1);
+    cases.content("unused bits of zero points", Corrupt, "unused bits of row 1", |a| {
         a.tensors[3].planes[2].bytes[3] |= 0x80;
     });
     for (name, at) in [("first byte of padding", 36), ("last byte of padding", 63)] {

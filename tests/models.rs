@@ -3,6 +3,8 @@
 //! `cargo test --release --test models -- --nocapture` prints the table. The sample model is in the repository; the
 //! others are looked for in `TENPAK_SHARED`.
 
+#![expect(clippy::print_stdout, reason = "the table is what the test shows")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -4,9 +4,11 @@
 //! in order and inside the file, names are unique. Nobody checks twice.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::{self, Write};
 
-use serde::{Deserialize, Serialize, Serializer};
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::entry::{ALIGN, EntriesIn, Entry, align};
 use super::identity::{self, Identity};
@@ -105,6 +107,7 @@ impl Header {
         tensors: Vec<Entry>,
     ) -> Result<Self> {
         limits::check("number of tensors", limits.tensors, tensors.len() as u64)?;
+        limits::check("entries of metadata", limits.metadata, metadata.len() as u64)?;
         let count = u32::try_from(tensors.len()).map_err(|_| Error::invalid("more than 2^32 tensors"))?;
         let mut by_name: Vec<u32> = (0..count).collect();
         by_name.sort_unstable_by_key(|&i| tensors[i as usize].info().name());
@@ -212,13 +215,40 @@ impl Serialize for HeaderOut<'_> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct HeaderIn {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "texts")]
     metadata: BTreeMap<String, String>,
     provenance: Provenance,
     #[serde(default)]
     delta: Option<Delta>,
     identity: Identity,
     tensors: EntriesIn,
+}
+
+/// Reads at most as many texts as the default limits allow: as nodes of a map they take far more room than as JSON.
+fn texts<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Texts;
+    impl<'de> Visitor<'de> for Texts {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object of strings")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut texts = BTreeMap::new();
+            while let Some((key, value)) = map.next_entry()? {
+                if texts.len() as u64 == Limits::DEFAULT.metadata {
+                    return Err(serde::de::Error::custom(format!(
+                        "limit exceeded: more than {} entries of metadata",
+                        Limits::DEFAULT.metadata
+                    )));
+                }
+                texts.insert(key, value);
+            }
+            Ok(texts)
+        }
+    }
+    d.deserialize_map(Texts)
 }
 
 impl HeaderIn {
