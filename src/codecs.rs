@@ -46,6 +46,8 @@ codecs! {
     nf4_g64_fp16_v1:         { 4, Table(&NF4),   64,    F16, None,      AbsMax },
 }
 
+/// The id of the codec of linear weights where none is asked for: 5 bits a weight, no calibration, any kernel.
+pub const DEFAULT: &str = "int4_g32_fp16_v1";
 /// The id of the codec that keeps the source's bytes.
 pub const RAW: &str = "raw_v1";
 /// The id of the codec for embeddings, heads and rows shorter than a group.

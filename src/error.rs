@@ -40,7 +40,7 @@ pub enum Error {
     /// A weight is NaN or infinite.
     #[error(
         "tensor '{tensor}' has {count} non-finite weights, the first at index {index}; \
-         repair the checkpoint or choose --nonfinite zero, clamp or raw"
+         repair them, or choose the policy zero, clamp or raw (--nonfinite, nonfinite=)"
     )]
     Nonfinite {
         /// Name of the tensor.

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 __version__: str
+DEFAULT_CODEC: str
 
 _Bytes = npt.NDArray[np.uint8]
 _Progress = Callable[[int, int, str], object] | None
@@ -63,6 +64,8 @@ class Matrix:
     def rows(self) -> int: ...
     @property
     def cols(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
     def planes(self) -> list[tuple[str, str, bytes]]: ...
     def decode_into(self, dtype: str, out: npt.NDArray[Any]) -> None: ...
 

@@ -16,9 +16,6 @@ use crate::measure::Distance;
 use crate::recipe::{Recipe, Role};
 use crate::report::{self, Sizes};
 
-/// The codec of `tenpak compress` without `--codec`: 5 bits a weight, no calibration, any kernel.
-pub(super) const DEFAULT_CODEC: &str = "int4_g32_fp16_v1";
-
 /// Compress a checkpoint into an artifact
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -50,7 +47,7 @@ pub(super) struct Arguments {
 #[derive(Debug, Args)]
 pub(super) struct Choice {
     /// Codec of the linear weights; see `tenpak codecs`
-    #[arg(long, value_name = "ID", conflicts_with = "recipe", default_value = DEFAULT_CODEC)]
+    #[arg(long, value_name = "ID", conflicts_with = "recipe", default_value = codecs::DEFAULT)]
     codec: String,
     /// TOML file of rules, instead of --codec
     #[arg(long, value_name = "FILE")]

@@ -198,6 +198,12 @@ impl PyMatrix {
         self.0.cols()
     }
 
+    /// Bytes of all planes.
+    #[getter]
+    fn stored_bytes(&self) -> usize {
+        self.0.planes().map(|(_, plane)| plane.len()).sum()
+    }
+
     /// Name, numpy dtype of the elements and bytes of each plane.
     fn planes<'py>(&self, py: Python<'py>) -> Vec<(&'static str, &'static str, Bound<'py, PyBytes>)> {
         let layout = &self.0.codec().layout;
@@ -248,6 +254,7 @@ fn encode(
 #[pymodule]
 fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("DEFAULT_CODEC", codecs::DEFAULT)?;
     module.add_class::<PyArtifact>()?;
     module.add_class::<artifact::PyEntry>()?;
     module.add_class::<PyMatrix>()?;

@@ -1,0 +1,165 @@
+"""An open artifact: what it says of its tensors, their weights and their planes."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from . import _arrays, _tenpak
+from ._arrays import Array
+from ._tenpak import Entry
+
+Path = str | os.PathLike[str]
+#: Called with source bytes done, source bytes in all, and the name of the tensor; an exception stops the work.
+Progress = Callable[[int, int, str], object]
+Report = dict[str, Any]
+
+
+def open(path: Path, *, mmap: bool = True) -> "Artifact":
+    """Open an artifact; reads and validates its header only.
+
+    Parameters
+    ----------
+    path
+        Artifact.
+    mmap
+        Map planes instead of reading them.
+
+    Returns
+    -------
+    Artifact
+        A mapping of names to :class:`Entry`.
+
+    Raises
+    ------
+    CorruptError, UnsupportedError, LimitError, OSError
+        The file is not a sound artifact.
+    """
+    return Artifact(path, mmap=mmap)
+
+
+class Artifact(Mapping[str, Entry]):
+    """An open artifact: a mapping of tensor names to :class:`Entry`, and access to weights and planes."""
+
+    def __init__(self, path: Path, *, mmap: bool = True) -> None:
+        """Open ``path``; see :func:`open`."""
+        self._inner = _tenpak.Artifact(os.fspath(path), mmap)
+        self._metadata, self._provenance, self._delta = json.loads(self._inner.header_json())
+
+    def __getitem__(self, name: str) -> Entry:
+        """Return what the artifact says of a tensor."""
+        entry = self._inner.entry(name)
+        if entry is None:
+            raise KeyError(name)
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over names in stored order."""
+        return iter(self._inner.names())
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._inner.names())
+
+    def __repr__(self) -> str:
+        """Return path, number of tensors and bytes."""
+        return f"Artifact({str(self.path)!r}, {len(self)} tensors, {self.file_bytes} bytes)"
+
+    @property
+    def path(self) -> os.PathLike[str]:
+        """Where the file is."""
+        return self._inner.path
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the file in bytes."""
+        return self._inner.file_bytes
+
+    @property
+    def identity(self) -> str:
+        """BLAKE3-256 of the logical content, in hex: equal for equal weights."""
+        return self._inner.identity
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Free text carried over from the source."""
+        return dict(self._metadata)
+
+    @property
+    def provenance(self) -> Report:
+        """Where the content came from: tool, recipe, policy for non-finite weights, source files with digests."""
+        return dict(self._provenance)
+
+    @property
+    def delta(self) -> Report | None:
+        """Identities of base and result and the runs, where the file is a delta."""
+        return None if self._delta is None else dict(self._delta)
+
+    def decode(self, name: str, *, dtype: npt.DTypeLike | str = "float32", out: Array | None = None) -> Array:
+        """Decode a tensor in the source's shape and orientation.
+
+        Parameters
+        ----------
+        name
+            Name of the tensor.
+        dtype
+            ``float32``, ``float16``, ``bfloat16``, ``float64`` or ``"source"``; with ``"source"`` a raw tensor comes
+            back bit for bit. Where ml_dtypes is not installed, bfloat16 is returned as its bits in uint16.
+        out
+            Writable C-contiguous array of the tensor's shape and that dtype to decode into.
+
+        Returns
+        -------
+        numpy.ndarray
+            The weights, of the tensor's shape.
+
+        Raises
+        ------
+        KeyError
+            There is no such tensor.
+        InvalidError
+            ``out`` does not fit, or weights cannot be ``dtype``.
+        CorruptError
+            A chunk does not have its checksum.
+        """
+        entry = self[name]
+        wanted = entry.dtype if isinstance(dtype, str) and dtype == "source" else _arrays.dtype_name(dtype)
+        array = _arrays.output(entry.shape, wanted, out)
+        self._inner.decode_into(name, wanted, _arrays.as_bytes(array))
+        return array
+
+    def planes(self, name: str) -> dict[str, Array]:
+        """Return the stored planes of a tensor as read-only views of the file, without a copy.
+
+        Parameters
+        ----------
+        name
+            Name of the tensor.
+
+        Returns
+        -------
+        dict
+            ``codes`` and ``zero_points`` as uint8 ``[rows, bytes of a row]``; ``scales`` and ``offsets`` as float16 or
+            float32 ``[rows, groups]``; ``data`` of a raw tensor in its source's shape. The views stay valid after
+            the artifact is gone.
+
+        Raises
+        ------
+        KeyError
+            There is no such tensor.
+        CorruptError
+            A chunk does not have its checksum.
+        """
+        entry = self[name]
+        planes = {}
+        for plane, dtype, data in self._inner.planes(name):
+            shape = entry.shape if plane == "data" else (entry.rows, -1 if data.size else 0)
+            planes[plane] = data.view(_arrays.numpy_dtype(dtype)).reshape(shape)
+        return planes
+
+    def verify(self, *, threads: int = 0, progress: Progress | None = None) -> list[Report]:
+        """Read everything and return what is damaged: tensor, plane, chunk, byte, what; empty when sound."""
+        problems: list[Report] = json.loads(self._inner.verify_json(threads, progress))["problems"]
+        return problems

@@ -1,0 +1,44 @@
+"""The README's commands and its Python snippet, run as they stand."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    parts = README.split("```")[1::2]
+    return [part.removeprefix(language + "\n") for part in parts if part.startswith(language + "\n")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    sample = ROOT / "tests" / "data" / "tiny-books"
+    for name in ("model", "finetuned", "tests/data/tiny-books"):
+        shutil.copytree(sample, tmp_path / name)
+    return tmp_path
+
+
+def test_the_commands_of_a_checkpoint_s_life_work_in_order(folder: Path) -> None:
+    lines = [line for part in README.split("```")[1::2] for line in part.splitlines() if line.startswith("tenpak ")]
+    assert len(lines) == 8
+    for line in lines:
+        command = shlex.split(line, comments=True)
+        command[0] = os.environ.get("TENPAK_BIN", command[0])
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    assert (folder / "finetuned.tenpak").read_bytes() == (folder / "model.tenpak").read_bytes()
+
+
+def test_the_python_snippet_works(folder: Path) -> None:
+    (snippet,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 3
