@@ -60,6 +60,18 @@ impl DType {
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F64 | Self::F32 | Self::F16 | Self::BF16 | Self::F8E4M3 | Self::F8E5M2)
     }
+
+    /// The greatest finite number of a float narrower than f32.
+    #[must_use]
+    pub fn max(self) -> Option<f32> {
+        match self {
+            Self::F16 => Some(half::f16::MAX.to_f32()),
+            Self::BF16 => Some(half::bf16::MAX.to_f32()),
+            Self::F8E4M3 => Some(float8::F8E4M3::MAX.to_f32()),
+            Self::F8E5M2 => Some(float8::F8E5M2::MAX.to_f32()),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for DType {
@@ -213,9 +225,11 @@ pub fn to_f32(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Converts finite weights within `-max ..= max`, so that rounding makes none infinite; infinities and NaN as they are.
-fn narrow(values: &[f32], max: f32, out: &mut [u8], convert: impl Fn(&[f32], &mut [u8])) {
+/// Converts to a two-byte dtype with finite weights kept within its range, so that rounding makes none infinite;
+/// infinities and NaN stay as they are.
+fn narrow(dtype: DType, values: &[f32], out: &mut [u8], convert: impl Fn(&[f32], &mut [u8])) {
     const PART: usize = 1024;
+    let max = dtype.max().expect("only narrow floats are converted here");
     let mut part = [0.0; PART];
     for (values, out) in values.chunks(PART).zip(out.chunks_mut(2 * PART)) {
         for (kept, &x) in part.iter_mut().zip(values) {
@@ -250,10 +264,8 @@ pub fn from_f32(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<()> {
     match dtype {
         DType::F64 => each_from!(f64, values, out, f64::from),
         DType::F32 => each_from!(f32, values, out, |x| x),
-        DType::F16 => narrow(values, half::f16::MAX.to_f32(), out, |values, out| isa::best().f32_to_f16(values, out)),
-        DType::BF16 => {
-            narrow(values, half::bf16::MAX.to_f32(), out, |values, out| isa::best().f32_to_bf16(values, out))
-        }
+        DType::F16 => narrow(dtype, values, out, |values, out| isa::best().f32_to_f16(values, out)),
+        DType::BF16 => narrow(dtype, values, out, |values, out| isa::best().f32_to_bf16(values, out)),
         DType::F8E4M3 => each_from!(u8, values, out, |x| float8::F8E4M3::from_f32(x).to_bits()),
         DType::F8E5M2 => each_from!(u8, values, out, |x| float8::F8E5M2::from_f32(x).to_bits()),
         other => return Err(Error::invalid(format!("weights cannot be written as {other}, choose a float dtype"))),

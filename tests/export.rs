@@ -54,6 +54,18 @@ fn no_finite_weight_becomes_infinite_however_large() {
 }
 
 #[test]
+fn weights_beyond_the_range_of_a_dtype_are_counted_in_a_note() {
+    let folder = Folder::new();
+    let weights = [1.0, -70_000.0, 65_504.0, 1e9];
+    let artifact = packed(&folder, &[Tensor::of("w", DType::F32, &[1, 4], &weights)], codec(codecs::RAW));
+    let halves = export::Options { dtype: Some(DType::F16), ..export::Options::default() };
+    let exported = decompress(&artifact, &folder.path("back.npz"), &halves, &mut |_| Ok(())).unwrap();
+    let note = "w: 2 weights are beyond the range of F16 and were written as its greatest number";
+    assert_eq!(exported.notes, [note]);
+    assert_eq!(weights_in(&folder, "back.npz", "w").1, [1.0, -65_504.0, 65_504.0, 65_504.0]);
+}
+
+#[test]
 fn every_form_holds_the_decoded_weights() {
     let folder = Folder::new();
     let tensors: Vec<_> = LARGEST.iter().map(|&(dtype, _)| Tensor::random(dtype.name(), dtype, &[3, 65], 5)).collect();

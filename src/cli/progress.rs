@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -17,7 +17,11 @@ pub(super) struct Signals(Arc<AtomicUsize>);
 impl Signals {
     pub fn install() -> io::Result<Self> {
         let seen = Arc::new(AtomicUsize::new(0));
+        let once = Arc::new(AtomicBool::new(false));
         for (signal, code) in [(SIGINT, 130), (SIGTERM, 143)] {
+            // A second signal ends the process at once, should the work not come to its next block.
+            signal_hook::flag::register_conditional_default(signal, Arc::clone(&once))?;
+            signal_hook::flag::register(signal, Arc::clone(&once))?;
             signal_hook::flag::register_usize(signal, Arc::clone(&seen), code)?;
         }
         Ok(Self(seen))

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Exported, Job};
+use super::{Files, Job};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, to_f32};
 
 /// Writes all tensors into one bundle.
-pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let out = job.create(target, 0)?;
     let mut text = BufWriter::with_capacity(1 << 20, out.stream());
     let failed = |e: std::io::Error| Error::io(target, e);
@@ -38,7 +38,7 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
     drop(text);
     let bytes = out.stream().metadata().map_err(failed)?.len();
     out.commit(bytes)?;
-    Ok(Exported { files: vec![(target.to_owned(), bytes)], notes: Vec::new() })
+    Ok(vec![(target.to_owned(), bytes)])
 }
 
 /// Prints elements, each with a comma before it unless it is the tensor's first.

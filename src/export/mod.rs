@@ -34,12 +34,15 @@ impl Default for Options {
     }
 }
 
+/// Files that were written, with their lengths.
+type Files = Vec<(PathBuf, u64)>;
+
 /// What was written.
 #[derive(Debug, Clone, Default)]
 pub struct Exported {
     /// The files with their lengths.
     pub files: Vec<(PathBuf, u64)>,
-    /// What a reader should know: dtypes that the target does not have.
+    /// What a reader should know: dtypes that the target does not have, weights beyond the range of theirs.
     pub notes: Vec<String>,
 }
 
@@ -68,8 +71,8 @@ pub fn decompress(
     }
     output::refuse_input(target, [artifact.file()])?;
     let total = artifact.tensors().iter().map(|t| t.info().bytes()).sum();
-    let mut job = Job { artifact, options, on_progress, done: 0, total };
-    match target.extension().and_then(|e| e.to_str()) {
+    let mut job = Job { artifact, options, on_progress, done: 0, total, notes: Vec::new() };
+    let files = match target.extension().and_then(|e| e.to_str()) {
         _ if target.is_dir() => safetensors::directory(&mut job, target),
         Some("safetensors") => safetensors::file(&mut job, target),
         Some("npz") => npz::file(&mut job, target),
@@ -79,7 +82,8 @@ pub fn decompress(
             "output {} ends in .{other}, expected .safetensors, .npz, .json, or a directory",
             target.display()
         ))),
-    }
+    }?;
+    Ok(Exported { files, notes: job.notes })
 }
 
 /// Decodes one tensor into the little-endian bytes of an array of its source's shape, in C order.
@@ -107,7 +111,8 @@ pub fn decode_into(
         )));
     }
     let options = Options::default();
-    let mut job = Job { artifact, options: &options, on_progress, done: 0, total: entry.info().bytes() };
+    let total = entry.info().bytes();
+    let mut job = Job { artifact, options: &options, on_progress, done: 0, total, notes: Vec::new() };
     let mut at = 0;
     job.source_order(index, dtype, artifact.file().path(), &mut |bytes| {
         out[at..at + bytes.len()].copy_from_slice(bytes);
@@ -123,6 +128,8 @@ struct Job<'a, 'p> {
     on_progress: &'a mut OnProgress<'p>,
     done: u64,
     total: u64,
+    /// What a reader should know.
+    notes: Vec<String>,
 }
 
 impl Job<'_, '_> {
@@ -156,6 +163,7 @@ impl Job<'_, '_> {
         let (rows, cols) = entry.matrix();
         self.decoded_blocks(
             index,
+            dtype,
             |_, weights, job| {
                 match bytemuck::try_cast_slice(weights) {
                     Ok(bytes) if dtype == DType::F32 && cfg!(target_endian = "little") => sink(bytes)?,
@@ -189,6 +197,7 @@ impl Job<'_, '_> {
         let mut spool = Spool::new(bytes, TRANSPOSE_BYTES, target)?;
         self.decoded_blocks(
             index,
+            dtype,
             |first, weights, job| {
                 let bytes = convert(dtype, weights)?;
                 let element = usize::try_from(element).expect("at most 8");
@@ -210,10 +219,12 @@ impl Job<'_, '_> {
         spool.drain(bytes, sink)
     }
 
-    /// Decodes a tensor in blocks of rows and gives them to `take`, with the number of the first row.
+    /// Decodes a tensor in blocks of rows and gives them to `take`, with the number of the first row; notes weights that
+    /// `dtype` can only hold as its greatest number.
     fn decoded_blocks(
         &mut self,
         index: usize,
+        dtype: DType,
         mut take: impl FnMut(u64, &[f32], &mut Self) -> Result<()>,
         rows: u64,
         cols: u64,
@@ -221,13 +232,21 @@ impl Job<'_, '_> {
         let block = (BLOCK_BYTES / 4 / cols.max(1)).max(1);
         let width = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
         let mut weights = Vec::new();
+        let mut beyond = 0;
         let mut first = 0;
         while first < rows && cols > 0 {
             let count = block.min(rows - first);
             weights.resize(usize::try_from(count).expect("a block fits memory") * width, 0.0);
             self.artifact.decode_rows(index, first, &mut weights)?;
+            beyond += weights.par_chunks(PART).map(|w| count_beyond(dtype, w)).sum::<usize>();
             take(first, &weights, self)?;
             first += count;
+        }
+        if beyond > 0 {
+            let name = self.artifact.tensors()[index].info().name();
+            self.notes.push(format!(
+                "{name}: {beyond} weights are beyond the range of {dtype} and were written as its greatest number"
+            ));
         }
         Ok(())
     }
@@ -241,9 +260,17 @@ impl Job<'_, '_> {
 /// Bytes of a transposed tensor up to which it is turned around in memory.
 const TRANSPOSE_BYTES: u64 = 64 << 20;
 
+/// Weights that one task takes.
+const PART: usize = 1 << 16;
+
+/// How many finite weights round to more than the greatest number of a dtype.
+fn count_beyond(dtype: DType, weights: &[f32]) -> usize {
+    let Some(max) = dtype.max() else { return 0 };
+    weights.iter().filter(|w| w.is_finite() && w.abs() > max).count()
+}
+
 /// Weights as little-endian bytes, in parallel.
 fn convert(dtype: DType, weights: &[f32]) -> Result<Vec<u8>> {
-    const PART: usize = 1 << 16;
     let element = usize::try_from(dtype.size()).expect("at most 8");
     let mut bytes = vec![0; weights.len() * element];
     bytes

@@ -6,15 +6,14 @@ use std::path::Path;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-use super::{Exported, Job};
+use super::{Files, Job};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 /// Writes all tensors into one archive; a transposed matrix becomes a member in Fortran order.
-pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let total = job.artifact.tensors().iter().map(|t| t.info().elements() * numpy_dtype(job.dtype(t)).0.size()).sum();
     let out = job.create(target, total)?;
-    let mut exported = Exported::default();
     let mut zip = ZipWriter::new(out.stream());
     let failed = |e: zip::result::ZipError| Error::io(target, e.into());
     for i in 0..job.artifact.tensors().len() {
@@ -23,7 +22,7 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
         let own = job.dtype(entry);
         let (dtype, descr) = numpy_dtype(own);
         if dtype != own {
-            exported.notes.push(format!("{name}: numpy has no {own}, written as {dtype}"));
+            job.notes.push(format!("{name}: numpy has no {own}, written as {dtype}"));
         }
         let bytes = entry.info().elements() * dtype.size();
         let options = SimpleFileOptions::default()
@@ -38,8 +37,7 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
     zip.finish().map_err(failed)?;
     let bytes = out.stream().metadata().map_err(|e| Error::io(target, e))?.len();
     out.commit(bytes)?;
-    exported.files.push((target.to_owned(), bytes));
-    Ok(exported)
+    Ok(vec![(target.to_owned(), bytes)])
 }
 
 /// The dtype that numpy has for ours, and its name there.

@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::{Exported, Job};
+use super::{Files, Job};
 use crate::error::{Error, Result};
 use crate::output::OutputFile;
 
 /// Writes all tensors into one file.
-pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let all = ordered(job);
     let (out, bytes) = write(job, target, &all)?;
     out.commit(bytes)?;
-    Ok(Exported { files: vec![(target.to_owned(), bytes)], notes: Vec::new() })
+    Ok(vec![(target.to_owned(), bytes)])
 }
 
 /// Writes `model.safetensors`, or shards and their index.
-pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported> {
+pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let shards = shards(job);
     let name = |i: usize| match shards.len() {
         1 => "model.safetensors".to_owned(),
@@ -41,16 +41,16 @@ pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Exported
         drop(std::fs::remove_dir(target));
     }
     // Nothing has its name before everything is written, so that no old shard stands beside a new one.
-    let mut exported = Exported::default();
+    let mut files = Files::new();
     for (out, bytes) in written? {
-        exported.files.push((out.target().to_owned(), bytes));
+        files.push((out.target().to_owned(), bytes));
         out.commit(bytes)?;
     }
     if shards.len() == 1 && index.exists() {
         // With --force over a sharded model: an index left behind would win over the new file.
         std::fs::remove_file(&index).map_err(|e| Error::io(&index, e))?;
     }
-    Ok(exported)
+    Ok(files)
 }
 
 /// Writes the shards and, where there are several, their index; none has its name yet.
