@@ -87,13 +87,9 @@ pub(super) fn run<L: Lanes, K: Kind, const LONGEST: usize>(
     for (weights, codes) in batches {
         let mut columns = [L::splat(0.0); LONGEST];
         for (c, eight) in columns[..group].as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            // A little with every eight columns: all at once would fill the buffers that loads wait in.
-            for line in (0..8 * L::N).step_by(16) {
-                prefetch(weights, AHEAD.max(L::N * group) + 8 * L::N * c + line);
-            }
             *eight = L::columns(&weights[8 * c..], group);
         }
-        let params = encode_columns::<L, K>(shape, &columns[..group], &mut words)?;
+        let params = encode_columns::<L, K>(shape, &columns[..group], &mut words, weights)?;
         store_floats(layout.scale(), params.scale, &mut planes.scales[first * layout.scale().size()..]);
         if let Some(float) = layout.offset() {
             store_floats(float, params.offset, &mut planes.addends[first * float.size()..]);
@@ -147,7 +143,7 @@ impl Gather {
             *eight = L::columns(&self.padded[8 * c..], MAX_GROUP);
         }
         let mut words = [[0; MAX_LANES]; MAX_GROUP / 4];
-        let params = encode_columns::<L, K>(shape, &columns[..self.len], &mut words)?;
+        let params = encode_columns::<L, K>(shape, &columns[..self.len], &mut words, &[])?;
         let words = &words[..(self.len * layout.bits() as usize).div_ceil(32)];
 
         let (mut scales, mut addends) = ([0; 4 * MAX_LANES], [0; 4 * MAX_LANES]);
@@ -179,6 +175,7 @@ fn encode_columns<L: Lanes, K: Kind>(
     shape: &Shape<'_>,
     columns: &[L],
     words: &mut Words,
+    weights: &[f32],
 ) -> Result<LaneParams<L>, OutOfRange> {
     let layout = shape.layout;
     let params = if K::SEARCHES {
@@ -191,7 +188,8 @@ fn encode_columns<L: Lanes, K: Kind>(
     // Powers of the number of codes add up to a half word in f32 without rounding.
     if layout.bits() == 4 {
         let (eights, rest) = columns.as_chunks::<8>();
-        for (w, word) in eights.iter().zip(words.iter_mut()) {
+        for (c, (w, word)) in eights.iter().zip(words.iter_mut()).enumerate() {
+            fetch_ahead::<L>(weights, columns.len(), 8 * c, 8);
             let low = pair::<L, K>(&coder, w[0], w[1], 16.0) + pair::<L, K>(&coder, w[2], w[3], 16.0) * L::splat(256.0);
             let high =
                 pair::<L, K>(&coder, w[4], w[5], 16.0) + pair::<L, K>(&coder, w[6], w[7], 16.0) * L::splat(256.0);
@@ -206,7 +204,8 @@ fn encode_columns<L: Lanes, K: Kind>(
         }
     } else {
         let (fours, rest) = columns.as_chunks::<4>();
-        for (w, word) in fours.iter().zip(words.iter_mut()) {
+        for (c, (w, word)) in fours.iter().zip(words.iter_mut()).enumerate() {
+            fetch_ahead::<L>(weights, columns.len(), 4 * c, 4);
             L::store_words(pair::<L, K>(&coder, w[0], w[1], 256.0), pair::<L, K>(&coder, w[2], w[3], 256.0), word);
         }
         if !rest.is_empty() {
@@ -218,6 +217,15 @@ fn encode_columns<L: Lanes, K: Kind>(
         }
     }
     Ok(params)
+}
+
+/// Asks for a part of the next batch: as much as `columns` columns hold, while those of this batch become codes. Asking
+/// while a batch is loaded would fill the buffers that its own loads wait in.
+#[inline(always)]
+fn fetch_ahead<L: Lanes>(weights: &[f32], group: usize, column: usize, columns: usize) {
+    for line in (0..columns * L::N).step_by(16) {
+        prefetch(weights, AHEAD.max(L::N * group) + column * L::N + line);
+    }
 }
 
 /// The codes of two weights in one number; a closure would not be inlined into the instruction set of its caller.
