@@ -82,6 +82,8 @@ macro_rules! stamp {
 }
 
 stamp!(portable, Array<4>, Array<8>);
+#[cfg(target_arch = "aarch64")]
+stamp!(neon, crate::codec::lanes::neon::F32x4, Array<8>);
 #[cfg(target_arch = "x86_64")]
 stamp!(sse2, crate::codec::lanes::sse2::F32x4, Array<8>);
 #[cfg(target_arch = "x86_64")]
@@ -98,6 +100,8 @@ stamp!(
 #[must_use]
 pub fn available() -> Vec<&'static Isa> {
     let mut found = vec![&portable::ISA];
+    #[cfg(target_arch = "aarch64")]
+    found.push(&neon::ISA);
     #[cfg(target_arch = "x86_64")]
     {
         found.push(&sse2::ISA);

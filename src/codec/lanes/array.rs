@@ -1,6 +1,6 @@
 //! Lanes as plain arrays: one lane, the reference of the vectors, and four for machines without a width of their own.
 //!
-//! Four lanes are what baseline instruction sets have (NEON, wasm), and straight loops over them are what the compiler
+//! Four lanes are what most baseline instruction sets have, and straight loops over them are what the compiler
 //! turns into vectors by itself.
 
 use std::ops::{Add, Div, Mul, Sub};

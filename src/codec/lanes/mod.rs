@@ -9,6 +9,8 @@ pub(crate) mod array;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod sse2;
 
@@ -119,7 +121,7 @@ pub(crate) trait Eight: Lanes {
 pub(crate) fn prefetch(_src: &[f32], _at: usize) {}
 
 /// Implements the arithmetic operators of a vector type by its intrinsics.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! operators {
     ($vector:ident: $($op:ident $method:ident $intrinsic:ident),*) => {
         $(impl std::ops::$op for $vector {
@@ -132,5 +134,5 @@ macro_rules! operators {
         })*
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use operators;
