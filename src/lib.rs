@@ -3,7 +3,7 @@
 //! ```text
 //! checkpoint --source--> tensor --recipe--> codec --encode--> planes --artifact--> model.tenpak
 //!                                                               |                     |
-//!                                                             decode               export: safetensors, npz, JSON
+//!                                                          decode, gemm            export: safetensors, npz, JSON
 //! ```
 //!
 //! [`source::open`] reads a checkpoint, [`compress::compress`] writes an [`artifact`], [`artifact::ArtifactFile`] reads
@@ -20,6 +20,7 @@ mod error;
 pub mod export;
 pub mod file;
 pub mod fit;
+pub mod gemm;
 pub mod layout;
 mod limits;
 pub mod measure;

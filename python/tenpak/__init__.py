@@ -14,6 +14,7 @@ from . import _tenpak
 from ._artifact import Artifact, Path, Progress, Report, open
 from ._encoded import Encoded, decode, encode
 from ._errors import CorruptError, InvalidError, LimitError, NonfiniteError, TenpakError, UnsupportedError
+from ._matmul import matmul
 from ._tenpak import DEFAULT_CODEC, Entry, __version__
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "delta",
     "encode",
     "materialize",
+    "matmul",
     "open",
     "verify",
 ]

@@ -115,3 +115,24 @@ def materialize(
 ) -> str: ...
 def codecs_json() -> str: ...
 def encode(bytes: npt.NDArray[Any], dtype: str, rows: int, cols: int, codec: str) -> Matrix: ...
+def multiply(
+    codec: str,
+    rows: int,
+    cols: int,
+    planes: list[tuple[int, int]],
+    x: tuple[int, int],
+    y: tuple[int, int],
+    dtype: str,
+    m: int,
+    act: str,
+    ends: list[int] | None,
+) -> None: ...
+def decode_rows(
+    codec: str,
+    rows: int,
+    cols: int,
+    planes: list[tuple[int, int]],
+    ids: tuple[int, int] | None,
+    out: tuple[int, int],
+    dtype: str,
+) -> None: ...

@@ -77,6 +77,11 @@ impl<'a> Planes<'a> {
         Self { codes: planes[0], scales: planes[1], addends: planes.get(2).copied().unwrap_or_default() }
     }
 
+    /// `count` rows of the matrix from `first` on.
+    pub(crate) fn slice(&self, layout: &Grouped, cols: usize, first: usize, count: usize) -> Self {
+        self.rows(&Strides::new(layout, cols), first, count)
+    }
+
     fn rows(&self, strides: &Strides, first: usize, count: usize) -> Self {
         Self {
             codes: &self.codes[first * strides.codes..][..count * strides.codes],
@@ -150,6 +155,28 @@ pub fn decode_rows(layout: &Grouped, planes: &Planes<'_>, cols: usize, out: &mut
     isa::best().decode_rows(layout, planes, cols, out);
 }
 
+/// Refuses planes that are not those of a `rows x cols` matrix in `layout`.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the plane, its length and the expected one.
+pub(crate) fn check_planes(layout: &Layout, rows: usize, cols: usize, planes: &[&[u8]]) -> Result<()> {
+    let expected = layout.plane_bytes(DType::F32, rows as u64, cols as u64)?;
+    if planes.len() != expected.len() {
+        let names: Vec<_> = expected.iter().map(|(plane, _)| plane.name()).collect();
+        return Err(Error::invalid(format!("{} planes, expected {}", planes.len(), names.join(", "))));
+    }
+    for ((plane, want), got) in expected.iter().zip(planes) {
+        if got.len() as u64 != *want {
+            return Err(Error::invalid(format!(
+                "plane {} of a {rows} x {cols} matrix has {} bytes, expected {want}",
+                plane.name(),
+                got.len()
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// A matrix in a codec: its planes have exactly the lengths that the layout gives.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
@@ -166,27 +193,9 @@ impl Encoded {
     /// [`Error::Invalid`] when the number or the length of the planes is not what the layout gives, or for `raw_v1`,
     /// which has no codes.
     pub fn from_planes(codec: &'static Codec, rows: usize, cols: usize, planes: Vec<Vec<u8>>) -> Result<Self> {
-        let expected = codec.layout.plane_bytes(DType::F32, rows as u64, cols as u64)?;
         let _ = codec.grouped()?;
-        if planes.len() != expected.len() {
-            let names: Vec<_> = expected.iter().map(|(plane, _)| plane.name()).collect();
-            return Err(Error::invalid(format!(
-                "{} planes for codec {}, expected {}",
-                planes.len(),
-                codec.id,
-                names.join(", ")
-            )));
-        }
-        for ((plane, want), got) in expected.iter().zip(&planes) {
-            if got.len() as u64 != *want {
-                return Err(Error::invalid(format!(
-                    "plane {} of a {rows} x {cols} matrix in {} has {} bytes, expected {want}",
-                    plane.name(),
-                    codec.id,
-                    got.len()
-                )));
-            }
-        }
+        let slices: Vec<&[u8]> = planes.iter().map(Vec::as_slice).collect();
+        check_planes(&codec.layout, rows, cols, &slices)?;
         Ok(Self { codec, rows, cols, planes })
     }
 

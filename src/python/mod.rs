@@ -4,6 +4,7 @@
 //! bytes, names and JSON. Long work runs on a thread of its own, so that the calling one can see Ctrl-C and call back.
 
 mod artifact;
+mod gemm;
 mod run;
 
 use std::ffi::OsString;
@@ -265,5 +266,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(materialize, module)?)?;
     module.add_function(wrap_pyfunction!(codecs_json, module)?)?;
     module.add_function(wrap_pyfunction!(encode, module)?)?;
+    module.add_function(wrap_pyfunction!(gemm::multiply, module)?)?;
+    module.add_function(wrap_pyfunction!(gemm::decode_rows, module)?)?;
     Ok(())
 }

@@ -106,7 +106,7 @@ pub(super) fn interruptible<T: Send>(
 
 /// The pool of the whole process, or one of a size of its own. A forked child does not inherit threads, so the pool
 /// belongs to a process id.
-fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
+pub(super) fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
     static SHARED: Mutex<Option<(u32, Arc<rayon::ThreadPool>)>> = Mutex::new(None);
     let build = || {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -161,7 +161,7 @@ fn exception(py: Python<'_>, class: &str, message: String) -> PyErr {
     }
 }
 
-fn panicked(py: Python<'_>, panic: &(dyn Any + Send)) -> PyErr {
+pub(super) fn panicked(py: Python<'_>, panic: &(dyn Any + Send)) -> PyErr {
     let what = panic
         .downcast_ref::<String>()
         .map(String::as_str)

@@ -1,0 +1,72 @@
+"""Products with encoded matrices in memory, on the CPU."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import _arrays, _tenpak
+from ._arrays import Array
+from ._artifact import Artifact
+from ._encoded import Encoded
+from ._errors import InvalidError
+
+
+def matmul(
+    x: Array,
+    weights: Encoded | Artifact,
+    name: str | None = None,
+    *,
+    act: str | None = None,
+    ends: Sequence[int] | None = None,
+) -> Array:
+    """Multiply activations with an encoded matrix without decoding it first: ``x @ w.T``.
+
+    Parameters
+    ----------
+    x
+        Activations ``[..., in]``, float32, float16 or ml_dtypes.bfloat16.
+    weights
+        A matrix ``[out, in]`` from :func:`encode`, or an open artifact.
+    name
+        Name of the tensor, where ``weights`` is an artifact. A matrix that is stored transposed is multiplied as it is
+        stored, ``[out, in]``.
+    act
+        Arithmetic: ``"float32"``; ``"bfloat16"``, activations and weights rounded to 16 bits as a 16-bit layer has them;
+        or ``"int8"``, activations rounded to 8 bits with one scale for each 32 columns. Results are added up in float32.
+        Default: ``"bfloat16"`` for bfloat16 activations, else ``"float32"``.
+    ends
+        Multiply with a stack of matrices, one below the other, as a mixture of experts does: rows
+        ``ends[e-1]:ends[e]`` of ``x`` (two-dimensional) with matrix ``e`` of ``len(ends)``.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``[..., out]`` in the dtype of ``x``.
+
+    Raises
+    ------
+    InvalidError
+        Shapes that do not fit, another dtype, a tensor that is stored raw.
+    CorruptError
+        A plane of the artifact is damaged.
+    """
+    if isinstance(weights, Artifact):
+        if name is None:
+            raise InvalidError("which tensor of the artifact, pass its name")
+        entry = weights[name]
+        codec, rows, cols, planes = entry.codec, entry.rows, entry.cols, weights.planes(name)
+    else:
+        codec, rows, cols, planes = weights.codec, weights.rows, weights.cols, weights.planes
+    x = np.ascontiguousarray(x)
+    dtype = _arrays.dtype_name(x.dtype)
+    if x.ndim == 0 or x.shape[-1] != cols:
+        raise InvalidError(f"activations of shape {x.shape} for a matrix of {rows} x {cols}, expected [..., {cols}]")
+    m = int(np.prod(x.shape[:-1]))
+    y = np.empty((*x.shape[:-1], rows if ends is None else rows // max(1, len(ends))), x.dtype)
+    held = [np.ascontiguousarray(plane) for plane in planes.values()]
+    memory = [(plane.ctypes.data, plane.nbytes) for plane in held]
+    act = act or ("bfloat16" if dtype == "BF16" else "float32")
+    groups = None if ends is None else [int(end) for end in ends]
+    xs, ys = (x.ctypes.data, x.nbytes), (y.ctypes.data, y.nbytes)
+    _tenpak.multiply(codec, rows, cols, memory, xs, ys, dtype, m, act, groups)
+    return y

@@ -1,0 +1,112 @@
+//! The CPU: stored order is multiplied as it is, so loading costs nothing and planes may be those of a mapped file.
+//!
+//! [`mod@reference`] says what a product is.
+
+#![forbid(unsafe_code)]
+
+pub mod reference;
+
+use rayon::prelude::*;
+
+use super::{Act, Backend, Matrix, Weights, check_sizes};
+use crate::codec;
+use crate::error::{Error, Result};
+
+/// The processor that this program runs on.
+#[derive(Debug, Clone, Copy)]
+pub struct Cpu;
+
+impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn load<'a>(&self, weights: &Weights<'a>) -> Result<Box<dyn Matrix + 'a>> {
+        Ok(Box::new(*weights))
+    }
+}
+
+impl Matrix for Weights<'_> {
+    fn multiply(&self, x: &[f32], m: usize, act: Act, y: &mut [f32]) -> Result<()> {
+        multiply(self, x, m, act, y)
+    }
+
+    fn decode(&self, out: &mut [f32]) -> Result<()> {
+        if self.rows().checked_mul(self.cols()) != Some(out.len()) {
+            return Err(Error::invalid(format!(
+                "{} numbers for a {} x {} matrix",
+                out.len(),
+                self.rows(),
+                self.cols()
+            )));
+        }
+        codec::decode_planes(self.layout(), self.planes(), self.cols(), out);
+        Ok(())
+    }
+}
+
+/// `y[m, n] = x[m, k] · w[n, k]ᵀ`, in parallel on the threads of the current pool; overwrites `y`.
+///
+/// # Errors
+/// [`Error::Invalid`] when `x` is not `m * k` or `y` not `m * n` numbers.
+pub fn multiply(weights: &Weights<'_>, x: &[f32], m: usize, act: Act, y: &mut [f32]) -> Result<()> {
+    check_sizes(weights, x.len(), m, y.len())?;
+    reference::multiply(weights, x, m, act, y);
+    Ok(())
+}
+
+/// Whether a product is so small that waking other threads costs more than they save.
+#[must_use]
+pub fn is_small(rows: usize, cols: usize, m: usize) -> bool {
+    rows.saturating_mul(cols).saturating_mul(m.max(1)) < 1 << 17
+}
+
+/// Decodes the rows `ids`, in that order: what an embedding needs.
+///
+/// # Errors
+/// [`Error::Invalid`] when there is no such row or `out` does not hold as many.
+pub fn decode_rows(weights: &Weights<'_>, ids: &[usize], out: &mut [f32]) -> Result<()> {
+    let (rows, cols) = (weights.rows(), weights.cols());
+    if ids.len().checked_mul(cols) != Some(out.len()) {
+        return Err(Error::invalid(format!("{} numbers for {} rows of {cols}", out.len(), ids.len())));
+    }
+    if let Some(id) = ids.iter().find(|&&id| id >= rows) {
+        return Err(Error::invalid(format!("row {id} of a matrix of {rows} rows")));
+    }
+    if cols > 0 {
+        let tasks = out.par_chunks_mut(cols).with_min_len(codec::rows_per_task(cols)).zip(ids);
+        tasks.for_each(|(row, &id)| codec::decode_rows(weights.layout(), weights.slice(id, 1).planes(), cols, row));
+    }
+    Ok(())
+}
+
+/// Many products in one call: rows `ends[e-1]..ends[e]` of `x` with matrix `e` of a stack of matrices of the same shape,
+/// as a mixture of experts wants them; a batch of matrices where the ends are evenly spaced.
+///
+/// `stack` holds `ends.len()` matrices one below the other.
+///
+/// # Errors
+/// [`Error::Invalid`] when the ends do not ascend to `m`, the stack does not divide into as many matrices, or `x` is not
+/// `m * k` or `y` not `m * n` numbers, with `n` the rows of one matrix.
+pub fn multiply_grouped(stack: &Weights<'_>, x: &[f32], ends: &[usize], act: Act, y: &mut [f32]) -> Result<()> {
+    let m = ends.last().copied().unwrap_or(0);
+    if ends.is_empty() || !stack.rows().is_multiple_of(ends.len()) || !ends.is_sorted() {
+        return Err(Error::invalid(format!(
+            "a stack of {} rows for {} groups that end at {ends:?}, expected ascending ends and whole matrices",
+            stack.rows(),
+            ends.len()
+        )));
+    }
+    let (rows, cols) = (stack.rows() / ends.len(), stack.cols());
+    check_sizes(&stack.slice(0, rows), x.len(), m, y.len())?;
+    let mut parts = Vec::with_capacity(ends.len());
+    let (mut first, mut rest) = (0, y);
+    for (e, &end) in ends.iter().enumerate() {
+        let (part, tail) = rest.split_at_mut((end - first) * rows);
+        if end > first {
+            parts.push((stack.slice(e * rows, rows), &x[first * cols..end * cols], end - first, part));
+        }
+        (first, rest) = (end, tail);
+    }
+    parts.into_par_iter().try_for_each(|(weights, x, m, y)| multiply(&weights, x, m, act, y))
+}

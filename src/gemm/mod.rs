@@ -1,0 +1,174 @@
+//! Multiplying with encoded matrices without decoding them first: `y[m, n] = x[m, k] · w[n, k]ᵀ`.
+//!
+//! The stored planes are the interface: a [`Backend`] takes them as they are and may rearrange them once, on load; what
+//! it makes of them is a [`Matrix`], and nothing else ever sees its order. Activations and results are f32 here;
+//! [`Act`] says what arithmetic a product may use.
+//!
+//! Offsets leave the inner loop: with `x_g` the activations of a group and `q_g` its levels,
+//! `y = Σ_g scale_g · (q_g · x_g) + offset_g · Σ x_g`.
+
+pub mod cpu;
+
+use crate::codec::{self, Encoded, Planes};
+use crate::error::{Error, Result};
+use crate::layout::{Grouped, Layout};
+
+/// What arithmetic a product may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Act {
+    /// f32 throughout: the error of a result is at most `2k · eps · Σ_g (|scale| · Σ|level · x| + |offset · Σ x|)`.
+    #[default]
+    F32,
+    /// Activations and weights rounded to bf16 and added up in f32, as a 16-bit linear layer computes: a relative error
+    /// of at most 2^-8 for each product. A backend without such instructions computes in f32.
+    Bf16,
+    /// Activations rounded to integers: `x̂ = round(x / s) · s` with `s = max|x| / 127` over each [`ACT_BLOCK`] columns
+    /// of a row; the product with `x̂` is that of [`Act::F32`]. So the error adds at most `Σ |w| · s / 2`.
+    Int8,
+}
+
+/// Columns of a row of activations that share a scale where they are rounded to 8 bits.
+pub const ACT_BLOCK: usize = 32;
+
+impl Act {
+    /// Every kind.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+
+    /// The name on the command line and in Python.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
+impl std::str::FromStr for Act {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|act| act.name() == name).ok_or_else(|| {
+            Error::invalid(format!("unknown arithmetic of activations '{name}', expected float32, bfloat16 or int8"))
+        })
+    }
+}
+
+/// An encoded matrix of `rows x cols` in memory of someone else; its planes have the lengths that the layout gives.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights<'a> {
+    layout: &'a Grouped,
+    rows: usize,
+    cols: usize,
+    planes: Planes<'a>,
+}
+
+impl<'a> Weights<'a> {
+    /// A matrix of the planes `planes`, in stored order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the number or the length of the planes is not what the layout gives, or for the raw
+    /// layout.
+    pub fn new(layout: &'a Layout, rows: usize, cols: usize, planes: &[&'a [u8]]) -> Result<Self> {
+        let Layout::Grouped(grouped) = layout else {
+            return Err(Error::invalid("a raw tensor has no codes to multiply with; decode it"));
+        };
+        codec::check_planes(layout, rows, cols, planes)?;
+        Ok(Self { layout: grouped, rows, cols, planes: Planes::new(planes) })
+    }
+
+    /// What the planes mean.
+    #[must_use]
+    pub fn layout(&self) -> &'a Grouped {
+        self.layout
+    }
+
+    /// Rows: outputs of the product.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: inputs of the product.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The planes.
+    #[must_use]
+    pub fn planes(&self) -> &Planes<'a> {
+        &self.planes
+    }
+
+    /// Bytes of all planes: what a product with few activations reads.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.planes.codes.len() + self.planes.scales.len() + self.planes.addends.len()
+    }
+
+    /// Consecutive rows, a matrix of their own: one expert of a stack, or the part of a thread.
+    ///
+    /// # Panics
+    /// When the matrix has no such rows: a bug of the caller.
+    #[must_use]
+    pub fn slice(&self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.rows, "rows {first}..+{count} of {}", self.rows);
+        let planes = self.planes.slice(self.layout, self.cols, first, count);
+        Self { rows: count, planes, ..*self }
+    }
+}
+
+impl<'a> From<&'a Encoded> for Weights<'a> {
+    fn from(encoded: &'a Encoded) -> Self {
+        let planes: Vec<&[u8]> = encoded.planes().map(|(_, bytes)| bytes).collect();
+        let layout = encoded.codec().grouped().expect("an encoded matrix has codes");
+        Self { layout, rows: encoded.rows(), cols: encoded.cols(), planes: Planes::new(&planes) }
+    }
+}
+
+/// Something that multiplies.
+pub trait Backend: Send + Sync {
+    /// The name on the command line and in Python.
+    fn name(&self) -> &'static str;
+
+    /// Takes a matrix, rearranged or uploaded if the backend wants it so.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when there is no room.
+    fn load<'a>(&self, weights: &Weights<'a>) -> Result<Box<dyn Matrix + 'a>>;
+}
+
+/// A matrix that a backend has taken.
+pub trait Matrix: Send + Sync {
+    /// `y[m, n] = x[m, k] · w[n, k]ᵀ` for `m` rows of activations; overwrites `y`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when `x` is not `m * k` or `y` not `m * n` numbers.
+    fn multiply(&self, x: &[f32], m: usize, act: Act, y: &mut [f32]) -> Result<()>;
+
+    /// The weights as this backend understands them, so that a wrong decoding and a wrong product are told apart.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when `out` is not `n * k` numbers.
+    fn decode(&self, out: &mut [f32]) -> Result<()>;
+}
+
+/// The backends of this build that work on this machine.
+#[must_use]
+pub fn available() -> Vec<Box<dyn Backend>> {
+    vec![Box::new(cpu::Cpu)]
+}
+
+/// Refuses activations or results of the wrong size.
+pub(crate) fn check_sizes(weights: &Weights<'_>, x: usize, m: usize, y: usize) -> Result<()> {
+    let expected = |n: usize| m.checked_mul(n);
+    if expected(weights.cols) != Some(x) || expected(weights.rows) != Some(y) {
+        return Err(Error::invalid(format!(
+            "{x} activations and {y} results for {m} rows with a {} x {} matrix, expected {m} x {} and {m} x {}",
+            weights.rows, weights.cols, weights.cols, weights.rows
+        )));
+    }
+    Ok(())
+}
