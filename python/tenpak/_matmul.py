@@ -31,8 +31,8 @@ def matmul(
         Name of the tensor, where ``weights`` is an artifact. A matrix that is stored transposed is multiplied as it is
         stored, ``[out, in]``.
     act
-        Arithmetic: ``"float32"``; ``"bfloat16"``, activations and weights rounded to 16 bits as a 16-bit layer has them;
-        or ``"int8"``, activations rounded to 8 bits with one scale for each 32 columns. Results are added up in float32.
+        Arithmetic: ``"float32"``; ``"bfloat16"``, activations and weights rounded to 16 bits as in a 16-bit layer; or
+        ``"int8"``, activations rounded to 8 bits with one scale for each 32 columns. Sums are float32 in all of them.
         Default: ``"bfloat16"`` for bfloat16 activations, else ``"float32"``.
     ends
         Multiply with a stack of matrices, one below the other, as a mixture of experts does: rows
