@@ -1,7 +1,7 @@
 """A whole 1B-shaped model, end to end, beside llama.cpp: tokens a second for a prompt and for decoding.
 
     pip install llama-cpp-python gguf "tenpak[hf]"
-    python benches/llama_cpp.py [--layers 16] [--prompt 512] [--decode 64] [--threads T]
+    python benches/end_to_end.py [--layers 16] [--prompt 512] [--decode 64] [--threads T]
 
 The model is synthetic: the shape of Llama 3.2 1B (width 2048, MLP 8192, 32/8 heads, 16 layers) with a vocabulary of
 32,000 and random weights, which speed does not depend on. llama.cpp runs it through llama-cpp-python as Q4_0 and as
