@@ -213,6 +213,19 @@ impl PyMatrix {
         self.0.planes().map(plane).collect()
     }
 
+    /// `y = x · wᵀ` with arrays of `dtype` at addresses that the caller holds; see [`gemm::multiply`].
+    fn multiply(
+        &self,
+        py: Python<'_>,
+        places: ((usize, usize), (usize, usize)),
+        dtype: &str,
+        m: usize,
+        act: &str,
+        ends: Option<Vec<usize>>,
+    ) -> PyResult<()> {
+        gemm::multiply_encoded(py, &self.0, places, dtype, m, act, ends.as_deref())
+    }
+
     /// Decodes into the bytes of an array of `dtype`.
     fn decode_into(&self, py: Python<'_>, dtype: &str, mut out: PyReadwriteArray1<'_, u8>) -> PyResult<()> {
         let out = out.as_slice_mut()?;
