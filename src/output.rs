@@ -123,7 +123,8 @@ impl OutputFile {
     }
 }
 
-fn exists(target: &Path) -> Error {
+/// The error of an output that exists.
+pub(crate) fn exists(target: &Path) -> Error {
     Error::invalid(format!("output {} exists; choose another name or pass --force", target.display()))
 }
 

@@ -13,7 +13,7 @@ use crate::codecs;
 use crate::compress::{Nonfinite, Options, Report, compress, plan};
 use crate::error::{Error, Result};
 use crate::measure::Distance;
-use crate::recipe::{Recipe, Role};
+use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
 
 /// Compress a checkpoint into an artifact
@@ -79,34 +79,25 @@ enum Sort {
 
 impl Choice {
     pub fn recipe(&self) -> Result<Recipe> {
-        let mut recipe = match &self.recipe {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-                Recipe::from_toml(&text).map_err(|e| e.in_file(path))?
-            }
-            None => Recipe::new(codecs::get(&self.codec)?),
-        };
-        for pair in &self.role {
-            let (role, id) = split(pair, "--role", "attention=int4_g16_fp16_v1")?;
-            recipe = recipe.role(role.parse::<Role>()?, codecs::get(id)?)?;
+        let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
+        let text = self.recipe.as_ref().map(read).transpose()?;
+        Request {
+            codec: &self.codec,
+            toml: text.as_deref().map(|text| (text, self.recipe.as_deref())),
+            roles: split(&self.role, "--role", "attention=int4_g16_fp16_v1")?,
+            rules: split(&self.rule, "--rule", "*.down_proj.weight=int8_sym_v1")?,
+            include: &self.include,
+            exclude: &self.exclude,
+            all: self.all,
         }
-        for pair in &self.rule {
-            let (pattern, id) = split(pair, "--rule", "*.down_proj.weight=int8_sym_v1")?;
-            recipe = recipe.rule(pattern, codecs::get(id)?)?;
-        }
-        for pattern in &self.include {
-            recipe = recipe.include(pattern)?;
-        }
-        for pattern in &self.exclude {
-            recipe = recipe.exclude(pattern)?;
-        }
-        Ok(if self.all { recipe.all(true) } else { recipe })
+        .recipe()
     }
 }
 
-/// The two sides of the last equals sign; patterns may hold others.
-fn split<'a>(pair: &'a str, option: &str, example: &str) -> Result<(&'a str, &'a str)> {
-    pair.rsplit_once('=').ok_or_else(|| Error::invalid(format!("{option} {pair}: expected the form {example}")))
+/// The two sides of the last equals sign of each pair; patterns may hold others.
+fn split<'a>(pairs: &'a [String], option: &str, example: &str) -> Result<Vec<(&'a str, &'a str)>> {
+    let wrong = |pair| Error::invalid(format!("{option} {pair}: expected the form {example}"));
+    pairs.iter().map(|pair| pair.rsplit_once('=').ok_or_else(|| wrong(pair))).collect()
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Files, Job};
 use crate::error::{Error, Result};
-use crate::output::OutputFile;
+use crate::output::{self, OutputFile};
 
 /// Writes all tensors into one file.
 pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
@@ -30,7 +30,7 @@ pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     if !job.options.force {
         let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]);
         if let Some(found) = names.into_iter().find(|path| path.exists()) {
-            return Err(Error::invalid(format!("output {} exists, pass --force to replace it", found.display())));
+            return Err(output::exists(&found));
         }
     }
     let made = !target.exists();

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::export;
 use crate::file::Access;
 use crate::layout::Plane;
-use crate::recipe::Recipe;
+use crate::recipe::Request;
 use crate::report;
 use crate::source::{self, Source};
 use crate::tensor::{DType, to_f32};
@@ -69,24 +69,10 @@ fn compress(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let options = || -> Result<engine::Options> {
-        let mut made = match recipe {
-            Some(text) => Recipe::from_toml(text)?,
-            None => Recipe::new(codecs::get(codec)?),
-        };
-        for (role, id) in &roles {
-            made = made.role(role.parse()?, codecs::get(id)?)?;
-        }
-        for (pattern, id) in &rules {
-            made = made.rule(pattern, codecs::get(id)?)?;
-        }
-        for pattern in &include {
-            made = made.include(pattern)?;
-        }
-        for pattern in &exclude {
-            made = made.exclude(pattern)?;
-        }
-        let recipe = if all { made.all(true) } else { made };
-        Ok(engine::Options { recipe, nonfinite: nonfinite.parse()?, force })
+        let toml = recipe.map(|text| (text, None));
+        let [roles, rules] = [&roles, &rules].map(|list| list.iter().map(|(name, id)| (&**name, &**id)).collect());
+        let request = Request { codec, toml, roles, rules, include: &include, exclude: &exclude, all };
+        Ok(engine::Options { recipe: request.recipe()?, nonfinite: nonfinite.parse()?, force })
     };
     let options = options().map_err(|e| run::raise(py, e))?;
     interruptible(py, threads, progress, |on_progress| {
