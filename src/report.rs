@@ -128,6 +128,7 @@ pub struct Compress {
     pub file_bytes: u64,
     pub source_bytes: u64,
     pub total: Sizes,
+    pub attached: Vec<Attached>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<Loss>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,6 +137,14 @@ pub struct Compress {
     pub seconds: Option<f64>,
     pub notes: Vec<String>,
     pub tensors: Vec<Tensor>,
+}
+
+/// A file that an artifact carries besides weights.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Attached {
+    pub name: String,
+    pub bytes: u64,
 }
 
 impl Compress {
@@ -154,7 +163,12 @@ impl Compress {
             output: output.map(|p| p.display().to_string()),
             file_bytes: report.file_bytes,
             source_bytes: source.files().iter().map(|f| f.file().len()).sum(),
-            total: Sizes::new(elements, report.file_bytes),
+            total: Sizes::new(elements, report.weight_bytes),
+            attached: report
+                .attached
+                .iter()
+                .map(|(name, bytes)| Attached { name: name.clone(), bytes: *bytes })
+                .collect(),
             loss: any.then(|| Loss::from(&all)),
             identity: report.identity.map(|i| i.to_string()),
             seconds: report.identity.map(|_| seconds),
@@ -235,7 +249,7 @@ impl Verify {
     pub fn new(artifact: &ArtifactFile, verified: Verified) -> Self {
         Self {
             schema: "tenpak.verify/1",
-            input: artifact.file().path().display().to_string(),
+            input: artifact.path().display().to_string(),
             sound: verified.problems.is_empty(),
             identity: artifact.header().identity().to_string(),
             chunks: verified.chunks,

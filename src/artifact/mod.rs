@@ -6,18 +6,27 @@
 //!
 #![doc = include_str!("FORMAT.md")]
 
+pub mod attached;
+mod checksum;
+pub(crate) mod config;
 pub mod delta;
 mod entry;
 pub mod header;
 mod identity;
 pub mod map;
 mod preamble;
+mod store;
+mod text;
 pub mod verify;
 pub mod writer;
 
+pub use attached::AttachedFile;
 pub use entry::{ALIGN, CHUNK, Entry, PlaneEntry};
 pub use header::{Header, Provenance, SourceFile};
 pub use identity::Identity;
 pub use map::ArtifactFile;
 pub use preamble::{FLAG_DELTA, MAGIC, VERSION};
 pub use writer::Writer;
+
+/// The header of the directory form, as a file of its own.
+pub const HEADER_FILE: &str = "tenpak.json";

@@ -137,6 +137,15 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let verb = if json.dry_run { "would write" } else { "wrote" };
     let target = json.output.as_deref().unwrap_or("an artifact");
     context.line(format!("{verb} {target}: {} bytes, {}", thousands(json.file_bytes), phrase(&json.total)));
+    if let [_, ..] = &*json.attached {
+        let bytes = json.attached.iter().map(|file| file.bytes).sum();
+        let names: Vec<_> = json.attached.iter().map(|file| &*file.name).collect();
+        context.line(format!(
+            "{} of these bytes are attached files, which the factors leave out: {}",
+            thousands(bytes),
+            names.join(", ")
+        ));
+    }
     if let Some(identity) = &json.identity {
         context.line(format!("from {} bytes in {}", thousands(json.source_bytes), pace(json.source_bytes, time)));
         context.line(format!("identity {identity}"));

@@ -7,7 +7,8 @@ mod encode;
 
 use std::path::Path;
 
-use crate::artifact::writer::{Written, planned_bytes};
+use crate::artifact::header::Header;
+use crate::artifact::writer::{Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
@@ -123,8 +124,25 @@ pub struct Report {
     pub tensors: Vec<TensorReport>,
     /// Length of the artifact.
     pub file_bytes: u64,
+    /// Bytes of it that weights and header take, attached files left out.
+    pub weight_bytes: u64,
+    /// Names and lengths of the attached files.
+    pub attached: Vec<(String, u64)>,
     /// Identity of the artifact; `None` for a plan.
     pub identity: Option<Identity>,
+}
+
+impl Report {
+    fn new(tensors: Vec<TensorReport>, header: &Header, identity: Option<Identity>) -> Self {
+        let file_bytes = header.file_bytes();
+        Self {
+            tensors,
+            file_bytes,
+            weight_bytes: file_bytes - header.attached_room(),
+            attached: header.files().iter().map(|f| (f.name.to_string(), f.bytes)).collect(),
+            identity,
+        }
+    }
 }
 
 /// What will be written, to the byte, from the source's headers alone.
@@ -145,12 +163,13 @@ pub fn plan(source: &Source, options: &Options) -> Result<Report> {
         })
         .collect::<Result<Vec<_>>>()?;
     let unknown = |_: &_| Ok(Identity([0; 32]));
-    let file_bytes = planned_bytes(
+    let header = planned(
         tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
+        source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
     )?;
-    Ok(Report { tensors, file_bytes, identity: None })
+    Ok(Report::new(tensors, &header, None))
 }
 
 /// Compresses a source into an artifact at `target`.
@@ -159,7 +178,7 @@ pub fn plan(source: &Source, options: &Options) -> Result<Report> {
 /// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
-    output::refuse_input(target, source.files().iter().map(crate::source::SourceFile::file))?;
+    output::refuse_input(target, source.inputs())?;
     let planned = plan(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
@@ -175,9 +194,19 @@ pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: 
         tensors.push(report);
         done += bytes;
     }
+    attach(source, &mut writer)?;
     let provenance = provenance(source, options, |file| Ok(file.digest()?.into()))?;
-    let Written { file_bytes, header } = writer.finish(source.metadata().clone(), provenance, None)?;
-    Ok(Report { tensors, file_bytes, identity: Some(header.identity()) })
+    let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
+    Ok(Report::new(tensors, &header, Some(header.identity())))
+}
+
+/// Attaches the files that a source carries along.
+pub(crate) fn attach(source: &Source, writer: &mut Writer) -> Result<()> {
+    for attached in source.attached() {
+        let file = attached.file();
+        writer.attach(attached.name(), file.len(), |at, len| file.read(at, len))?;
+    }
+    Ok(())
 }
 
 /// Raw tensors keep the source's order.

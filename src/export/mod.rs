@@ -63,13 +63,13 @@ pub fn decompress(
     if artifact.header().delta().is_some() {
         return Err(Error::invalid(format!(
             "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
-            artifact.file().path().display()
+            artifact.path().display()
         )));
     }
     if let Some(dtype) = options.dtype.filter(|d| !d.is_float()) {
         return Err(Error::invalid(format!("weights cannot be written as {dtype}, choose a float dtype")));
     }
-    output::refuse_input(target, [artifact.file()])?;
+    output::refuse_input(target, artifact.inputs())?;
     let total = artifact.tensors().iter().map(|t| t.info().bytes()).sum();
     let mut job = Job { artifact, options, on_progress, done: 0, total, notes: Vec::new() };
     let files = match target.extension().and_then(|e| e.to_str()) {
@@ -114,7 +114,7 @@ pub fn decode_into(
     let total = entry.info().bytes();
     let mut job = Job { artifact, options: &options, on_progress, done: 0, total, notes: Vec::new() };
     let mut at = 0;
-    job.source_order(index, dtype, artifact.file().path(), &mut |bytes| {
+    job.source_order(index, dtype, artifact.path(), &mut |bytes| {
         out[at..at + bytes.len()].copy_from_slice(bytes);
         at += bytes.len();
         Ok(())

@@ -1,13 +1,14 @@
 //! Safetensors: one file, or a directory of shards with an index as Hugging Face lays it out.
 //!
 //! The library's own writer wants every tensor in memory, so the header is printed here. Wider elements come first, as
-//! the library orders them, so that every tensor is aligned.
+//! the library orders them, so that every tensor is aligned. A directory also gets the files that the artifact carries.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::{Files, Job};
+use crate::artifact::{HEADER_FILE, config};
 use crate::error::{Error, Result};
 use crate::output::{self, OutputFile};
 
@@ -27,15 +28,25 @@ pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
         n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
     };
     let index = target.join("model.safetensors.index.json");
+    if target.join(HEADER_FILE).exists() {
+        return Err(Error::invalid(format!(
+            "output {} holds a compressed model; remove it or choose another name",
+            target.display()
+        )));
+    }
     if !job.options.force {
-        let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]);
+        let attached = job.artifact.files().iter().map(|file| target.join(&*file.name));
+        let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]).chain(attached);
         if let Some(found) = names.into_iter().find(|path| path.exists()) {
             return Err(output::exists(&found));
         }
     }
     let made = !target.exists();
     std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
-    let written = write_all(job, &shards, &index, |i| target.join(name(i)));
+    let written = write_all(job, &shards, &index, |i| target.join(name(i))).and_then(|mut written| {
+        written.extend(attached(job, target)?);
+        Ok(written)
+    });
     if written.is_err() && made {
         // Someone else may have put something there meanwhile: then it stays.
         drop(std::fs::remove_dir(target));
@@ -79,6 +90,19 @@ fn write_all(
         let out = job.create(index, text.len() as u64)?;
         out.write_at(0, &text)?;
         written.push((out, text.len() as u64));
+    }
+    Ok(written)
+}
+
+/// Writes the attached files; none has its name yet. The weights are no longer quantized, whatever a config says.
+fn attached(job: &Job<'_, '_>, target: &Path) -> Result<Vec<(OutputFile, u64)>> {
+    let mut written = Vec::new();
+    for (index, file) in job.artifact.files().iter().enumerate() {
+        let content = job.artifact.attached(index)?;
+        let bytes = if *file.name == *config::CONFIG { &config::unquantized(&content) } else { &*content };
+        let out = job.create(&target.join(&*file.name), bytes.len() as u64)?;
+        out.write_at(0, bytes)?;
+        written.push((out, bytes.len() as u64));
     }
     Ok(written)
 }

@@ -17,7 +17,7 @@ use crate::file::{Access, InputFile};
 use crate::limits::{self, Limits};
 
 use super::json::{self, Failure, once};
-use super::{Kind, Options, Source, SourceFile, detect, duplicate, quoted, safetensors};
+use super::{Kind, Options, Source, SourceFile, detect, duplicate, quoted, safetensors, side_files};
 
 /// The index of a model of several files.
 const INDEX: &str = "model.safetensors.index.json";
@@ -44,6 +44,7 @@ pub(super) fn open(dir: &Path, options: &Options) -> Result<Source> {
         }
     };
     source.config = read_config(dir, limits)?;
+    source.attached = side_files(dir, options)?;
     source.finish(limits).map_err(|e| e.in_file(dir))
 }
 
@@ -139,7 +140,7 @@ pub(super) fn read_config(dir: &Path, limits: &Limits) -> Result<Option<serde_js
 }
 
 /// The path of the file `name` of `dir`, or `None` where there is none.
-fn member(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
+pub(super) fn member(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     let mut components = Path::new(name).components();
     let plain = matches!((components.next(), components.next()), (Some(Component::Normal(c)), None) if c == name);
     if !plain || name.contains(['/', '\\']) || name.chars().any(char::is_control) {

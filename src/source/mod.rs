@@ -32,6 +32,7 @@ mod npy;
 mod npz;
 mod rows;
 mod safetensors;
+mod side;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -41,6 +42,7 @@ use crate::file::{Access, Block, InputFile};
 use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
 use rows::{Order, Place, Store};
+pub(crate) use side::{is_side_file, side_files};
 
 /// How a source is opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -163,6 +165,7 @@ impl SourceTensor {
 pub struct Source {
     kind: Kind,
     files: Vec<SourceFile>,
+    attached: Vec<SourceFile>,
     spool: Option<InputFile>,
     tensors: Vec<SourceTensor>,
     config: Option<serde_json::Value>,
@@ -173,7 +176,7 @@ pub struct Source {
 impl Source {
     fn new(kind: Kind, files: Vec<SourceFile>, tensors: Vec<SourceTensor>) -> Self {
         let (metadata, activation_stats) = (BTreeMap::new(), BTreeMap::new());
-        Self { kind, files, spool: None, tensors, config: None, metadata, activation_stats }
+        Self { kind, files, attached: Vec::new(), spool: None, tensors, config: None, metadata, activation_stats }
     }
 
     /// Checks what no container can check alone, and marks the weights that are stored `[in, out]`.
@@ -206,6 +209,17 @@ impl Source {
     #[must_use]
     pub fn files(&self) -> &[SourceFile] {
         &self.files
+    }
+
+    /// The files of a Hugging Face directory that are carried along with its weights: settings and tokenizer, by name.
+    #[must_use]
+    pub fn attached(&self) -> &[SourceFile] {
+        &self.attached
+    }
+
+    /// Every file that is read, so that none of them is chosen as an output.
+    pub fn inputs(&self) -> impl Iterator<Item = &InputFile> {
+        self.files.iter().chain(&self.attached).map(SourceFile::file)
     }
 
     /// `config.json` of the directory, or beside a single `.safetensors` file.

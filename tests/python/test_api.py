@@ -848,3 +848,22 @@ print(*sorted({m.partition(".")[0] for m in set(sys.modules) - before}))
     roots = set(done.stdout.split())
     assert roots - set(sys.stdlib_module_names) <= {"tenpak", "numpy"}
     assert not roots & {"asyncio", "multiprocessing", "http", "email", "tkinter", "unittest"}
+
+
+def test_files_of_the_model_are_read_by_name(artifact: Path, sample_model: Path, tmp_path: Path) -> None:
+    files = tenpak.open(artifact).files
+    assert list(files) == ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert len(files) == 4 and "config.json" in files
+    for name, content in files.items():
+        assert content == (sample_model / name).read_bytes()
+    with pytest.raises(KeyError):
+        files["modeling.py"]
+    place = next(f for f in oracle.read(artifact.read_bytes()).header.files if f.name == "tokenizer.json")
+    data = bytearray(artifact.read_bytes())
+    data[place.offset] ^= 1
+    damaged = tmp_path / "damaged.tenpak"
+    damaged.write_bytes(data)
+    with pytest.raises(tenpak.CorruptError, match=r"file 'tokenizer\.json'"):
+        tenpak.open(damaged).files["tokenizer.json"]
+    (problem,) = tenpak.open(damaged).verify()
+    assert problem["file"] == "tokenizer.json" and problem["tensor"] is None

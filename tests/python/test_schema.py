@@ -71,11 +71,14 @@ def test_compress_and_its_dry_run_print_what_the_schema_says(
     plan = assert_valid(cli.json("compress", sample_model, "--dry-run", "--codec", codec), "compress")
     done = assert_valid(cli.json("compress", sample_model, "-o", path, "--codec", codec), "compress")
     assert plan["dry_run"] and not done["dry_run"] and plan["output"] is None
-    assert plan["file_bytes"] == done["file_bytes"] == done["total"]["bytes"] == path.stat().st_size
+    assert plan["file_bytes"] == done["file_bytes"] == path.stat().st_size
+    attached = sum(oracle.align(file["bytes"]) for file in done["attached"])
+    assert plan["attached"] == done["attached"] and done["total"]["bytes"] == done["file_bytes"] - attached
     assert not {"identity", "seconds", "loss"} & set(plan)
     assert [t["name"] for t in plan["tensors"]] == [t["name"] for t in done["tensors"]]
     artifact = oracle.read(path.read_bytes())
     assert done["identity"] == artifact.header.identity
+    assert [(f["name"], f["bytes"]) for f in done["attached"]] == [(f.name, f.bytes) for f in artifact.header.files]
     for tensor in done["tensors"]:
         entry = artifact.entry(tensor["name"])
         assert tensor["stored_bytes"] == sum(p.bytes for p in entry.planes)
@@ -152,6 +155,9 @@ def test_inspect_prints_what_the_schema_says(cli: Cli, artifact: Path) -> None:
         assert tensor["transposed"] == entry.transposed
         got = [(p["plane"], p["offset"], p["bytes"], p["blake3"]) for p in tensor["planes"]]
         assert got == [(p.plane, p.offset, p.bytes, p.blake3) for p in entry.planes]
+    files = oracle.read(artifact.read_bytes()).header.files
+    got_files = [(f["name"], f["offset"], f["bytes"], f["blake3"]) for f in report["attached"]]
+    assert files and got_files == [(f.name, f.offset, f.bytes, f.blake3) for f in files]
     one = assert_valid(cli.json("inspect", artifact, "--tensor", entries[0].name), "inspect")
     assert one["tensors"] == report["tensors"][:1] and one["total"] == report["total"]
 
@@ -163,8 +169,8 @@ def test_verify_prints_what_the_schema_says_of_sound_and_damaged_files(
     sound = assert_valid(cli.json("verify", artifact), "verify")
     header = oracle.read(data).header
     assert sound["sound"] and not sound["problems"]
-    assert sound["bytes"] == sum(p.bytes for e in header.tensors for p in e.planes)
-    assert sound["chunks"] == sum(len(p.crc32c) // 8 for e in header.tensors for p in e.planes)
+    assert sound["bytes"] == sum(p.bytes for _, p in oracle.contents(header))
+    assert sound["chunks"] == sum(len(p.crc32c) // 8 for _, p in oracle.contents(header))
     places = [(e, p) for e in header.tensors for p in e.planes if p.bytes]
     bad = bytearray(data)
     for _, p in places[:: len(places) // 5]:
@@ -176,6 +182,12 @@ def test_verify_prints_what_the_schema_says_of_sound_and_damaged_files(
     assert [(p["tensor"], p["plane"], p["chunk"], p["at"]) for p in report["problems"]] == [
         (e.name, p.plane, 0, p.offset) for e, p in places[:: len(places) // 5]
     ]
+    file = header.files[-1]
+    scratched = bytearray(data)
+    scratched[file.offset] ^= 1
+    damaged.write_bytes(scratched)
+    (found,) = assert_valid(cli.json("verify", damaged, code=1), "verify")["problems"]
+    assert (found["tensor"], found["plane"], found["file"], found["chunk"]) == (None, None, file.name, 0)
     last = header.tensors[-1].planes[-1]
     if last.bytes % 64:
         padded = bytearray(data)
