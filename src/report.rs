@@ -1,6 +1,6 @@
 //! What the verbs report, as the JSON that the command line prints and Python returns; `cli/schema.json` documents it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -10,7 +10,7 @@ use crate::artifact::writer::Written;
 use crate::artifact::{ArtifactFile, Entry};
 use crate::codec::Codec;
 use crate::compress::{Report, TensorReport};
-use crate::export::Exported;
+use crate::export::{Exported, To};
 use crate::layout::{Float, Grouped, Layout, Levels};
 use crate::measure::Distance;
 use crate::source::Source;
@@ -129,6 +129,8 @@ pub struct Compress {
     pub source_bytes: u64,
     pub total: Sizes,
     pub attached: Vec<Attached>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<File>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<Loss>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,6 +153,8 @@ impl Compress {
     /// The report of a run that took `seconds`, or of a plan.
     #[must_use]
     pub fn new(input: &Path, output: Option<&Path>, source: &Source, report: &Report, seconds: f64) -> Self {
+        let mut notes = notes(report, source);
+        notes.extend_from_slice(&report.notes);
         let elements = report.tensors.iter().map(TensorReport::elements).sum();
         let mut all = Distance::default();
         let mut lossy = report.tensors.iter().filter_map(|t| t.distance.as_ref()).peekable();
@@ -172,7 +176,8 @@ impl Compress {
             loss: any.then(|| Loss::from(&all)),
             identity: report.identity.map(|i| i.to_string()),
             seconds: report.identity.map(|_| seconds),
-            notes: notes(report, source),
+            files: files(&report.files),
+            notes,
             tensors: report.tensors.iter().map(Tensor::from).collect(),
         }
     }
@@ -219,11 +224,58 @@ impl Decompress {
     /// The report of a run that took `seconds`.
     #[must_use]
     pub fn new(input: &Path, exported: Exported, seconds: f64) -> Self {
-        let file = |(path, bytes): &(std::path::PathBuf, u64)| File { path: path.display().to_string(), bytes: *bytes };
         Self {
             schema: "tenpak.decompress/1",
             input: input.display().to_string(),
-            files: exported.files.iter().map(file).collect(),
+            files: files(&exported.files),
+            notes: exported.notes,
+            seconds,
+        }
+    }
+}
+
+/// Files with their lengths, as reports name them.
+fn files(files: &[(PathBuf, u64)]) -> Vec<File> {
+    files.iter().map(|(path, bytes)| File { path: path.display().to_string(), bytes: *bytes }).collect()
+}
+
+/// `tenpak.export/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Export {
+    pub schema: &'static str,
+    pub dry_run: bool,
+    pub input: String,
+    pub output: String,
+    pub to: &'static str,
+    pub bytes: u64,
+    pub identity: String,
+    pub files: Vec<File>,
+    pub notes: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+}
+
+impl Export {
+    /// The report of a run that took `seconds`, or of a plan.
+    #[must_use]
+    pub fn new(
+        input: &Path,
+        output: &Path,
+        to: To,
+        artifact: &ArtifactFile,
+        exported: Exported,
+        seconds: Option<f64>,
+    ) -> Self {
+        Self {
+            schema: "tenpak.export/1",
+            dry_run: seconds.is_none(),
+            input: input.display().to_string(),
+            output: output.display().to_string(),
+            to: to.name(),
+            bytes: exported.files.iter().map(|(_, bytes)| bytes).sum(),
+            identity: artifact.header().identity().to_string(),
+            files: files(&exported.files),
             notes: exported.notes,
             seconds,
         }

@@ -23,7 +23,7 @@ def open(path: Path, *, mmap: bool = True) -> "Artifact":
     Parameters
     ----------
     path
-        Artifact.
+        Artifact: a file or a directory.
     mmap
         Map planes instead of reading them.
 

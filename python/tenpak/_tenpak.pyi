@@ -83,6 +83,7 @@ def compress(
     exclude: list[str],
     all: bool,
     nonfinite: str,
+    max_shard_size: int,
     force: bool,
     threads: int,
     mmap: bool,
@@ -105,6 +106,16 @@ def delta(
     epsilon: float,
     force: bool,
     threads: int,
+    progress: _Progress,
+) -> str: ...
+def export(
+    artifact: str,
+    output: str,
+    to: str,
+    max_shard_size: int,
+    force: bool,
+    threads: int,
+    dry_run: bool,
     progress: _Progress,
 ) -> str: ...
 def materialize(

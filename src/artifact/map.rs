@@ -40,11 +40,18 @@ impl ArtifactFile {
         Self::open_with(path, Access::Map, &Limits::DEFAULT)
     }
 
-    /// Opens an artifact and validates its header; no plane is read.
+    /// Opens an artifact, a file or a directory, and validates its header; no plane is read.
+    ///
+    /// A directory is a safetensors checkpoint of planes with a `tenpak.json`; one without, as other programs write it,
+    /// is read entirely for its checksums.
     ///
     /// # Errors
-    /// [`Error::Io`], or what is wrong with the header: [`Error::Corrupt`], [`Error::Unsupported`], [`Error::Limit`].
+    /// [`Error::Io`], or what is wrong with the header: [`Error::Corrupt`], [`Error::Unsupported`], [`Error::Limit`];
+    /// [`Error::Invalid`] for a directory that is not compressed.
     pub fn open_with(path: impl AsRef<Path>, access: Access, limits: &Limits) -> Result<Self> {
+        if path.as_ref().is_dir() {
+            return super::directory::open(path.as_ref(), access, limits);
+        }
         let file = InputFile::open(&path, access)?;
         let header = Header::read(&file, limits).map_err(|e| e.in_file(&path))?;
         Ok(Self::new(Store::File(file), header))

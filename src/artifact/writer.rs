@@ -14,8 +14,10 @@ use super::entry::{ALIGN, CHUNK, Entry, align};
 use super::header::{Delta, Header, MOST_BYTES, Provenance};
 use super::map::{ArtifactFile, decode_rows};
 use super::preamble::{FLAG_DELTA, Preamble};
+use super::store::Store;
 use crate::codec::Codec;
 use crate::error::{Error, Result};
+use crate::file::{Access, InputFile};
 use crate::limits::Limits;
 use crate::output::OutputFile;
 use crate::tensor::TensorInfo;
@@ -166,6 +168,37 @@ impl Writer {
         provenance: Provenance,
         delta: Option<Delta>,
     ) -> Result<Written> {
+        let (out, written) = self.seal(metadata, provenance, delta)?;
+        out.commit(written.file_bytes)?;
+        Ok(written)
+    }
+
+    /// Starts an artifact in `dir` that never gets a name, to be read with [`Writer::reopen`].
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn nameless_in(dir: &Path) -> Result<Self> {
+        let out = OutputFile::nameless_in(dir)?;
+        Ok(Self { out, tensors: Vec::new(), files: Vec::new(), end: ALIGN })
+    }
+
+    /// Writes the header and gives the artifact back for reading, whatever its name or lack of one.
+    ///
+    /// # Errors
+    /// Those of [`Writer::finish`].
+    pub(crate) fn reopen(self, metadata: BTreeMap<String, String>, provenance: Provenance) -> Result<ArtifactFile> {
+        let (out, Written { header, .. }) = self.seal(metadata, provenance, None)?;
+        let path = out.target().to_owned();
+        Ok(ArtifactFile::new(Store::File(InputFile::from_file(&path, out.into_file(), Access::Read)?), header))
+    }
+
+    /// Writes header and preamble.
+    fn seal(
+        self,
+        metadata: BTreeMap<String, String>,
+        provenance: Provenance,
+        delta: Option<Delta>,
+    ) -> Result<(OutputFile, Written)> {
         let flags = if delta.is_some() { FLAG_DELTA } else { 0 };
         let header = Header::new(&Limits::DEFAULT, metadata, provenance, delta, self.tensors, self.files)?;
         let mut text = Vec::new();
@@ -180,13 +213,12 @@ impl Writer {
         crate::limits::check("bytes of the header", Limits::DEFAULT.header_bytes, preamble.header_bytes)?;
         self.out.write_at(start, &text)?;
         self.out.write_at(0, &preamble.print())?;
-        self.out.commit(preamble.file_bytes)?;
-        Ok(Written { file_bytes: preamble.file_bytes, header })
+        Ok((self.out, Written { file_bytes: preamble.file_bytes, header }))
     }
 }
 
 /// Gives the planes of an entry their offsets from `at` on.
-fn place(mut entry: Entry, at: u64) -> Result<Entry> {
+pub(super) fn place(mut entry: Entry, at: u64) -> Result<Entry> {
     let mut at = at;
     for plane in entry.planes_mut() {
         plane.offset = at;

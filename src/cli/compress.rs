@@ -10,8 +10,9 @@ use super::progress::Bar;
 use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
 use crate::codecs;
-use crate::compress::{Nonfinite, Options, Report, compress, plan};
+use crate::compress::{Nonfinite, Options, Report, compress_as, plan_as};
 use crate::error::{Error, Result};
+use crate::export::MAX_SHARD_BYTES;
 use crate::measure::Distance;
 use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
@@ -21,9 +22,12 @@ use crate::report::{self, Sizes};
 pub(super) struct Arguments {
     #[command(flatten)]
     input: Input,
-    /// Artifact to write
+    /// Artifact to write: one file where the name ends in .tenpak, otherwise a Hugging Face directory
     #[arg(long, short, required_unless_present = "dry_run")]
     output: Option<PathBuf>,
+    /// Most bytes of one shard of a directory
+    #[arg(long, default_value_t = MAX_SHARD_BYTES, value_name = "BYTES")]
+    max_shard_size: u64,
     #[command(flatten)]
     choice: Choice,
     /// What to do about NaN and infinities
@@ -112,9 +116,9 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let report = match &arguments.output {
         Some(output) if !arguments.dry_run => {
             let bar = Bar::new(context.common, context.signals);
-            compress(&source, output, &options, &mut |progress| bar.step(progress))?
+            compress_as(&source, output, &options, arguments.max_shard_size, &mut |progress| bar.step(progress))?
         }
-        _ => plan(&source, &options)?,
+        _ => plan_as(&source, arguments.output.as_deref(), &options, arguments.max_shard_size)?,
     };
     let time = start.elapsed();
     let output = arguments.output.as_deref();
@@ -137,7 +141,11 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let verb = if json.dry_run { "would write" } else { "wrote" };
     let target = json.output.as_deref().unwrap_or("an artifact");
     context.line(format!("{verb} {target}: {} bytes, {}", thousands(json.file_bytes), phrase(&json.total)));
-    if let [_, ..] = &*json.attached {
+    if let [_, ..] = &*json.files {
+        let name = |file: &report::File| file.path.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
+        let names: Vec<_> = json.files.iter().map(name).collect();
+        context.line(format!("{} files: {}", names.len(), names.join(", ")));
+    } else if let [_, ..] = &*json.attached {
         let bytes = json.attached.iter().map(|file| file.bytes).sum();
         let names: Vec<_> = json.attached.iter().map(|file| &*file.name).collect();
         context.line(format!(

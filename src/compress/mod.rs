@@ -4,8 +4,9 @@
 //! again for the error report, hashed and written, so memory does not grow with the model.
 
 mod encode;
+mod form;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::artifact::header::Header;
 use crate::artifact::writer::{Written, planned};
@@ -19,6 +20,7 @@ use crate::recipe::{Choice, Reason, Recipe};
 use crate::source::{Source, SourceTensor};
 use crate::tensor;
 pub(crate) use encode::encode_tensor;
+pub use form::{compress_as, plan_as};
 
 /// Source bytes that are in memory at once.
 pub const BLOCK_BYTES: u64 = 8 << 20;
@@ -128,6 +130,10 @@ pub struct Report {
     pub weight_bytes: u64,
     /// Names and lengths of the attached files.
     pub attached: Vec<(String, u64)>,
+    /// The files of a directory, with their lengths; empty where the artifact is one file.
+    pub files: Vec<(PathBuf, u64)>,
+    /// What a reader should know.
+    pub notes: Vec<String>,
     /// Identity of the artifact; `None` for a plan.
     pub identity: Option<Identity>,
 }
@@ -140,6 +146,8 @@ impl Report {
             file_bytes,
             weight_bytes: file_bytes - header.attached_room(),
             attached: header.files().iter().map(|f| (f.name.to_string(), f.bytes)).collect(),
+            files: Vec::new(),
+            notes: Vec::new(),
             identity,
         }
     }
@@ -153,7 +161,14 @@ impl Report {
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
-    let tensors = source
+    let tensors = reports(source, options)?;
+    let header = planned_header(source, options, &tensors)?;
+    Ok(Report::new(tensors, &header, None))
+}
+
+/// What will happen to each tensor.
+fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
+    source
         .tensors()
         .iter()
         .map(|t| {
@@ -161,15 +176,18 @@ pub fn plan(source: &Source, options: &Options) -> Result<Report> {
             let changed = matches!(reason, Reason::ShortRows { .. });
             report(t, codec, reason.to_string(), changed)
         })
-        .collect::<Result<Vec<_>>>()?;
+        .collect()
+}
+
+/// The header of the artifact, all lengths right and all checksums zero.
+fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
-    let header = planned(
+    planned(
         tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
         source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
-    )?;
-    Ok(Report::new(tensors, &header, None))
+    )
 }
 
 /// Compresses a source into an artifact at `target`.
@@ -182,22 +200,33 @@ pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: 
     let planned = plan(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
-    let total = planned.tensors.iter().map(|t| t.source_bytes).sum();
+    let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;
+    let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
+    Ok(Report::new(tensors, &header, Some(header.identity())))
+}
+
+/// Writes all tensors and files of a source, and gives what became of each and where it came from.
+fn fill(
+    source: &Source,
+    planned: Vec<TensorReport>,
+    options: &Options,
+    writer: &mut Writer,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<(Vec<TensorReport>, Provenance)> {
+    let total = planned.iter().map(|t| t.source_bytes).sum();
     let mut done = 0;
-    let mut tensors = Vec::with_capacity(planned.tensors.len());
-    for (index, planned) in planned.tensors.into_iter().enumerate() {
+    let mut tensors = Vec::with_capacity(planned.len());
+    for (index, planned) in planned.into_iter().enumerate() {
         let name = planned.name.clone();
         let bytes = planned.source_bytes;
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
-        let (report, tensor) = encode_tensor(source, index, planned, options.nonfinite, &writer, &mut tick)?;
+        let (report, tensor) = encode_tensor(source, index, planned, options.nonfinite, writer, &mut tick)?;
         writer.keep(tensor)?;
         tensors.push(report);
         done += bytes;
     }
-    attach(source, &mut writer)?;
-    let provenance = provenance(source, options, |file| Ok(file.digest()?.into()))?;
-    let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
-    Ok(Report::new(tensors, &header, Some(header.identity())))
+    attach(source, writer)?;
+    Ok((tensors, provenance(source, options, |file| Ok(file.digest()?.into()))?))
 }
 
 /// Attaches the files that a source carries along.

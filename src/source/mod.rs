@@ -41,8 +41,13 @@ use crate::error::{Error, Result};
 use crate::file::{Access, Block, InputFile};
 use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
+pub(crate) use directory::{HEADER_FILE, INDEX, member, open_shards};
+pub(crate) use json::parse_file;
 use rows::{Order, Place, Store};
-pub(crate) use side::{is_side_file, side_files};
+pub(crate) use side::side_files;
+
+/// The `quant_method` of a `config.json` whose weights are compressed.
+pub(crate) const METHOD: &str = "tenpak";
 
 /// How a source is opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -118,6 +123,10 @@ impl SourceFile {
         &self.file
     }
 
+    pub(crate) fn into_file(self) -> InputFile {
+        self.file
+    }
+
     /// BLAKE3 of the whole file; costs no further read when the tensors were read in order and entirely.
     ///
     /// # Errors
@@ -144,6 +153,14 @@ impl SourceTensor {
     #[must_use]
     pub fn info(&self) -> &TensorInfo {
         &self.info
+    }
+
+    /// The number of the file that holds the tensor, and where it begins there; only of containers without a spool.
+    pub(crate) fn place(&self) -> (usize, u64) {
+        match self.place.store {
+            Store::File(index) => (index, self.place.offset),
+            Store::Spool => unreachable!("safetensors files are read in place"),
+        }
     }
 
     /// Whether the checkpoint holds the weight as `[in, out]`, so that the matrix view swaps its two dimensions.
@@ -181,6 +198,10 @@ impl Source {
 
     /// Checks what no container can check alone, and marks the weights that are stored `[in, out]`.
     fn finish(mut self, limits: &Limits) -> Result<Self> {
+        let method = self.config.as_ref().and_then(|c| c.get("quantization_config")?.get("quant_method")?.as_str());
+        if method == Some(METHOD) {
+            return Err(compressed());
+        }
         limits::check("tensors of a checkpoint", limits.tensors, self.tensors.len() as u64)?;
         let mut names = HashSet::with_capacity(self.tensors.len());
         if let Some(twice) = self.tensors.iter().find(|t| !names.insert(t.info.name())) {
@@ -209,6 +230,10 @@ impl Source {
     #[must_use]
     pub fn files(&self) -> &[SourceFile] {
         &self.files
+    }
+
+    pub(crate) fn into_files(self) -> Vec<InputFile> {
+        self.files.into_iter().map(SourceFile::into_file).collect()
     }
 
     /// The files of a Hugging Face directory that are carried along with its weights: settings and tokenizer, by name.
@@ -274,6 +299,14 @@ impl Source {
         };
         Ok((file, wanted))
     }
+}
+
+/// The error of a directory that is compressed already.
+fn compressed() -> Error {
+    Error::unsupported(
+        "this is a compressed tenpak directory, not a checkpoint: run tenpak decompress on it first, or tenpak export to \
+         convert it",
+    )
 }
 
 /// The error of a name that occurs twice.

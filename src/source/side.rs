@@ -33,7 +33,7 @@ const PARTS: &[(&str, &str)] = &[
 ];
 
 /// Whether a file of this name is one.
-pub(crate) fn is_side_file(name: &str) -> bool {
+fn is_side_file(name: &str) -> bool {
     let fits = |(start, end): &(&str, &str)| {
         name.len() > end.len() && name.strip_suffix(end).is_some_and(|rest| rest.starts_with(start))
     };

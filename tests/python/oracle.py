@@ -841,6 +841,69 @@ def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) ->
     return preamble + struct.pack("<I", crc32c(preamble)) + front[PREAMBLE:] + header
 
 
+def join(directory: Path) -> bytes:
+    """Give the bytes of the single file that a directory stands for.
+
+    Raises
+    ------
+    FormatError
+        The shards do not hold what `tenpak.json` says.
+    """
+    text = (directory / "tenpak.json").read_bytes()
+    header = parse_header(text, is_delta=False)
+    config = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+    require(config["quant_method"] == "tenpak" and config["format"] == 1, "config.json is of another method or format")
+    told = {e.name: e for e in header.tensors if e.codec != RAW}
+    require(set(config["tensors"]) == set(told), "config.json lists other tensors")
+    found: dict[str, tuple[str, list[int], bytes]] = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        data = shard.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        entries = json.loads(data[8 : 8 + length])
+        crc = entries.pop("__metadata__")["tenpak_header_crc32c"]
+        require(crc == f"{crc32c(text):08x}", f"{shard.name} is of another tenpak.json")
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            found[name] = entry["dtype"], entry["shape"], data[8 + length + begin : 8 + length + end]
+    out = bytearray(PREAMBLE)
+    for entry in header.tensors:
+        rows, cols = entry.matrix
+        for p in entry.planes:
+            name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
+            if entry.codec != RAW:
+                layout = CODECS[entry.codec]
+                base = entry.name.removesuffix(".weight") or entry.name
+                name = f"{base}.{p.plane}"
+                dtype = {"scales": layout.scale, "offsets": layout.offset or ""}.get(p.plane, "U8")
+                shape = [rows, layout.row_bytes(p.plane, cols) // ELEMENT_BYTES[dtype]]
+                told_here = config["tensors"][entry.name]
+                require(told_here.get("transposed", False) == entry.transposed, "config.json differs in transposed")
+                fields = [told_here["codec"], told_here["dtype"], told_here["shape"]]
+                require(fields == [entry.codec, entry.dtype, list(entry.shape)], "config.json differs")
+            got_dtype, got_shape, content = found.pop(name)
+            require((got_dtype, got_shape) == (dtype, shape), f"{name} is {got_dtype} of {got_shape}")
+            out += bytes(p.offset - len(out)) + content
+    require(not found, f"the shards hold more: {sorted(found)}")
+    for file in header.files:
+        content = (directory / file.name).read_bytes()
+        out += bytes(file.offset - len(out)) + (_restored(content) if file.name == "config.json" else content)
+    out += bytes(align(len(out)) - len(out))
+    return seal(bytes(out), text)
+
+
+def _restored(config: bytes) -> bytes:
+    """Take `quantization_config` out of a config to which it was the last field, or the key of which it has taken."""
+    text = config.decode()
+    decoder = json.JSONDecoder()
+    start = text.index('"quantization_config": {\n    "quant_method": "tenpak"')
+    _, end = decoder.raw_decode(text, start + len('"quantization_config": '))
+    moved = ',\n  "source_quantization_config"'
+    if text.startswith(moved, end):
+        return (text[:start] + '"quantization_config"' + text[end + len(moved) :]).encode()
+    first = text[:start].strip() == "{"
+    return (text[: start if first else start - len(",\n  ")] + text[end:]).encode()
+
+
 def materialize(base: Artifact, deltas: Iterable[Artifact]) -> bytes:
     """Give the bytes of the artifact that a base and a chain of deltas give.
 

@@ -779,7 +779,10 @@ EDITS: dict[str, tuple[bool, Edit]] = {
     "a file twice": (False, call("tokenizer.model")),
     "files not sorted": (False, call("w.json")),
     "files of another order": (False, lambda h: h["files"].reverse()),
-    "files sorted by code points": (True, lambda h: (h["files"][1].update(name="\uffff.txt"), h["files"].pop(2))),
+    "files sorted by code points": (
+        True,
+        lambda h: (h["files"][1].update(name="\uffff.txt"), h["files"][2].update(name="\U00010000.txt")),
+    ),
     "another offset of a file": (False, lambda h: h["files"][0].update(offset=64)),
     "other bytes of a file": (False, lambda h: h["files"][0].update(bytes=3)),
     "another checksum of a file": (False, lambda h: h["files"][0].update(crc32c="12345678")),

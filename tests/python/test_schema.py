@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Cli, read_safetensors, write_safetensors
 
 SCHEMA = json.loads((ROOT / "src/cli/schema.json").read_text())
-VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "materialize", "codecs")
+VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs")
 
 
 def assert_valid(report: dict[str, Any], verb: str) -> dict[str, Any]:
@@ -231,6 +231,34 @@ def test_delta_and_materialize_print_what_the_schema_says(
     made = assert_valid(cli.json("materialize", "--base", artifact, "--delta", delta, "-o", out), "materialize")
     assert made["identity"] == report["result"] and made["tensors"] == len(source)
     assert made["file_bytes"] == out.stat().st_size
+
+
+def test_export_and_a_directory_print_what_the_schema_says(cli: Cli, tmp_path: Path, artifact: Path) -> None:
+    folder, back = tmp_path / "d", tmp_path / "b.tenpak"
+    plan = assert_valid(cli.json("export", artifact, "--to", "hf", "-o", folder, "--dry-run"), "export")
+    done = assert_valid(cli.json("export", artifact, "--to", "hf", "-o", folder), "export")
+    assert plan["files"] == done["files"] and plan["dry_run"] and not done["dry_run"]
+    assert done["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    back_report = assert_valid(cli.json("export", folder, "--to", "tenpak", "-o", back), "export")
+    assert back_report["bytes"] == artifact.stat().st_size and back.read_bytes() == artifact.read_bytes()
+    assert_valid(cli.json("verify", folder), "verify")
+    shown = assert_valid(cli.json("inspect", folder), "inspect")
+    assert shown["tensors"] == cli.json("inspect", artifact)["tensors"] and shown["file_bytes"] == done["bytes"]
+    shard = folder / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (problem,) = assert_valid(cli.json("verify", folder, code=1), "verify")["problems"]
+    assert problem["file"] == "model.safetensors" and problem["tensor"] is not None
+
+
+def test_compress_into_a_directory_prints_what_the_schema_says(cli: Cli, tmp_path: Path, sample_model: Path) -> None:
+    folder = tmp_path / "d"
+    plan = assert_valid(cli.json("compress", sample_model, "-o", folder, "--dry-run"), "compress")
+    done = assert_valid(cli.json("compress", sample_model, "-o", folder), "compress")
+    assert plan["files"] == done["files"] and plan["file_bytes"] == done["file_bytes"]
+    assert {Path(f["path"]): f["bytes"] for f in done["files"]} == {p: p.stat().st_size for p in folder.iterdir()}
+    assert done["file_bytes"] == sum(f["bytes"] for f in done["files"])
 
 
 def test_codecs_print_what_the_schema_says(cli: Cli) -> None:
