@@ -49,6 +49,8 @@ class Artifact:
     def identity(self) -> str: ...
     def header_json(self) -> str: ...
     def names(self) -> list[str]: ...
+    def file_names(self) -> list[str]: ...
+    def read_file(self, name: str) -> bytes: ...
     def entry(self, name: str) -> Entry | None: ...
     def decode_into(self, name: str, dtype: str, out: npt.NDArray[Any]) -> None: ...
     def planes(self, name: str) -> list[tuple[str, str, _Bytes]]: ...
@@ -89,6 +91,7 @@ def compress(
     exclude: list[str],
     all: bool,
     nonfinite: str,
+    max_shard_size: int,
     force: bool,
     threads: int,
     mmap: bool,
@@ -111,6 +114,16 @@ def delta(
     epsilon: float,
     force: bool,
     threads: int,
+    progress: _Progress,
+) -> str: ...
+def export(
+    artifact: str,
+    output: str,
+    to: str,
+    max_shard_size: int,
+    force: bool,
+    threads: int,
+    dry_run: bool,
     progress: _Progress,
 ) -> str: ...
 def materialize(
