@@ -134,7 +134,7 @@ def test_figures_are_those_of_a_slow_implementation(tiny: Path, tmp_path: Path) 
     klds = [[token[0] for token in window] for window in slow]
     flat = [kld for window in klds for kld in window]
     got = row.fidelity
-    # Forward passes in float32 of batches of another size: their logits agree to some 1e-5, of which KL sees the square.
+    # Forward passes in float32 of batches of another size: their logits agree to some 1e-5, and KL sees the square.
     close = {"rel": 1e-4, "abs": 1e-9}
     assert (got.kld, got.kld_error) == pytest.approx(slow_mean(klds), **close)
     assert got.kld_p99 == pytest.approx(slow_quantile(flat, 0.99), **close)
@@ -393,8 +393,7 @@ def test_at_most_two_models_are_in_memory(tiny: Path, monkeypatch: pytest.Monkey
     from tenpak.evaluate import weights
 
     def alive() -> int:
-        # The objects that reference counting alone has not freed do not count: the run collects them itself.
-        return sum(isinstance(o, transformers.LlamaForCausalLM) for o in gc.get_objects())
+        return sum(type(o) is transformers.LlamaForCausalLM for o in gc.get_objects())
 
     build, most = weights.model_of, []
 
@@ -446,12 +445,16 @@ def test_an_exception_of_progress_stops_the_work_and_leaves_nothing(
 
 
 def test_the_command_line_prints_what_python_returns(tiny: Path, tmp_path: Path, small: Evaluation) -> None:
-    out, codecs = tmp_path / "report.json", [row.name for row in small.rows]
-    options = ["--codec", *codecs, "--context", 64, "--tokens", 1024, "--threads", 2]
-    done = eval_cli(tiny, "--text", EXCERPT, *options, "--format", "json", "-o", out)
+    out, picture, codecs = tmp_path / "report.json", tmp_path / "a.png", [row.name for row in small.rows]
+    peers = peers_file(tmp_path / "peers.json")
+    options = ["--codec", *codecs, "--context", 64, "--tokens", 1024, "--threads", 2, "--plot", picture]
+    done = eval_cli(tiny, "--text", EXCERPT, *options, "--peers", peers, "--format", "json", "-o", out)
     report = assert_valid(json.loads(done.stdout), "eval")
     assert done.stderr == "", "a pipe shows no progress"
     assert json.loads(out.read_text()) == report
+    png_size(picture)
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "a.png", "peers.json"}
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
     want = small.to_json()
     for side in (report, want):
         for part in (side["baseline"], *side["rows"]):
@@ -479,13 +482,12 @@ def test_the_text_report_is_one_table_with_the_source_first(small: Evaluation) -
     assert any(line.startswith("each codec alone: 28 tensors inside the layers, 786,432 of 918,656") for line in lines)
 
 
-def test_common_options_may_stand_before_the_verb(tiny: Path) -> None:
-    command = [sys.executable, "-m", "tenpak.cli", "--threads", "2", "--format=json", "eval", str(tiny)]
-    arguments = ["--text", str(EXCERPT), "--tokens", "64", "--context", "32"]
+def test_common_options_may_stand_before_the_verb(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tenpak.cli", "--threads", "2", "--format=json", "-q", "eval", str(tiny)]
+    arguments = ["--text", str(EXCERPT), "--tokens", "64", "--context", "32", "-o", str(out)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["threads"] == 2
-    quiet = subprocess.run([*command[:3], "-q", *command[5:], *arguments], capture_output=True, text=True, check=True)
-    assert quiet.stdout == quiet.stderr == ""
+    assert done.stdout == done.stderr == "" and json.loads(out.read_text())["threads"] == 2
 
 
 def test_help_lists_eval_and_describes_it() -> None:
@@ -599,18 +601,6 @@ def test_the_plot_has_one_labelled_point_per_row(small: Evaluation, tmp_path: Pa
     assert set(labels) == {"other", *(row.name for row in lossy)}
 
 
-def test_the_command_line_draws(tiny: Path, tmp_path: Path) -> None:
-    out, peers = tmp_path / "a.png", peers_file(tmp_path / "peers.json")
-    options = ["--codec", CODEC, "--context", 64, "--tokens", 1024, "--threads", 2, "--plot", out]
-    eval_cli(tiny, "--text", EXCERPT, *options, "--peers", peers)
-    png_size(out)
-    assert out.stat().st_mode & 0o777 == peers.stat().st_mode & 0o777
-    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "peers.json"}
-    before = out.read_bytes()
-    done = eval_cli(tiny, "--text", EXCERPT, *options, code=2)
-    assert "exists; pass --force" in done.stderr and out.read_bytes() == before
-
-
 def test_peers_of_another_protocol_are_refused(small: Evaluation, tmp_path: Path) -> None:
     from tenpak.evaluate import plot
 
@@ -665,6 +655,18 @@ def test_an_artifact_of_another_model_is_refused_by_name_and_shape(tiny: Path, t
         evaluate(tiny, EXCERPT, artifacts=[delta], **SMALL)
     (tmp_path / "junk.tenpak").write_bytes(b"junk" * 99)
     assert "junk.tenpak" in eval_cli(tiny, "--text", EXCERPT, "--artifact", tmp_path / "junk.tenpak", code=2).stderr
+
+
+@pytest.mark.parametrize("codec", [CODEC, oracle.RAW])
+def test_a_damaged_tensor_is_an_error_and_no_figure(tiny: Path, tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.tenpak"
+    tenpak.compress(tiny, path)
+    data = bytearray(path.read_bytes())
+    entry = next(e for e in oracle.read(bytes(data)).header.tensors if e.codec == codec)
+    data[entry.planes[0].offset] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(tenpak.CorruptError, match=entry.name):
+        evaluate(tiny, EXCERPT, artifacts=[path], **SMALL)
 
 
 def test_what_cannot_be_measured_is_refused_with_the_remedy(tiny: Path, tmp_path: Path) -> None:
@@ -725,7 +727,8 @@ def test_the_command_line_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) 
     assert eval_cli(tiny, "--text", none, code=2).stderr == f"tenpak: {none}: No such file or directory\n"
     report = tmp_path / "report.json"
     report.write_text("kept")
-    assert "exists; pass --force" in eval_cli(tiny, "--text", EXCERPT, "-o", report, code=2).stderr
+    for option in ("-o", "--plot"):
+        assert "exists; pass --force" in eval_cli(tiny, "--text", EXCERPT, option, report, code=2).stderr
     assert report.read_text() == "kept"
     missing = tmp_path / "none" / "report.json"
     assert "there is no directory" in eval_cli(tiny, "--text", EXCERPT, "-o", missing, code=2).stderr
