@@ -189,7 +189,8 @@ impl Writer {
     pub(crate) fn reopen(self, metadata: BTreeMap<String, String>, provenance: Provenance) -> Result<ArtifactFile> {
         let (out, Written { header, .. }) = self.seal(metadata, provenance, None)?;
         let path = out.target().to_owned();
-        Ok(ArtifactFile::new(Store::File(InputFile::from_file(&path, out.into_file(), Access::Read)?), header))
+        let file = InputFile::from_file(&path, out.into_file(), Access::Read)?;
+        Ok(ArtifactFile::new(Store::File(Box::new(file)), header))
     }
 
     /// Writes header and preamble.
