@@ -287,8 +287,8 @@ fn undescribed(path: &Path, options: &Options) -> Result<ArtifactFile> {
         .in_file(file.path()));
     }
     let source = source::open_shards(path, options)?;
-    let entries = entries(quantization.tensors, &source, limits).map_err(|e| e.in_file(file.path()))?;
-    let places = places(&entries, &source).map_err(|e| e.in_file(path))?;
+    let entries = entries(quantization.tensors, &source, limits).map_err(|e| e.printable().in_file(file.path()))?;
+    let places = places(&entries, &source).map_err(|e| e.printable().in_file(path))?;
     let (entries, end) = measured(entries, &places, &source)?;
     let (files, attached) = files(path, end, options)?;
     let metadata = source.metadata().iter().filter(|(key, _)| *key != HEADER_SUM);

@@ -9,7 +9,7 @@ use std::ops::Deref;
 use std::path::Path;
 
 use super::attached::AttachedFile;
-use super::checksum::Checksums;
+use super::checksum::{Checksums, chunks};
 use super::entry::{ALIGN, CHUNK, Entry, align};
 use super::header::{Delta, Header, MOST_BYTES, Provenance};
 use super::map::{ArtifactFile, decode_rows};
@@ -253,7 +253,8 @@ pub(crate) fn planned<'a>(
     let mut end = ALIGN;
     let mut entries = Vec::new();
     for (info, codec, transposed) in tensors {
-        let entry = place(Entry::unplaced(info, codec, transposed)?, end)?;
+        let mut entry = place(Entry::unplaced(info, codec, transposed)?, end)?;
+        entry.planes_mut().iter_mut().for_each(|plane| plane.crc32c = vec![0; chunks(plane.bytes)].into());
         end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
         entries.push(entry);
     }
