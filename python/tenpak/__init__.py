@@ -208,9 +208,7 @@ def export(
         Nothing is left behind.
     """
     return _report(
-        _tenpak.export(
-            os.fspath(artifact), os.fspath(output), to, max_shard_size, force, threads, dry_run, progress
-        )
+        _tenpak.export(os.fspath(artifact), os.fspath(output), to, max_shard_size, force, threads, dry_run, progress)
     )
 
 
