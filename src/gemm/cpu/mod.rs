@@ -2,9 +2,9 @@
 //!
 //! [`mod@reference`] says what a product is.
 
-#![forbid(unsafe_code)]
-
+pub mod int8;
 pub mod reference;
+mod tile;
 
 use rayon::prelude::*;
 
