@@ -97,7 +97,8 @@ pub(super) fn zero(layout: &Grouped) -> i32 {
     }
 }
 
-/// Rows of activations for the kernel of few rows: for each `8 N` columns, vectors of `N` words:
+/// Rows of activations for the kernel of few rows, in tiles of [`ROWS`]. A tile has for each `8 N` columns and row a
+/// record, which is vectors of `N` words:
 ///
 /// | vector | lane `l` |
 /// |---|---|
@@ -112,6 +113,9 @@ pub(super) struct Records {
     pub(super) sums: Vec<f32>,
 }
 
+/// Rows of activations that are multiplied at once.
+pub(super) const ROWS: usize = 4;
+
 impl Records {
     /// Lays out the rows for vectors of `L` and codes of the layout.
     #[inline(always)]
@@ -122,9 +126,11 @@ impl Records {
         let first = words.as_ptr().align_offset(4 * MAX_LANES).min(MAX_LANES);
         let zero = zero(layout);
         for i in 0..x.m {
-            let records = words[first + i * row..][..row].chunks_exact_mut(4 * L::N);
+            let tile = i / ROWS * ROWS;
+            let rows = ROWS.min(x.m - tile);
+            let records = words[first + tile * row..][..rows * row].chunks_exact_mut(4 * L::N);
             let columns = x.row(i).chunks_exact(8 * L::N).zip(x.row_scales(i).chunks(8 * L::N / ACT_BLOCK));
-            for (record, (codes, scales)) in records.zip(columns) {
+            for (record, (codes, scales)) in records.skip(i - tile).step_by(rows).zip(columns) {
                 let (bytes, floats) = record.split_at_mut(2 * L::N);
                 let (even, odd) = bytes.split_at_mut(L::N);
                 let (scale, start) = floats.split_at_mut(L::N);
@@ -147,8 +153,8 @@ impl Records {
         Self { words, first, row, sums }
     }
 
-    /// The records of a row.
-    pub(super) fn row(&self, i: usize) -> &[u32] {
-        &self.words[self.first + i * self.row..][..self.row]
+    /// The records of the tile of `count` rows that row `first` starts.
+    pub(super) fn tile(&self, first: usize, count: usize) -> &[u32] {
+        &self.words[self.first + first * self.row..][..count * self.row]
     }
 }

@@ -91,22 +91,19 @@ impl Row<'_> {
         first: usize,
         sums: &mut [f32; 4],
     ) -> usize {
-        let mut rows: [&[u32]; M] = [&[]; M];
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row = x.row(first + i);
-        }
         let index = L::index(self.shift);
         let mut totals = [L::splat(0.0); M];
         let step = L::N * BITS as usize;
-        let whole = self.codes.len() / step;
-        for c in 0..whole {
-            self.chunk::<L, BITS, KIND, M>(c, &self.codes[c * step..][..step], &rows, index, &mut totals);
+        let codes = self.codes.chunks_exact(step);
+        let rest = codes.remainder();
+        let mut records = x.tile(first, M).chunks_exact(M * 4 * L::N);
+        for (c, (codes, records)) in codes.zip(&mut records).enumerate() {
+            self.chunk::<L, BITS, KIND, M>(c, codes, records, index, &mut totals);
         }
-        let rest = &self.codes[whole * step..];
-        if !rest.is_empty() {
+        if let Some(records) = records.next() {
             let mut padded = [0; 8 * MAX_LANES];
             padded[..rest.len()].copy_from_slice(rest);
-            self.chunk::<L, BITS, KIND, M>(whole, &padded[..step], &rows, index, &mut totals);
+            self.chunk::<L, BITS, KIND, M>(self.codes.len() / step, &padded[..step], records, index, &mut totals);
         }
         for (sum, total) in sums.iter_mut().zip(totals) {
             *sum = L::sum(total);
@@ -120,23 +117,20 @@ impl Row<'_> {
         &self,
         c: usize,
         codes: &[u8],
-        rows: &[&[u32]; M],
+        records: &[u32],
         index: L::Index,
         totals: &mut [L::Floats; M],
     ) {
         let [first, second] = if BITS == 4 { L::nibbles(codes) } else { L::octets(codes) };
         let group = (c * L::N) >> self.shift;
         let scales = L::spread(&self.scales[group..], index);
-        for (row, total) in rows.iter().zip(totals) {
-            let record = &row[c * 4 * L::N..][..4 * L::N];
+        let zero_points =
+            if KIND == ZERO_POINTS { L::spread_ints(&self.zero_points[group..], index) } else { L::splat_int(0) };
+        for (record, total) in records.chunks_exact(4 * L::N).zip(totals) {
             let start = match KIND {
                 CODES => L::splat_int(0),
                 SIGNED => L::load_ints(&record[3 * L::N..]),
-                ZERO_POINTS => {
-                    let zero_points = L::spread_ints(&self.zero_points[group..], index);
-                    L::times(zero_points, L::load_ints(&record[3 * L::N..]))
-                }
-                _ => unreachable!("three kinds of levels"),
+                _ => L::times(zero_points, L::load_ints(&record[3 * L::N..])),
             };
             let sum = L::dot::<BITS>(start, first, L::load_bytes(record));
             let sum = L::dot::<BITS>(sum, second, L::load_bytes(&record[L::N..]));

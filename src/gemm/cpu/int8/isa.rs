@@ -10,8 +10,12 @@ use std::sync::OnceLock;
 use super::activations::{self, Records, Rounded};
 use super::lanes::array::Words;
 use super::panels::Panels;
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{CODES, SIGNED, ZERO_POINTS, few, many};
 use crate::gemm::Weights;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::cpu::amx::Amx;
 use crate::gemm::cpu::tile::Tile;
 use crate::layout::{Grouped, Levels};
 
@@ -72,7 +76,7 @@ macro_rules! stamp {
                 }
             }
 
-            pub(super) static ISA: Isa = Isa {
+            pub(super) const ISA: Isa = Isa {
                 name: stringify!($module),
                 lanes: <$lanes>::N,
                 many_from: $from,
@@ -96,6 +100,10 @@ stamp!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,f16c,fma"
 );
 
+/// [`avx512vnni`] with the kernel of tiles.
+#[cfg(target_arch = "x86_64")]
+const AMX: Isa = Isa { name: "amx", many_from: 9, many: tiles::multiply, ..avx512vnni::ISA };
+
 /// The instruction sets of this machine, the best one last.
 #[must_use]
 pub fn available() -> Vec<&'static Isa> {
@@ -110,6 +118,9 @@ pub fn available() -> Vec<&'static Isa> {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 found.push(&avx512vnni::ISA);
+                if Amx::int8().is_some() {
+                    found.push(&AMX);
+                }
             }
         }
     }

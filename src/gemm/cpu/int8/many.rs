@@ -16,7 +16,7 @@ use crate::gemm::cpu::tile::Tile;
 use crate::layout::{Grouped, ROW};
 
 /// Columns of a run: two panels of them have 16 KiB of codes.
-const RUN: usize = 512;
+pub(super) const RUN: usize = 512;
 
 /// Multiplies `weights`, which are the rows `tile.n()`, with the rows `tile.m()` of activations; the tile starts with a
 /// panel.
@@ -80,7 +80,7 @@ pub(super) fn group_range(layout: &Grouped, start: usize, len: usize) -> std::op
 
 /// Codes of the columns `start ..+ len` of every row as bytes, in rows of [`RUN`].
 #[inline(always)]
-fn unpack(weights: &Weights<'_>, start: usize, len: usize, codes: &mut [u8]) {
+pub(super) fn unpack(weights: &Weights<'_>, start: usize, len: usize, codes: &mut [u8]) {
     let (bits, stride) = (weights.layout().bits() as usize, weights.layout().code_stride(weights.cols()));
     let bytes = start * bits / 8..((start + len) * bits).div_ceil(8);
     for (packed, codes) in weights.planes().codes.chunks_exact(stride).zip(codes.chunks_exact_mut(RUN)) {
@@ -195,7 +195,7 @@ impl Block<'_> {
 
 /// Writes the columns of `totals`, whose rows are `width` apart, as the rows of the tile.
 #[inline(always)]
-pub(super) fn transpose<T: Transposer>(totals: &[f32], width: usize, tile: &mut Tile<'_>) {
+pub(in super::super) fn transpose<T: Transposer>(totals: &[f32], width: usize, tile: &mut Tile<'_>) {
     let (m, n) = (tile.m(), tile.n().len());
     for r in (0..n).step_by(T::N) {
         for i in (0..m.len()).step_by(8) {

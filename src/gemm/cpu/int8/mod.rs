@@ -15,10 +15,14 @@ mod lanes;
 mod many;
 mod panels;
 mod params;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use activations::{Records, Rounded};
 use isa::Isa;
+pub(super) use many::transpose;
 use panels::Panels;
+pub(super) use params::Params;
 use rayon::prelude::*;
 
 use super::is_small;

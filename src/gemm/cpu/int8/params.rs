@@ -9,7 +9,7 @@ use crate::layout::{Float, Levels};
 const BATCH: usize = 2048;
 
 /// The numbers of the groups of consecutive rows, row after row.
-pub(super) struct Params {
+pub(in super::super) struct Params {
     groups: usize,
     scales: Vec<f32>,
     offsets: Vec<f32>,
@@ -18,7 +18,7 @@ pub(super) struct Params {
 
 impl Params {
     /// Room for some rows: zeroes.
-    pub(super) fn new(weights: &Weights<'_>, rows: usize) -> Self {
+    pub(in super::super) fn new(weights: &Weights<'_>, rows: usize) -> Self {
         let groups = weights.layout().groups(weights.cols());
         // A vector is loaded from the first number that any of its lanes wants, so there is one more vector.
         let room = rows * groups + MAX_LANES;
@@ -28,14 +28,14 @@ impl Params {
     }
 
     /// How many rows to load at once where each is used once.
-    pub(super) fn batch(weights: &Weights<'_>) -> usize {
+    pub(in super::super) fn batch(weights: &Weights<'_>) -> usize {
         let groups = weights.layout().groups(weights.cols());
         (BATCH / groups.max(1)).clamp(1, weights.rows().max(1))
     }
 
     /// Loads the numbers of all rows of `weights`.
     #[inline(always)]
-    pub(super) fn load(&mut self, weights: &Weights<'_>) {
+    pub(in super::super) fn load(&mut self, weights: &Weights<'_>) {
         let (layout, planes) = (weights.layout(), weights.planes());
         let count = weights.rows() * self.groups;
         load_floats(layout.scale(), planes.scales, &mut self.scales[..count]);
@@ -57,19 +57,25 @@ impl Params {
 
     /// The scales from those of row `r` on, a vector more than it has.
     #[inline(always)]
-    pub(super) fn scales(&self, r: usize) -> &[f32] {
+    pub(in super::super) fn scales(&self, r: usize) -> &[f32] {
         &self.scales[r * self.groups..][..self.groups + MAX_LANES]
     }
 
     /// The zero points from those of row `r` on, a vector more than it has; empty where there are none.
     #[inline(always)]
-    pub(super) fn zero_points(&self, r: usize) -> &[i32] {
+    pub(in super::super) fn zero_points(&self, r: usize) -> &[i32] {
         if self.zero_points.is_empty() { &[] } else { &self.zero_points[r * self.groups..][..self.groups + MAX_LANES] }
+    }
+
+    /// The offsets from those of row `r` on, a vector more than it has; empty where there are none.
+    #[inline(always)]
+    pub(in super::super) fn offsets_padded(&self, r: usize) -> &[f32] {
+        if self.offsets.is_empty() { &[] } else { &self.offsets[r * self.groups..][..self.groups + MAX_LANES] }
     }
 
     /// The offsets of row `r`; empty where there are none.
     #[inline(always)]
-    pub(super) fn offsets(&self, r: usize) -> &[f32] {
+    pub(in super::super) fn offsets(&self, r: usize) -> &[f32] {
         if self.offsets.is_empty() { &[] } else { &self.offsets[r * self.groups..][..self.groups] }
     }
 }
