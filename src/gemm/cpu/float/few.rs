@@ -8,7 +8,6 @@
 
 use super::params;
 use super::vector::{Kind, Vector, with_kind};
-use crate::codec::Planes;
 use crate::codec::lanes::{Eight, MAX_LANES};
 use crate::gemm::Weights;
 use crate::gemm::cpu::tile::Tile;
@@ -106,40 +105,50 @@ pub(super) fn multiply<V: Vector, E: Eight>(weights: &Weights<'_>, spread: &Spre
     with_kind!(V, weights.layout(), kind => all_rows::<V, E, _>(kind, weights, spread, tile));
 }
 
+/// Numbers of scales and addends that are converted together, well before they are used: loading across what was just
+/// stored would wait for the store.
+const CONVERTED: usize = 2048;
+
 #[inline(always)]
 fn all_rows<V: Vector, E: Eight, K: Kind<V>>(kind: K, weights: &Weights<'_>, spread: &Spread, tile: &mut Tile<'_>) {
     let layout = weights.layout();
-    let (m, n) = (tile.m(), tile.n());
+    let n = tile.n();
     // Every vector of scales is read in whole, the last one may start at the last group.
     let stride = spread.groups + V::N;
-    let mut scales = vec![0.0; ROWS * stride];
-    let mut addends = vec![0.0; if spread.sums.is_empty() { 0 } else { ROWS * spread.groups }];
-    for first in n.clone().step_by(ROWS) {
-        // The last row may be taken twice.
-        let rows: [Planes<'_>; ROWS] =
-            [*weights.slice(first, 1).planes(), *weights.slice((first + 1).min(n.end - 1), 1).planes()];
-        for (r, row) in rows.iter().enumerate() {
+    let batch = (CONVERTED / stride).clamp(ROWS, 16) / ROWS * ROWS;
+    let mut scales = vec![0.0; batch * stride];
+    let mut addends = vec![0.0; if spread.sums.is_empty() { 0 } else { batch * spread.groups }];
+    let bytes = layout.code_stride(weights.cols());
+    for first in n.clone().step_by(batch) {
+        let rows = weights.slice(first, batch.min(n.end - first));
+        for r in 0..rows.rows() {
+            let row = *rows.slice(r, 1).planes();
             let scales = &mut scales[r * stride..][..spread.groups];
-            params::scales::<V>(layout, row, 0, scales);
+            params::scales::<V>(layout, &row, 0, scales);
             if !addends.is_empty() {
-                let addends = &mut addends[r * spread.groups..][..spread.groups];
-                params::addends::<V, E>(layout, row, 0, scales, addends);
+                params::addends::<V, E>(layout, &row, 0, scales, &mut addends[r * spread.groups..][..spread.groups]);
             }
         }
-        let addends = addends.split_at(addends.len() / ROWS);
-        let scales = scales.split_at(stride);
-        let pair = Pair {
-            codes: [rows[0].codes, rows[1].codes],
-            scales: [scales.0, scales.1],
-            addends: [addends.0, addends.1],
-        };
-        let mut i = m.start;
-        while i < m.end {
-            i += match m.end - i {
-                1 => pair.multiply::<V, K, 1>(kind, spread, i, first, tile),
-                2 | 3 => pair.multiply::<V, K, 2>(kind, spread, i, first, tile),
-                _ => pair.multiply::<V, K, 4>(kind, spread, i, first, tile),
-            };
+        for r in (0..rows.rows()).step_by(ROWS) {
+            // The last row may be taken twice.
+            let both = [r, (r + 1).min(rows.rows() - 1)];
+            let mut pair = Pair { codes: [&[]; ROWS], scales: [&[]; ROWS], addends: [&[]; ROWS] };
+            for (p, r) in both.into_iter().enumerate() {
+                pair.codes[p] = &rows.planes().codes[r * bytes..][..bytes];
+                pair.scales[p] = &scales[r * stride..][..stride];
+                if !addends.is_empty() {
+                    pair.addends[p] = &addends[r * spread.groups..][..spread.groups];
+                }
+            }
+            let m = tile.m();
+            let mut i = m.start;
+            while i < m.end {
+                i += match m.end - i {
+                    1 => pair.multiply::<V, K, 1>(kind, spread, i, first + r, tile),
+                    2 | 3 => pair.multiply::<V, K, 2>(kind, spread, i, first + r, tile),
+                    _ => pair.multiply::<V, K, 4>(kind, spread, i, first + r, tile),
+                };
+            }
         }
     }
 }
@@ -177,58 +186,73 @@ impl Pair<'_> {
 
     #[inline(always)]
     fn sums<V: Vector, K: Kind<V>, const T: usize>(&self, kind: K, spread: &Spread, i: usize) -> [[V; T]; ROWS] {
-        let width = K::CODES * V::N;
         let mut x = [[].as_slice(); T];
         for (t, x) in x.iter_mut().enumerate() {
             *x = &spread.x[(i + t) * spread.stride..][..spread.stride];
         }
         let mut sums = [[V::splat(0.0); T]; ROWS];
         let whole = self.codes[0].len() / (4 * V::N);
-        for block in 0..spread.first.len() {
-            let mut words = [kind.prepare(V::words(&[0; 4 * MAX_LANES])); ROWS];
-            for r in 0..ROWS {
-                let codes = &self.codes[r][block * 4 * V::N..];
-                words[r] = if block < whole {
-                    V::words(codes)
-                } else {
-                    let mut padded = [0; 4 * MAX_LANES];
-                    padded[..codes.len()].copy_from_slice(codes);
-                    V::words(&padded)
-                };
-                words[r] = kind.prepare(words[r]);
-            }
-            let mut parts = [[V::splat(0.0); T]; ROWS];
-            let mut numbers = [[].as_slice(); T];
-            for t in 0..T {
-                numbers[t] = &x[t][block * width..][..width];
-            }
-            for step in 0..K::CODES {
-                let index = u32::try_from(step).expect("fewer than 32");
-                let levels = [kind.level(words[0], index), kind.level(words[1], index)];
-                for t in 0..T {
-                    let x = V::load(&numbers[t][step * V::N..]);
-                    parts[0][t] = parts[0][t].add_product(levels[0], x);
-                    parts[1][t] = parts[1][t].add_product(levels[1], x);
-                }
-            }
-            let first = spread.first[block] as usize;
-            let indices = &spread.indices[block * V::N..][..V::N];
-            for r in 0..ROWS {
-                let scales = V::pick(&self.scales[r][first..], indices);
-                for t in 0..T {
-                    sums[r][t] = sums[r][t].add_product(scales, parts[r][t]);
-                }
-            }
+        let codes = self.codes[0].chunks_exact(4 * V::N).zip(self.codes[1].chunks_exact(4 * V::N));
+        for (block, codes) in codes.enumerate() {
+            let words = [V::words(codes.0), V::words(codes.1)];
+            self.block::<V, K, T>(kind, words, spread, block, &x, &mut sums);
         }
-        for (r, addends) in self.addends.iter().enumerate() {
+        if whole < spread.first.len() {
+            let mut words = [V::words(&[0; 4 * MAX_LANES]); ROWS];
+            for (words, codes) in words.iter_mut().zip(self.codes) {
+                let rest = &codes[whole * 4 * V::N..];
+                let mut padded = [0; 4 * MAX_LANES];
+                padded[..rest.len()].copy_from_slice(rest);
+                *words = V::words(&padded);
+            }
+            self.block::<V, K, T>(kind, words, spread, whole, &x, &mut sums);
+        }
+        for (sums, addends) in sums.iter_mut().zip(self.addends) {
             for (g, addends) in addends.chunks_exact(V::N).enumerate() {
                 let addends = V::load(addends);
-                for t in 0..T {
+                for (t, sum) in sums.iter_mut().enumerate() {
                     let x = V::load(&spread.sums[(i + t) * spread.groups + g * V::N..]);
-                    sums[r][t] = sums[r][t].add_product(addends, x);
+                    *sum = sum.add_product(addends, x);
                 }
             }
         }
         sums
+    }
+
+    /// Adds the products of a block.
+    #[inline(always)]
+    fn block<V: Vector, K: Kind<V>, const T: usize>(
+        &self,
+        kind: K,
+        words: [V::Words; ROWS],
+        spread: &Spread,
+        block: usize,
+        x: &[&[f32]; T],
+        sums: &mut [[V; T]; ROWS],
+    ) {
+        let width = K::CODES * V::N;
+        let words = [kind.prepare(words[0]), kind.prepare(words[1])];
+        let mut parts = [[V::splat(0.0); T]; ROWS];
+        let mut numbers = [[].as_slice(); T];
+        for t in 0..T {
+            numbers[t] = &x[t][block * width..][..width];
+        }
+        for step in 0..K::CODES {
+            let index = u32::try_from(step).expect("fewer than 32");
+            let levels = [kind.level(words[0], index), kind.level(words[1], index)];
+            for t in 0..T {
+                let x = V::load(&numbers[t][step * V::N..]);
+                parts[0][t] = parts[0][t].add_product(levels[0], x);
+                parts[1][t] = parts[1][t].add_product(levels[1], x);
+            }
+        }
+        let first = spread.first[block] as usize;
+        let indices = &spread.indices[block * V::N..][..V::N];
+        for r in 0..ROWS {
+            let scales = V::pick(&self.scales[r][first..], indices);
+            for t in 0..T {
+                sums[r][t] = sums[r][t].add_product(scales, parts[r][t]);
+            }
+        }
     }
 }
