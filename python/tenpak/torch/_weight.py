@@ -53,7 +53,7 @@ class DecodedWeight(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Decode for what does not reach the dispatcher; refuse to be given other numbers."""
-        if func is _SET_DATA and isinstance(args[0], cls):
+        if func == _SET_DATA and isinstance(args[0], cls):
             _refuse(args[0])
         if func in _OUTSIDE:
             args = (args[0].decoded(), *args[1:])
