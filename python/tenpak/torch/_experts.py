@@ -56,12 +56,16 @@ class QuantizedStack(Quantized):
         self.experts, self.out_features, self.in_features = experts, out_features, in_features
         self._set_up(codec, experts * out_features, in_features, act, dtype, device)
         if per_expert:
-            for name, plane in self.planes.items():
-                self._buffers[name] = plane.view(experts, out_features, -1)
+            self.split_planes()
         #: Whether the source holds each matrix as ``[in, out]``.
         self.transposed = False
         # transformers initializes whatever lacks this mark, after loading.
         self._is_hf_initialized = True
+
+    def split_planes(self) -> None:
+        """Give planes the shape ``[experts, out, elements of a row]``, without a copy."""
+        for name, plane in self.planes.items():
+            self._buffers[name] = plane.view(self.experts, self.out_features, -1)
 
     @classmethod
     def from_weight(cls, weight: torch.Tensor, codec: str, *, act: str | None = None) -> "QuantizedStack":

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,11 @@ def quantize_model(
     choices = plan(matrices, codec, recipe, roles, rules, include, exclude)
     modules = [_quantized(model, full, owners[full], *choices[full], act) for full in matrices]
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from ..huggingface._quantizer import attach
+
+        attach(model)
     weights, size = sum(m["weights"] for m in modules), sum(tensor.nbytes for tensor in tensors)
     return {
         "modules": modules,

@@ -59,8 +59,13 @@ def as_tensor(plane: Any) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nobody writes to it: see _mapped
         tensor = torch.from_numpy(array)
-    _mapped[tensor] = True
+    mark_mapped(tensor)
     return tensor
+
+
+def mark_mapped(tensor: torch.Tensor) -> None:
+    """Remember that a tensor's memory may not be written."""
+    _mapped[tensor] = True
 
 
 def encode(weight: torch.Tensor, codec: str) -> Encoded:
@@ -101,6 +106,8 @@ class Quantized(nn.Module):
             raise InvalidError(f"modules cannot compute in {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.codec, self.rows, self.cols, self.act = codec, rows, cols, act
         self.dtype = dtype
+        #: Dtype of the source, as safetensors names it.
+        self.source = DTYPES[dtype]
         #: Whether state dicts say what the codec is; not where a config beside them does.
         self.describes_itself = True
         for name, (kind, width) in row_planes(codec, cols).items():
@@ -199,6 +206,16 @@ class Quantized(nn.Module):
             )
         for name in self._names:
             self._buffers[name] = other._plane(name)
+
+    def follow(self, owner: "Quantized") -> None:
+        """Use the planes of another module, and leave it to that one to save and load them."""
+        self.share_planes(owner)
+        self._non_persistent_buffers_set.update(self._names)
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether another module saves and loads the planes."""
+        return "codes" in self._non_persistent_buffers_set
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move planes, convert the bias: what ``.to()``, ``.half()``, ``.cuda()``, ``to_empty()`` … come down to."""
