@@ -73,6 +73,15 @@ impl Float {
         }
     }
 
+    /// As the dtype of a tensor.
+    #[must_use]
+    pub const fn dtype(self) -> DType {
+        match self {
+            Self::F16 => DType::F16,
+            Self::F32 => DType::F32,
+        }
+    }
+
     /// The nearest storable number, ties to even; may be infinite.
     #[must_use]
     pub fn round(self, x: f32) -> f32 {

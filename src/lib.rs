@@ -3,11 +3,11 @@
 //! ```text
 //! checkpoint --source--> tensor --recipe--> codec --encode--> planes --artifact--> model.tenpak
 //!                                                               |                     |
-//!                                                          decode, gemm            export: safetensors, npz, JSON
+//!                                                          decode, gemm            export: safetensors, npz, JSON, directory
 //! ```
 //!
 //! [`source::open`] reads a checkpoint, [`compress::compress`] writes an [`artifact`], [`artifact::ArtifactFile`] reads
-//! it back, [`export::decompress`] turns it into a checkpoint again.
+//! it back, [`export::decompress`] turns it into a checkpoint again and [`export::convert`] into its other form.
 
 pub mod artifact;
 pub mod bench;

@@ -15,14 +15,27 @@ pub struct Limits {
     pub name_bytes: u64,
     /// Entries of free text that an artifact carries over.
     pub metadata: u64,
+    /// Files that an artifact carries besides weights.
+    pub files: u64,
+    /// Bytes of one of them.
+    pub file_bytes: u64,
     /// Nesting of JSON arrays and objects.
     pub json_depth: u64,
 }
 
 impl Limits {
-    /// Room for every checkpoint that exists: 64 MiB of header, 2^20 tensors, 8 dimensions, names of 1024 bytes, 4096 texts.
-    pub const DEFAULT: Self =
-        Self { header_bytes: 64 << 20, tensors: 1 << 20, dims: 8, name_bytes: 1024, metadata: 4096, json_depth: 64 };
+    /// Room for every checkpoint that exists: 64 MiB of header, 2^20 tensors, 8 dimensions, names of 1024 bytes,
+    /// 4096 texts, 64 files of 256 MiB.
+    pub const DEFAULT: Self = Self {
+        header_bytes: 64 << 20,
+        tensors: 1 << 20,
+        dims: 8,
+        name_bytes: 1024,
+        metadata: 4096,
+        files: 64,
+        file_bytes: 256 << 20,
+        json_depth: 64,
+    };
 }
 
 impl Default for Limits {

@@ -1,6 +1,6 @@
 //! What the verbs report, as the JSON that the command line prints and Python returns; `cli/schema.json` documents it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -10,7 +10,7 @@ use crate::artifact::writer::Written;
 use crate::artifact::{ArtifactFile, Entry};
 use crate::codec::Codec;
 use crate::compress::{Report, TensorReport};
-use crate::export::Exported;
+use crate::export::{Exported, To};
 use crate::layout::{Float, Grouped, Layout, Levels};
 use crate::measure::Distance;
 use crate::source::Source;
@@ -128,6 +128,9 @@ pub struct Compress {
     pub file_bytes: u64,
     pub source_bytes: u64,
     pub total: Sizes,
+    pub attached: Vec<Attached>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<File>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<Loss>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -138,10 +141,20 @@ pub struct Compress {
     pub tensors: Vec<Tensor>,
 }
 
+/// A file that an artifact carries besides weights.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Attached {
+    pub name: String,
+    pub bytes: u64,
+}
+
 impl Compress {
     /// The report of a run that took `seconds`, or of a plan.
     #[must_use]
     pub fn new(input: &Path, output: Option<&Path>, source: &Source, report: &Report, seconds: f64) -> Self {
+        let mut notes = notes(report, source);
+        notes.extend_from_slice(&report.notes);
         let elements = report.tensors.iter().map(TensorReport::elements).sum();
         let mut all = Distance::default();
         let mut lossy = report.tensors.iter().filter_map(|t| t.distance.as_ref()).peekable();
@@ -154,11 +167,17 @@ impl Compress {
             output: output.map(|p| p.display().to_string()),
             file_bytes: report.file_bytes,
             source_bytes: source.files().iter().map(|f| f.file().len()).sum(),
-            total: Sizes::new(elements, report.file_bytes),
+            total: Sizes::new(elements, report.weight_bytes),
+            attached: report
+                .attached
+                .iter()
+                .map(|(name, bytes)| Attached { name: name.clone(), bytes: *bytes })
+                .collect(),
             loss: any.then(|| Loss::from(&all)),
             identity: report.identity.map(|i| i.to_string()),
             seconds: report.identity.map(|_| seconds),
-            notes: notes(report, source),
+            files: files(&report.files),
+            notes,
             tensors: report.tensors.iter().map(Tensor::from).collect(),
         }
     }
@@ -205,11 +224,58 @@ impl Decompress {
     /// The report of a run that took `seconds`.
     #[must_use]
     pub fn new(input: &Path, exported: Exported, seconds: f64) -> Self {
-        let file = |(path, bytes): &(std::path::PathBuf, u64)| File { path: path.display().to_string(), bytes: *bytes };
         Self {
             schema: "tenpak.decompress/1",
             input: input.display().to_string(),
-            files: exported.files.iter().map(file).collect(),
+            files: files(&exported.files),
+            notes: exported.notes,
+            seconds,
+        }
+    }
+}
+
+/// Files with their lengths, as reports name them.
+fn files(files: &[(PathBuf, u64)]) -> Vec<File> {
+    files.iter().map(|(path, bytes)| File { path: path.display().to_string(), bytes: *bytes }).collect()
+}
+
+/// `tenpak.export/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Export {
+    pub schema: &'static str,
+    pub dry_run: bool,
+    pub input: String,
+    pub output: String,
+    pub to: &'static str,
+    pub bytes: u64,
+    pub identity: String,
+    pub files: Vec<File>,
+    pub notes: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+}
+
+impl Export {
+    /// The report of a run that took `seconds`, or of a plan.
+    #[must_use]
+    pub fn new(
+        input: &Path,
+        output: &Path,
+        to: To,
+        artifact: &ArtifactFile,
+        exported: Exported,
+        seconds: Option<f64>,
+    ) -> Self {
+        Self {
+            schema: "tenpak.export/1",
+            dry_run: seconds.is_none(),
+            input: input.display().to_string(),
+            output: output.display().to_string(),
+            to: to.name(),
+            bytes: exported.files.iter().map(|(_, bytes)| bytes).sum(),
+            identity: artifact.header().identity().to_string(),
+            files: files(&exported.files),
             notes: exported.notes,
             seconds,
         }
@@ -235,7 +301,7 @@ impl Verify {
     pub fn new(artifact: &ArtifactFile, verified: Verified) -> Self {
         Self {
             schema: "tenpak.verify/1",
-            input: artifact.file().path().display().to_string(),
+            input: artifact.path().display().to_string(),
             sound: verified.problems.is_empty(),
             identity: artifact.header().identity().to_string(),
             chunks: verified.chunks,

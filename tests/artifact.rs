@@ -339,3 +339,143 @@ mod unix {
         refusal(pack(&input, &folder.path("no/such/dir.tenpak"), &options), "io");
     }
 }
+
+mod attached {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+
+    /// A Hugging Face directory with side files, and files that are none.
+    fn model(folder: &Folder, name: &str, tensors: &[Tensor]) -> PathBuf {
+        for (file, content) in [
+            ("config.json", "{\"model_type\": \"llama\", \"quantization_config\": {\"quant_method\": \"fp8\"}}"),
+            ("tokenizer.json", "{}"),
+            ("tokenizer.model", ""),
+            ("chat_template.jinja", "{{ messages }}"),
+            ("modeling_llama.py", "import os"),
+            ("README.md", "# a model"),
+            ("nested/tokenizer.json", "{}"),
+        ] {
+            folder.write(&format!("{name}/{file}"), content);
+        }
+        folder.checkpoint(&format!("{name}/model.safetensors"), tensors);
+        folder.path(name)
+    }
+
+    fn tensors(seed: u64) -> Vec<Tensor> {
+        (0..3).map(|i| Tensor::random(&format!("{i}.weight"), DType::F16, &[9, 64], seed + i)).collect()
+    }
+
+    const CARRIED: [&str; 4] = ["chat_template.jinja", "config.json", "tokenizer.json", "tokenizer.model"];
+
+    fn names(artifact: &ArtifactFile) -> Vec<&str> {
+        artifact.files().iter().map(|file| &*file.name).collect()
+    }
+
+    #[test]
+    fn settings_and_tokenizer_of_a_model_are_carried_byte_for_byte_and_nothing_else_is() {
+        let folder = Folder::new();
+        let input = model(&folder, "m", &tensors(1));
+        let output = folder.path("m.tenpak");
+        let options = with(codec("int4_g8_v1"));
+        let planned = plan(&open_source(&input), &options).unwrap();
+        let report = pack(&input, &output, &options).unwrap();
+        assert_eq!(planned.file_bytes, fs::metadata(&output).unwrap().len());
+        assert_eq!(report.file_bytes - report.weight_bytes, 128 + 64 + 64, "three files that are not empty");
+        let artifact = ArtifactFile::open(&output).unwrap();
+        assert_eq!(names(&artifact), CARRIED);
+        for name in CARRIED {
+            assert_eq!(*artifact.read_file(name).unwrap(), *fs::read(input.join(name)).unwrap(), "{name}");
+        }
+        assert!(refusal(artifact.read_file("README.md"), "invalid").contains("has no file 'README.md'"));
+        let alone = folder.path("alone.tenpak");
+        let alone = pack(&input.join("model.safetensors"), &alone, &options).unwrap();
+        assert!(alone.attached.is_empty());
+        assert_eq!(alone.identity, report.identity, "files are no part of the identity");
+    }
+
+    #[test]
+    fn a_directory_of_decoded_weights_has_them_too_and_no_claim_that_it_is_quantized() {
+        let folder = Folder::new();
+        let input = model(&folder, "m", &tensors(1));
+        pack(&input, &folder.path("m.tenpak"), &with(codec(codecs::RAW))).unwrap();
+        let artifact = ArtifactFile::open(folder.path("m.tenpak")).unwrap();
+        let back = folder.path("back");
+        let exported = export::decompress(&artifact, &back, &export::Options::default(), &mut |_| Ok(())).unwrap();
+        assert_eq!(exported.files.len(), 5);
+        for name in CARRIED.iter().filter(|name| **name != "config.json") {
+            assert_eq!(fs::read(back.join(name)).unwrap(), fs::read(input.join(name)).unwrap(), "{name}");
+        }
+        assert_eq!(fs::read_to_string(back.join("config.json")).unwrap(), "{\"model_type\": \"llama\"}");
+        fs::remove_file(back.join("model.safetensors")).unwrap();
+        let again = export::decompress(&artifact, &back, &export::Options::default(), &mut |_| Ok(()));
+        assert!(refusal(again, "invalid").contains("exists"));
+    }
+
+    #[test]
+    fn a_delta_carries_the_files_of_the_variant() {
+        let folder = Folder::new();
+        let base = model(&folder, "base", &tensors(1));
+        let variant = model(&folder, "variant", &tensors(2));
+        folder.write("variant/tokenizer.json", "{\"another\": 1}");
+        let options = with(codec("int4_g8_v1"));
+        let path = |name: &str| folder.path(name);
+        pack(&base, &path("base.tenpak"), &options).unwrap();
+        pack(&variant, &path("direct.tenpak"), &options).unwrap();
+        let base = ArtifactFile::open(path("base.tenpak")).unwrap();
+        delta::delta(&base, &open_source(&variant), 0.0, &path("delta.tenpak"), false, &mut |_| Ok(())).unwrap();
+        let made = [ArtifactFile::open(path("delta.tenpak")).unwrap()];
+        assert_eq!(*made[0].read_file("tokenizer.json").unwrap(), *b"{\"another\": 1}");
+        delta::materialize(&base, &made, &path("made.tenpak"), false, &mut |_| Ok(())).unwrap();
+        assert!(fs::read(path("made.tenpak")).unwrap() == fs::read(path("direct.tenpak")).unwrap());
+    }
+
+    fn damaged(path: &Path, offset: u64) -> ArtifactFile {
+        let mut bytes = fs::read(path).unwrap();
+        bytes[usize::try_from(offset).unwrap()] ^= 1;
+        fs::write(path, bytes).unwrap();
+        ArtifactFile::open(path).unwrap()
+    }
+
+    #[test]
+    fn damage_is_found_and_told_by_the_name_of_the_file() {
+        let folder = Folder::new();
+        let output = folder.path("m.tenpak");
+        pack(&model(&folder, "m", &tensors(1)), &output, &with(codec("int4_g8_v1"))).unwrap();
+        let place = ArtifactFile::open(&output).unwrap().files()[2].clone();
+        let artifact = damaged(&output, place.offset + 1);
+        let problems = verify::verify(&artifact, |_| Ok(())).unwrap().problems;
+        assert_eq!(problems.len(), 1);
+        let found = (problems[0].file.as_deref(), problems[0].tensor.as_deref(), problems[0].chunk, problems[0].at);
+        assert_eq!(found, (Some("tokenizer.json"), None, Some(0), place.offset));
+        let message = refusal(artifact.read_file("tokenizer.json"), "corrupt");
+        assert!(message.contains("file 'tokenizer.json': checksum is"), "{message}");
+        artifact.read_file("config.json").unwrap();
+        let to = folder.path("back");
+        refusal(export::decompress(&artifact, &to, &export::Options::default(), &mut |_| Ok(())), "corrupt");
+        assert!(!to.exists());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_out_of_the_model_is_refused() {
+        let folder = Folder::new();
+        let input = model(&folder, "m", &tensors(1));
+        let secret = folder.write("secret.json", "{}");
+        std::os::unix::fs::symlink(secret, input.join("generation_config.json")).unwrap();
+        let result = tenpak::source::open(&input, &tenpak::source::Options::default());
+        assert!(refusal(result, "invalid").contains("outside the model's directory"));
+        fs::remove_file(input.join("generation_config.json")).unwrap();
+        std::os::unix::fs::symlink("tokenizer.json", input.join("generation_config.json")).unwrap();
+        assert_eq!(open_source(&input).attached().len(), 5);
+    }
+
+    #[test]
+    fn an_output_that_is_an_attached_file_is_refused() {
+        let folder = Folder::new();
+        let input = model(&folder, "m", &tensors(1));
+        let mut options = with(codec(codecs::RAW));
+        options.force = true;
+        assert!(refusal(pack(&input, &input.join("tokenizer.json"), &options), "invalid").contains("is the input"));
+    }
+}

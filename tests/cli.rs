@@ -101,11 +101,49 @@ fn every_verb_prints_json_of_its_schema() {
         ("decompress m.tenpak -o back.npz", "tenpak.decompress/1"),
         ("delta --base m.tenpak m.safetensors -o d.tenpak", "tenpak.delta/1"),
         ("materialize --base m.tenpak --delta d.tenpak -o again.tenpak", "tenpak.materialize/1"),
+        ("export m.tenpak --to hf -o hf", "tenpak.export/1"),
+        ("export hf --to tenpak -o back.tenpak", "tenpak.export/1"),
+        ("verify hf", "tenpak.verify/1"),
+        ("inspect hf", "tenpak.inspect/1"),
+        ("compress m.safetensors -o direct", "tenpak.compress/1"),
         ("bench m.safetensors --codec int8_sym_v1", "tenpak.bench/1"),
     ] {
         assert_eq!(shell.json(line, 0)["schema"], schema, "{line}");
     }
     assert!(shell.bytes("m.tenpak") == shell.bytes("again.tenpak"));
+    assert!(shell.bytes("m.tenpak") == shell.bytes("back.tenpak"));
+    assert!(shell.bytes("hf/model.safetensors") == shell.bytes("direct/model.safetensors"));
+}
+
+#[test]
+fn the_name_of_the_output_says_which_form_is_written() {
+    let shell = Shell::new();
+    let dry = shell.run(&format!("compress {SAMPLE} -o hf --dry-run"), 0);
+    assert!(dry.contains("would write hf") && dry.contains("tenpak.json"), "{dry}");
+    assert!(shell.0.names().is_empty());
+    assert!(shell.run(&format!("compress {SAMPLE} -o hf --max-shard-size 300000"), 0).contains("wrote hf: "));
+    assert!(shell.run(&format!("compress {SAMPLE} -o m.TENPAK"), 0).contains("wrote m.TENPAK: "));
+    assert!(shell.path("hf/model.safetensors.index.json").is_file() && shell.path("m.TENPAK").is_file());
+    assert!(shell.run("export hf --to tenpak -o back.tenpak --dry-run", 0).contains("would write back.tenpak: "));
+    assert!(shell.run("export hf --to tenpak -o back.tenpak", 0).contains("wrote back.tenpak: "));
+    assert!(shell.bytes("m.TENPAK") == shell.bytes("back.tenpak"));
+    shell.run("export hf --to hf -o one", 0);
+    shell.run("export back.tenpak --to hf -o one --force", 0);
+    for (line, says) in [
+        ("export hf --to tenpak -o other", "does not end in .tenpak"),
+        ("export hf --to hf -o one", "exists"),
+        ("export hf --to hf -o hf --force", "holds the input"),
+        ("compress hf -o again.tenpak", "tenpak decompress"),
+        (&*format!("verify {SAMPLE}"), "tenpak compress"),
+    ] {
+        let message = shell.run(line, 2);
+        assert!(message.contains(says), "{line}: {message}");
+    }
+    assert!(shell.run("export hf --to gguf -o x", 2).contains("possible values: hf, tenpak"));
+    let mut bytes = shell.bytes("one/tokenizer.json");
+    bytes[0] ^= 1;
+    shell.0.write("one/tokenizer.json", bytes);
+    assert!(shell.run("verify one", 1).contains("damaged at byte 0: file 'tokenizer.json', chunk 0: checksum"));
 }
 
 #[test]
@@ -229,7 +267,8 @@ fn codecs_lists_the_registry_and_completions_know_every_verb() {
     assert_eq!(listed, codecs::all().iter().map(|c| c.id).collect::<Vec<_>>());
     for name in ["bash", "zsh", "fish"] {
         let script = shell.run(&format!("completions {name}"), 0);
-        for verb in ["compress", "decompress", "inspect", "verify", "bench", "delta", "materialize", "codecs"] {
+        for verb in ["compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs"]
+        {
             assert!(script.contains(verb), "{verb} in {name}");
         }
     }
@@ -271,11 +310,11 @@ fn a_signal_stops_the_work_at_once_and_leaves_nothing() {
     let shell = Shell::new();
     zeros(&shell.path("m.safetensors"), LONG);
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
-        for existing in [None, Some("older")] {
+        for (existing, output) in [(None, "m.tenpak"), (Some("older"), "m.tenpak"), (None, "directory")] {
             existing.iter().for_each(|bytes| drop(shell.0.write("m.tenpak", bytes)));
             let child = tenpak()
                 .current_dir(shell.path(""))
-                .args(["compress", "m.safetensors", "-o", "m.tenpak", "--force", "--codec", "int4_opt_v1"])
+                .args(["compress", "m.safetensors", "-o", output, "--force", "--codec", "int4_opt_v1"])
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
@@ -294,7 +333,7 @@ fn a_signal_stops_the_work_at_once_and_leaves_nothing() {
             assert!(sent.elapsed() < Duration::from_secs(5), "{signal} took {:?}", sent.elapsed());
             match existing {
                 Some(bytes) => assert_eq!(shell.bytes("m.tenpak"), bytes.as_bytes()),
-                None => assert!(!shell.path("m.tenpak").exists()),
+                None => assert!(!shell.path(output).exists()),
             }
             assert!(shell.0.names().iter().all(|name| !name.starts_with('.')), "{:?}", shell.0.names());
             drop(fs::remove_file(shell.path("m.tenpak")));

@@ -150,7 +150,7 @@ fn epsilon_takes_for_unchanged_what_decodes_within_it() {
             let is_direct = report.result == direct.header().identity();
             assert_eq!(is_direct, unchanged == 5, "what is taken for unchanged is another result");
             let result = bench.materialize("base", &["variant"]).unwrap();
-            assert_eq!(result == fs::read(direct.file().path()).unwrap(), is_direct);
+            assert_eq!(result == fs::read(direct.path()).unwrap(), is_direct);
         }
         for epsilon in [-1.0, f64::NAN, f64::INFINITY] {
             let message = refusal(bench.delta("base", "refused", &variant, epsilon), "invalid");

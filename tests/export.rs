@@ -112,8 +112,7 @@ fn a_number_that_json_cannot_hold_is_refused_and_leaves_nothing() {
 #[test]
 fn a_damaged_artifact_leaves_no_output_of_any_form() {
     let folder = Folder::new();
-    let path =
-        packed(&folder, &[Tensor::random("w", DType::F32, &[4, 64], 1)], codec("int4_g8_v1")).file().path().to_owned();
+    let path = packed(&folder, &[Tensor::random("w", DType::F32, &[4, 64], 1)], codec("int4_g8_v1")).path().to_owned();
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[70] ^= 1;
     std::fs::write(&path, bytes).unwrap();

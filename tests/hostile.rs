@@ -11,7 +11,7 @@ mod support;
 use std::time::Instant;
 
 use damage::{Outcome, Probe};
-use format::{Artifact, Delta, Entry, File};
+use format::{Artifact, Delta, Entry, File, Plane};
 use rayon::prelude::*;
 use support::{Random, Tensor};
 use tenpak::{DType, Limits, codecs};
@@ -30,6 +30,7 @@ fn sample() -> Artifact {
         Entry::raw("e", DType::F32, &[0, 4], &[]),
     ]);
     artifact.metadata.push(("format".to_owned(), "pt".to_owned()));
+    artifact.files.push(Plane { name: "config.json".to_owned(), bytes: b"{\"a\": 1}".to_vec(), ..Plane::default() });
     artifact
 }
 
@@ -148,6 +149,8 @@ fn limits_can_be_raised_and_lowered_by_the_caller() {
         (Limits { tensors: 4, ..Limits::DEFAULT }, "number of tensors is 5, at most 4"),
         (Limits { dims: 1, ..Limits::DEFAULT }, "dimensions of a tensor is 2, at most 1"),
         (Limits { name_bytes: 0, ..Limits::DEFAULT }, "bytes of a tensor name is 1, at most 0"),
+        (Limits { files: 0, ..Limits::DEFAULT }, "number of attached files is 1, at most 0"),
+        (Limits { file_bytes: 7, ..Limits::DEFAULT }, "bytes of an attached file is 8, at most 7"),
         (Limits { header_bytes: 100, ..Limits::DEFAULT }, "bytes of the header is"),
     ] {
         let Outcome::Limit(message) = probe.read_within(&bytes, &limits) else { panic!("{limits:?}") };
@@ -168,7 +171,7 @@ fn mutate(artifact: &mut Artifact, random: &mut Random) {
     let edge = EDGES[random.below(EDGES.len())];
     let small = random.below(80) as u64;
     let tensor = &mut artifact.tensors[at];
-    match random.below(17) {
+    match random.below(18) {
         0 => tensor.dtype = DType::ALL[random.below(DType::ALL.len())].name().to_owned(),
         1 => tensor.shape.push(edge),
         2 => drop(tensor.shape.pop()),
@@ -185,6 +188,11 @@ fn mutate(artifact: &mut Artifact, random: &mut Random) {
         13 => tensor.planes.iter_mut().for_each(|p| p.bytes.resize(random.below(200), 0x5a)),
         14 => artifact.tensors.swap(0, at),
         15 => artifact.tensors.truncate(at),
+        16 => {
+            let name = ["a.json", "config.json", "tokenizer.model", "../x.json", "x.py"][random.below(5)].to_owned();
+            let (offset, len) = (Some(edge).filter(|_| small % 2 == 0), Some(edge).filter(|_| small % 3 == 0));
+            artifact.files.push(Plane { name, bytes: vec![7; random.below(90)], offset, len, ..Plane::default() });
+        }
         _ => {
             let runs = (0..random.below(4)).map(|_| (edge.cast_signed().wrapping_sub(1), small)).collect();
             artifact.delta = Some(Delta { base: artifact.identity(), result: artifact.identity(), runs });

@@ -11,7 +11,7 @@ mod support;
 use std::collections::HashSet;
 
 use damage::{Outcome, Probe};
-use format::{Artifact, Delta, Entry, File};
+use format::{Artifact, Delta, Entry, File, Plane};
 use support::Tensor;
 use tenpak::artifact::ArtifactFile;
 use tenpak::{DType, Limits, codecs};
@@ -29,7 +29,12 @@ fn sample() -> Artifact {
         encoded("z", &[2, 70], false, "int4_zp_g32_fp16_v1"),
     ]);
     artifact.metadata.push(("format".to_owned(), "pt".to_owned()));
+    artifact.files = vec![attached("config.json", b"{\"vocab_size\": 5}"), attached("tokenizer.json", &[b' '; 70])];
     artifact
+}
+
+fn attached(name: &str, bytes: &[u8]) -> Plane {
+    Plane { name: name.to_owned(), bytes: bytes.to_vec(), ..Plane::default() }
 }
 
 /// A rule that is broken, the kind of error and what its message says.
@@ -219,15 +224,81 @@ fn planes(cases: &mut Cases) {
     for (name, at) in [("first byte of padding", 36), ("last byte of padding", 63)] {
         cases.file(name, Damaged, "padding", |f| f.body[at] = 1);
     }
-    cases.file("padding behind the last plane", Damaged, "padding", |f| *f.body.last_mut().unwrap() = 1);
+    cases.file("padding behind the last plane", Damaged, "padding behind the plane", |f| {
+        // Two files of one and of two units stand behind it.
+        let end = f.body.len() - 3 * 64;
+        f.body[end - 1] = 1;
+    });
+}
+
+fn files(cases: &mut Cases) {
+    use Outcome::{Corrupt, Damaged, Limit};
+    const NAMES: &[(&str, &str)] = &[
+        ("a file called nothing", ""),
+        ("a file called like an ending", ".json"),
+        ("a file above the directory", "../config.json"),
+        ("a file below the directory", "a/config.json"),
+        ("a file of another root", "/config.json"),
+        ("a file with a backslash", "a\\config.json"),
+        ("a file of another drive", "c:config.json"),
+        ("the directory itself", "."),
+        ("the directory above", ".."),
+        ("a program", "modeling.py"),
+        ("weights", "model.safetensors"),
+        ("an index of weights", "model.safetensors.index.json"),
+        ("the header of a directory", "tenpak.json"),
+        ("a newline in a file's name", "a\n.json"),
+        ("a C1 control in a file's name", "\u{9b}.json"),
+    ];
+    for &(case, name) in NAMES {
+        cases.content(case, Corrupt, "expected one plain name", move |a| a.files[0].name = name.to_owned());
+    }
+    cases.content("a file's name over the limit", Limit, "256, at most 255", |a| {
+        a.files[0].name = format!("{}.json", "n".repeat(251));
+    });
+    cases.content("a file twice", Corrupt, "expected names in order", |a| a.files[1].name = "config.json".into());
+    cases.content("files not sorted", Corrupt, "expected names in order", |a| a.files.swap(0, 1));
+    cases.content("too many files", Corrupt, "more than 64 attached files", |a| {
+        a.files = (0..65).map(|i| attached(&format!("{i:02}.json"), b"")).collect();
+    });
+    cases.content("a file of 2^50 bytes", Corrupt, "digits of checksums", |a| a.files[1].len = Some(1 << 50));
+    cases.content("a file one byte longer", Corrupt, "beyond the header", |a| {
+        a.files[1].len = Some(129);
+    });
+    cases.content("a file over the limit", Limit, "bytes of an attached file is 268435457", |a| {
+        a.files[1].len = Some((256 << 20) + 1);
+        a.files[1].crc32c = Some("0".repeat(65 * 8));
+    });
+    cases.content("a file over a plane", Corrupt, "file 'config.json' at byte 64", |a| a.files[0].offset = Some(64));
+    cases.content("a hole before a file", Corrupt, "file 'tokenizer.json' at byte", |a| {
+        a.files[1].offset = Some(1 << 20);
+    });
+    cases.content("greatest offset of a file", Corrupt, "expected", |a| a.files[1].offset = Some(u64::MAX));
+    cases.content("a file without its checksum", Corrupt, "0 digits of checksums", |a| {
+        a.files[0].crc32c = Some(String::new());
+    });
+    cases.content("a file's checksum in upper case", Corrupt, "canonical", |a| {
+        a.files[0].crc32c = Some("ABCDEF01".into());
+    });
+    cases.content("a file's wrong checksum", Corrupt, "file 'config.json': checksum is", |a| {
+        a.files[0].crc32c = Some("00000000".into());
+    });
+    cases.content("a file's wrong digest", Corrupt, "file 'config.json': digest is", |a| {
+        a.files[0].blake3 = Some("0".repeat(64));
+    });
+    cases.file("padding behind a file", Damaged, "padding behind the file", |f| *f.body.last_mut().unwrap() = 1);
+    let empty = sample();
+    let mut file = Artifact { files: Vec::new(), ..empty }.file();
+    let end = file.header.len() - 1;
+    file.header.splice(end..end, *b",\"files\":[]");
+    let header = file.header.clone();
+    cases.add("no files, said so", file.header(header).bytes(), Corrupt, "canonical");
 }
 
 fn texts(cases: &mut Cases) {
     const NOT_CANONICAL: &str = "not in canonical form";
     cases.text("white space", NOT_CANONICAL, ",\"identity\"", ", \"identity\"");
     cases.text("newline before", NOT_CANONICAL, "{\"metadata\"", "\n{\"metadata\"");
-    cases.text("newline behind", NOT_CANONICAL, "]}]}", "]}]}\n");
-    cases.text("a second object", "trailing characters", "]}]}", "]}]}{}");
     cases.text(
         "fields in another order",
         NOT_CANONICAL,
@@ -265,6 +336,12 @@ fn texts(cases: &mut Cases) {
     cases.text("deep objects", "header", "\"tool\":\"a test\"", &"{\"tool\":".repeat(100_000));
     cases.text("endless shape", "at most 16", "[3,21]", &format!("[{}1]", "1,".repeat(1 << 20)));
     let head = sample().file();
+    for (name, says, behind) in
+        [("newline behind", NOT_CANONICAL, "\n"), ("a second object", "trailing characters", "{}")]
+    {
+        let text = [&*head.header, behind.as_bytes()].concat();
+        cases.add(name, head.clone().header(text).bytes(), Outcome::Corrupt, says);
+    }
     for (name, text) in [("an array", "[]"), ("a string", "\"\""), ("null", "null"), ("an empty object", "{}")] {
         cases.add(name, head.clone().header(text).bytes(), Outcome::Corrupt, "header:");
     }
@@ -278,6 +355,7 @@ fn every_broken_rule_has_its_error() {
     names(&mut cases);
     shapes(&mut cases);
     planes(&mut cases);
+    files(&mut cases);
     texts(&mut cases);
     let names: HashSet<_> = cases.0.iter().map(|(name, ..)| *name).collect();
     assert!(names.len() == cases.0.len() && names.len() >= 60);

@@ -133,6 +133,10 @@ fn a_hostile_header_takes_memory_in_proportion_to_its_length() {
     let mut metadata = many(1);
     metadata.metadata = (0..300_000).map(entry).collect();
     check("metadata", &metadata.file(), false, PROMISED);
+    let file = |i: usize| format::Plane { name: format!("{i:06}.json"), ..format::Plane::default() };
+    let mut files = many(1);
+    files.files = (0..100_000).map(file).collect();
+    check("files", &files.file(), false, PROMISED);
     let runs = |run: fn(i64) -> (i64, u64)| {
         let mut delta = many(1);
         let runs = (0..600_000).map(run).collect();

@@ -35,6 +35,7 @@ __all__ = [
     "decompress",
     "delta",
     "encode",
+    "export",
     "from_pretrained",
     "materialize",
     "matmul",
@@ -55,6 +56,7 @@ def compress(
     exclude: Sequence[str] = (),
     all: bool = False,
     nonfinite: str = "error",
+    max_shard_size: int = 5_000_000_000,
     force: bool = False,
     threads: int = 0,
     mmap: bool = True,
@@ -68,7 +70,8 @@ def compress(
     source
         ``.safetensors``, Hugging Face directory, ``.npz``, ``.npy`` or JSON bundle.
     output
-        Artifact to write; it appears whole or not at all. May be missing with ``dry_run``.
+        Artifact to write: one file where the name ends in ``.tenpak``, otherwise a Hugging Face directory. It appears
+        whole or not at all. May be missing with ``dry_run``.
     codec
         Id of the codec of linear weights (2-D, ``[out, in]``, groups along ``in``); see :func:`codecs`.
     recipe
@@ -83,6 +86,8 @@ def compress(
         Give every float tensor the codec, whatever its role.
     nonfinite
         What to do about NaN and infinities: ``error``, ``zero``, ``clamp`` or ``raw``.
+    max_shard_size
+        Most bytes of one shard of a directory.
     force
         Replace an existing output.
     threads
@@ -116,6 +121,7 @@ def compress(
             list(exclude),
             all,
             nonfinite,
+            max_shard_size,
             force,
             threads,
             mmap,
@@ -162,6 +168,49 @@ def decompress(
     """
     return _report(
         _tenpak.decompress(os.fspath(artifact), os.fspath(output), dtype, max_shard_size, force, threads, progress)
+    )
+
+
+def export(
+    artifact: Path,
+    output: Path,
+    to: str = "hf",
+    *,
+    max_shard_size: int = 5_000_000_000,
+    force: bool = False,
+    threads: int = 0,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write an artifact in another form, its weights as they are stored; both ways lose nothing.
+
+    Parameters
+    ----------
+    artifact
+        Artifact to read: a file or a directory.
+    output
+        Directory or file to write.
+    to
+        ``hf`` for a Hugging Face directory of safetensors, ``tenpak`` for one file.
+    max_shard_size
+        Most bytes of one shard of a directory.
+    dry_run
+        Report what would be written, to the byte.
+    force, threads, progress
+        As for :func:`compress`.
+
+    Returns
+    -------
+    dict
+        The report of ``tenpak export --format json``.
+
+    Raises
+    ------
+    InvalidError, CorruptError, OSError, KeyboardInterrupt
+        Nothing is left behind.
+    """
+    return _report(
+        _tenpak.export(os.fspath(artifact), os.fspath(output), to, max_shard_size, force, threads, dry_run, progress)
     )
 
 

@@ -23,7 +23,7 @@ def open(path: Path, *, mmap: bool = True) -> "Artifact":
     Parameters
     ----------
     path
-        Artifact.
+        Artifact: a file or a directory.
     mmap
         Map planes instead of reading them.
 
@@ -41,7 +41,7 @@ def open(path: Path, *, mmap: bool = True) -> "Artifact":
 
 
 class Artifact(Mapping[str, Entry]):
-    """An open artifact: a mapping of tensor names to :class:`Entry`, and access to weights and planes."""
+    """An open artifact: a mapping of tensor names to :class:`Entry`, and access to weights, planes and files."""
 
     def __init__(self, path: Path, *, mmap: bool = True) -> None:
         """Open ``path``; see :func:`open`."""
@@ -74,7 +74,7 @@ class Artifact(Mapping[str, Entry]):
 
     @property
     def file_bytes(self) -> int:
-        """Length of the file in bytes."""
+        """Length of the file, or of all files of the directory, in bytes."""
         return self._inner.file_bytes
 
     @property
@@ -96,6 +96,11 @@ class Artifact(Mapping[str, Entry]):
     def delta(self) -> Report | None:
         """Identities of base and result and the runs, where the file is a delta."""
         return None if self._delta is None else dict(self._delta)
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """The files that the artifact carries besides weights, by name: config, tokenizer; each checked when read."""
+        return _Files(self._inner)
 
     def decode(self, name: str, *, dtype: npt.DTypeLike | str = "float32", out: Array | None = None) -> Array:
         """Decode a tensor in the source's shape and orientation.
@@ -160,6 +165,28 @@ class Artifact(Mapping[str, Entry]):
         return planes
 
     def verify(self, *, threads: int = 0, progress: Progress | None = None) -> list[Report]:
-        """Read everything and return what is damaged: tensor, plane, chunk, byte, what; empty when sound."""
+        """Read everything and return what is damaged: tensor and plane or file, chunk, byte, what; empty when sound."""
         problems: list[Report] = json.loads(self._inner.verify_json(threads, progress))["problems"]
         return problems
+
+
+class _Files(Mapping[str, bytes]):
+    """The attached files of an artifact: a mapping of names to bytes, which are read when they are asked for."""
+
+    def __init__(self, inner: _tenpak.Artifact) -> None:
+        self._inner = inner
+        self._names = inner.file_names()
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._inner.read_file(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"<files {', '.join(self._names)}>"

@@ -9,6 +9,7 @@ from ._arrays import Array
 from ._artifact import Artifact
 from ._encoded import Encoded
 from ._errors import InvalidError
+from ._tenpak import Entry
 
 
 def matmul(
@@ -53,20 +54,23 @@ def matmul(
     if isinstance(weights, Artifact):
         if name is None:
             raise InvalidError("which tensor of the artifact, pass its name")
-        entry = weights[name]
-        codec, rows, cols, planes = entry.codec, entry.rows, entry.cols, weights.planes(name)
+        entry: Entry | Encoded = weights[name]
     else:
-        codec, rows, cols, planes = weights.codec, weights.rows, weights.cols, weights.planes
+        entry = weights
+    rows, cols = entry.rows, entry.cols
     x = np.ascontiguousarray(x)
     dtype = _arrays.dtype_name(x.dtype)
     if x.ndim == 0 or x.shape[-1] != cols:
         raise InvalidError(f"activations of shape {x.shape} for a matrix of {rows} x {cols}, expected [..., {cols}]")
     m = int(np.prod(x.shape[:-1]))
     y = np.empty((*x.shape[:-1], rows if ends is None else rows // max(1, len(ends))), x.dtype)
-    held = [np.ascontiguousarray(plane) for plane in planes.values()]
-    memory = [(plane.ctypes.data, plane.nbytes) for plane in held]
     act = act or ("bfloat16" if dtype == "BF16" else "float32")
     groups = None if ends is None else [int(end) for end in ends]
-    xs, ys = (x.ctypes.data, x.nbytes), (y.ctypes.data, y.nbytes)
-    _tenpak.multiply(codec, rows, cols, memory, xs, ys, dtype, m, act, groups)
+    places = (x.ctypes.data, x.nbytes), (y.ctypes.data, y.nbytes)
+    if isinstance(weights, Encoded):
+        weights._matrix.multiply(places, dtype, m, act, groups)
+    else:
+        planes = weights.planes(str(name))
+        memory = [(plane.ctypes.data, plane.nbytes) for plane in planes.values()]
+        _tenpak.multiply(weights[str(name)].codec, rows, cols, memory, *places, dtype, m, act, groups)
     return y

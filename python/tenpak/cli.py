@@ -1,16 +1,50 @@
-"""The console script: hands its arguments to the command line in Rust."""
+"""The console script: hands its arguments to the command line in Rust, and adds the verbs that need PyTorch."""
 
 import signal
 import sys
+from collections.abc import Sequence
 
 from . import _tenpak
+
+#: Options that every verb understands and that may stand before it, with the number of values each takes.
+_COMMON = {"--threads": 1, "--format": 1, "--quiet": 0, "-q": 0, "--no-mmap": 0}
+_HELP = """
+Commands that need PyTorch (pip install "tenpak[eval]"):
+  eval         Measure what quantization costs a model on a text: KL divergence, perplexity, bits/weight
+"""
 
 
 def main() -> int:
     """Run ``tenpak`` with the arguments of the process and return its exit code."""
+    arguments = sys.argv[1:]
+    at = _verb(arguments)
+    verb = arguments[at] if at < len(arguments) else None
+    if verb == "eval":
+        return _eval([*arguments[:at], *arguments[at + 1 :]])
+    if verb == "help" and arguments[at + 1 :] == ["eval"]:
+        return _eval(["--help"])
     # Rust watches for Ctrl-C and gives 130; Python's handler would raise KeyboardInterrupt over it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return _tenpak.main(["tenpak", *sys.argv[1:]])
+    code = _tenpak.main(["tenpak", *arguments])
+    if verb is None or (verb in ("-h", "--help", "help") and not arguments[at + 1 :]):
+        # The list of commands has been printed: to standard error where nothing was asked for.
+        print(_HELP, end="", file=sys.stderr if verb is None else sys.stdout)
+    return code
+
+
+def _verb(arguments: Sequence[str]) -> int:
+    """Return where the verb stands: behind the common options."""
+    at = 0
+    while at < len(arguments) and (name := arguments[at].partition("=")[0]) in _COMMON:
+        at += 1 + (_COMMON[name] if "=" not in arguments[at] else 0)
+    return at
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    """Run ``tenpak eval``; what it needs is imported here and nowhere else."""
+    from .evaluate import console
+
+    return console.run(arguments)
 
 
 if __name__ == "__main__":

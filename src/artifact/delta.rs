@@ -3,12 +3,13 @@
 //! A variant is compressed with the base's own recipe, tensor by tensor; those whose planes come out equal are dropped
 //! again and cost two integers per run of them. [`materialize`] puts base and deltas together again and gives, byte for
 //! byte, the file that compressing the variant directly would have given. Chains of deltas resolve to one list of
-//! planes before anything is copied.
+//! planes before anything is copied. Attached files are the variant's: the delta carries them all, and a chain gives
+//! those of its last delta.
 
 use std::collections::HashSet;
 use std::path::Path;
 
-use super::entry::{CHUNK, Entry};
+use super::entry::Entry;
 use super::header::Delta;
 use super::identity::{self, Identity};
 use super::map::ArtifactFile;
@@ -59,7 +60,7 @@ pub fn delta(
         return Err(Error::invalid(format!("epsilon is {epsilon}, expected a number from 0 up")));
     }
     refuse_delta(base)?;
-    output::refuse_input(target, variant.files().iter().map(crate::source::SourceFile::file).chain([base.file()]))?;
+    output::refuse_input(target, variant.inputs().chain(base.inputs()))?;
     let provenance = base.header().provenance();
     let options =
         Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, force };
@@ -93,10 +94,11 @@ pub fn delta(
     }
     let result = identity::of(result.iter());
     let provenance = compress::provenance(variant, &options, |file| Ok(file.digest()?.into()))?;
+    compress::attach(variant, &mut writer)?;
     let unchanged = variant.tensors().len() - changed.len();
     let section = Delta { base: base.header().identity(), result, runs: runs.0 };
     let Written { file_bytes, .. } = writer.finish(variant.metadata().clone(), provenance, Some(section))?;
-    Ok(DeltaReport { changed, unchanged, file_bytes, base_bytes: base.file().len(), result })
+    Ok(DeltaReport { changed, unchanged, file_bytes, base_bytes: base.bytes(), result })
 }
 
 /// Whether a tensor that has just been encoded is the base's.
@@ -163,7 +165,7 @@ fn refuse_delta(base: &ArtifactFile) -> Result<()> {
     if base.header().delta().is_some() {
         return Err(Error::invalid(format!(
             "{} is a delta; a base is a whole artifact, materialize the delta first",
-            base.file().path().display()
+            base.path().display()
         )));
     }
     Ok(())
@@ -183,7 +185,7 @@ pub fn materialize(
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Written> {
     refuse_delta(base)?;
-    output::refuse_input(target, deltas.iter().chain([base]).map(ArtifactFile::file))?;
+    output::refuse_input(target, deltas.iter().chain([base]).flat_map(ArtifactFile::inputs))?;
     let last = deltas.last().ok_or_else(|| Error::invalid("no delta to materialize, pass at least one"))?;
     if deltas.len() > MAX_CHAIN {
         return Err(Error::invalid(format!(
@@ -194,7 +196,7 @@ pub fn materialize(
     let mut tensors: Vec<(&ArtifactFile, usize)> = (0..base.tensors().len()).map(|i| (base, i)).collect();
     let mut seen = vec![base.header().identity()];
     for delta in deltas {
-        tensors = resolve(&tensors, seen[seen.len() - 1], delta).map_err(|e| e.in_file(delta.file().path()))?;
+        tensors = resolve(&tensors, seen[seen.len() - 1], delta).map_err(|e| e.in_file(delta.path()))?;
         let result = identity::of(tensors.iter().map(|(file, i)| &file.tensors()[*i]).collect::<Vec<_>>().into_iter());
         // A delta whose result is its own base changes nothing; anything earlier would be a cycle.
         if seen[seen.len() - 1] == result {
@@ -203,7 +205,7 @@ pub fn materialize(
         if seen.contains(&result) {
             return Err(Error::invalid(format!(
                 "{} leads back to {result}, which the chain has already passed",
-                delta.file().path().display()
+                delta.path().display()
             )));
         }
         seen.push(result);
@@ -213,23 +215,13 @@ pub fn materialize(
     writer.output().preflight(total)?;
     let mut done = 0;
     for (file, index) in tensors {
-        let entry = &file.tensors()[index];
-        let mut out = writer.tensor(entry.info().clone(), entry.codec(), entry.transposed())?;
-        for (plane, place) in entry.planes().iter().enumerate() {
-            for chunk in 0..place.crc32c.len() as u64 {
-                let start = chunk * CHUNK;
-                let len = CHUNK.min(place.bytes - start);
-                out.write(&writer, plane, &file.range(index, plane, start, len)?)?;
-                done += len;
-                on_progress(Progress { done, total, tensor: entry.info().name() })?;
-            }
-        }
-        if !out.same_as(entry) {
-            return Err(Error::corrupt(0, format!("tensor '{}' does not have its digest", entry.info().name()))
-                .in_file(file.file().path()));
-        }
-        writer.keep(out)?;
+        let tensor = file.tensors()[index].info().name();
+        writer.copy(file, index, &mut |bytes| {
+            done += bytes;
+            on_progress(Progress { done, total, tensor })
+        })?;
     }
+    writer.attach_all(last)?;
     writer.finish(last.header().metadata().clone(), last.header().provenance().clone(), None)
 }
 

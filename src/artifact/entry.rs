@@ -5,6 +5,7 @@ use std::fmt;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::checksum::{chunks, from_hex, to_hex};
 use super::identity::Identity;
 use crate::codec::Codec;
 use crate::codecs;
@@ -141,12 +142,6 @@ impl Entry {
     }
 }
 
-/// How many checksums a plane has.
-#[must_use]
-pub(crate) fn chunks(bytes: u64) -> usize {
-    usize::try_from(bytes.div_ceil(CHUNK)).unwrap_or(usize::MAX)
-}
-
 /// `at` rounded up to the alignment.
 #[must_use]
 pub(crate) const fn align(at: u64) -> u64 {
@@ -212,7 +207,7 @@ impl Serialize for Entry {
             plane: p.plane.name().into(),
             offset: p.offset,
             bytes: p.bytes,
-            crc32c: p.crc32c.iter().map(|crc| format!("{crc:08x}")).collect(),
+            crc32c: to_hex(&p.crc32c),
             blake3: p.blake3,
         };
         EntryJson {
@@ -282,7 +277,7 @@ impl EntryJson {
             )));
         }
         let place = |(json, (plane, bytes)): (PlaneJson, (Plane, u64))| {
-            let crc32c = parse_crcs(&json.crc32c, bytes).ok_or_else(|| {
+            let crc32c = from_hex(&json.crc32c, bytes).ok_or_else(|| {
                 Error::invalid(format!(
                     "plane {} of tensor '{name}' has {} digits of checksums, expected {} hex digits",
                     plane.name(),
@@ -296,12 +291,4 @@ impl EntryJson {
         entry.planes = planes;
         Ok(entry)
     }
-}
-
-/// Eight hex digits for every chunk of a plane of `bytes`.
-fn parse_crcs(hex: &str, bytes: u64) -> Option<Box<[u32]>> {
-    if hex.len() != chunks(bytes).checked_mul(8)? || !hex.is_ascii() {
-        return None;
-    }
-    (0..hex.len()).step_by(8).map(|at| u32::from_str_radix(&hex[at..at + 8], 16).ok()).collect()
 }

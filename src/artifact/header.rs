@@ -10,14 +10,19 @@ use std::io::{self, Write};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::attached::{self, AttachedFile};
 use super::entry::{ALIGN, EntriesIn, Entry, align};
 use super::identity::{self, Identity};
-use super::preamble::{Count, FLAG_DELTA, Preamble};
+use super::preamble::{FLAG_DELTA, Preamble};
+use super::text::{Count, Text};
 use crate::compress::Nonfinite;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
+
+/// More than an artifact may be long.
+pub(super) const MOST_BYTES: u64 = 1 << 62;
 
 /// A file that was read to make an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,24 +95,27 @@ pub struct Header {
     delta: Option<Delta>,
     identity: Identity,
     tensors: Vec<Entry>,
+    files: Vec<AttachedFile>,
     /// Indices of `tensors`, sorted by name.
     by_name: Vec<u32>,
 }
 
 impl Header {
-    /// A header of placed entries; computes the identity.
+    /// A header of placed entries and files; computes the identity.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a duplicate name, [`Error::Limit`] for too many tensors.
+    /// [`Error::Invalid`] for a duplicate name or the name of a file, [`Error::Limit`] for too many tensors or files.
     pub(crate) fn new(
         limits: &Limits,
         metadata: BTreeMap<String, String>,
         provenance: Provenance,
         delta: Option<Delta>,
         tensors: Vec<Entry>,
+        files: Vec<AttachedFile>,
     ) -> Result<Self> {
         limits::check("number of tensors", limits.tensors, tensors.len() as u64)?;
         limits::check("entries of metadata", limits.metadata, metadata.len() as u64)?;
+        attached::check(&files, limits)?;
         let count = u32::try_from(tensors.len()).map_err(|_| Error::invalid("more than 2^32 tensors"))?;
         let mut by_name: Vec<u32> = (0..count).collect();
         by_name.sort_unstable_by_key(|&i| tensors[i as usize].info().name());
@@ -117,7 +125,7 @@ impl Header {
                 return Err(Error::invalid(format!("tensor '{name}' occurs twice")));
             }
         }
-        Ok(Self { identity: identity::of(tensors.iter()), metadata, provenance, delta, tensors, by_name })
+        Ok(Self { identity: identity::of(tensors.iter()), metadata, provenance, delta, tensors, files, by_name })
     }
 
     /// Free text carried over from the source.
@@ -150,6 +158,12 @@ impl Header {
         &self.tensors
     }
 
+    /// The attached files, by name.
+    #[must_use]
+    pub fn files(&self) -> &[AttachedFile] {
+        &self.files
+    }
+
     /// The index of the tensor with this name.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<usize> {
@@ -157,16 +171,35 @@ impl Header {
         Some(self.by_name[at] as usize)
     }
 
-    /// Where the header begins: behind the last plane.
+    /// Where the header begins: behind the last plane or file.
     #[must_use]
     pub(crate) fn start(&self) -> u64 {
-        self.tensors
-            .iter()
-            .flat_map(|t| t.planes())
-            .map(|p| align(p.offset + p.bytes))
-            .max()
-            .unwrap_or(ALIGN)
-            .max(ALIGN)
+        let planes = self.tensors.iter().flat_map(|t| t.planes()).map(|p| align(p.offset + p.bytes));
+        planes.chain(self.files.iter().map(|f| align(f.offset + f.bytes))).max().unwrap_or(ALIGN).max(ALIGN)
+    }
+
+    /// Length of the artifact that has this header, in one file.
+    #[must_use]
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.start() + self.printed_bytes()
+    }
+
+    /// Bytes of the attached files.
+    #[must_use]
+    pub fn attached_bytes(&self) -> u64 {
+        self.files.iter().map(|f| f.bytes).sum()
+    }
+
+    /// What attached files and the padding behind them take of the file.
+    #[must_use]
+    pub(crate) fn attached_room(&self) -> u64 {
+        self.files.iter().map(|f| align(f.bytes)).sum()
+    }
+
+    /// Bytes of all planes and files, padding not counted: what [`verify`](super::verify::verify) reads.
+    #[must_use]
+    pub fn content_bytes(&self) -> u64 {
+        self.tensors.iter().map(Entry::stored_bytes).sum::<u64>() + self.attached_bytes()
     }
 
     /// Writes the canonical JSON.
@@ -188,6 +221,16 @@ impl Header {
     pub fn read(file: &InputFile, limits: &Limits) -> Result<Self> {
         Preamble::read(file, limits)?.header(file, limits).map_err(Error::printable)
     }
+
+    /// Reads a file that is nothing but the text of a header; gives the checksum of the text too.
+    ///
+    /// # Errors
+    /// Those of [`Header::read`].
+    pub(super) fn read_text(file: &InputFile, limits: &Limits) -> Result<(Self, u32)> {
+        limits::check("bytes of the header", limits.header_bytes, file.len())?;
+        let text = Text { file, range: 0..file.len(), crc32c: None, ends_planes: false, flags: 0 };
+        Ok((text.header(limits).map_err(Error::printable)?, text.crc32c()?))
+    }
 }
 
 /// The header as printed; the order of the fields is the format's.
@@ -200,14 +243,16 @@ struct HeaderFields<'a> {
     delta: &'a Option<Delta>,
     identity: Identity,
     tensors: &'a [Entry],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    files: &'a [AttachedFile],
 }
 
 struct HeaderOut<'a>(&'a Header);
 
 impl Serialize for HeaderOut<'_> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        let Header { metadata, provenance, delta, identity, tensors, by_name: _ } = self.0;
-        HeaderFields { metadata, provenance, delta, identity: *identity, tensors }.serialize(s)
+        let Header { metadata, provenance, delta, identity, tensors, files, by_name: _ } = self.0;
+        HeaderFields { metadata, provenance, delta, identity: *identity, tensors, files }.serialize(s)
     }
 }
 
@@ -222,6 +267,8 @@ pub(super) struct HeaderIn {
     delta: Option<Delta>,
     identity: Identity,
     tensors: EntriesIn,
+    #[serde(default, deserialize_with = "attached::files")]
+    files: Vec<AttachedFile>,
 }
 
 /// Reads at most as many texts as the default limits allow: as nodes of a map they take far more room than as JSON.
@@ -252,7 +299,8 @@ fn texts<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, String>, D:
 }
 
 impl HeaderIn {
-    pub fn check(self, limits: &Limits, start: u64, flags: u32) -> Result<Header> {
+    /// Checks everything; the header stands at byte `start`, where, if `ends_planes`, the planes and files must end.
+    pub fn check(self, limits: &Limits, start: u64, ends_planes: bool, flags: u32) -> Result<Header> {
         let bad = |what: String| Error::corrupt(start, format!("header: {what}"));
         // What the caller of a constructor got wrong, this file got wrong.
         let blame = |e: Error| if let Error::Invalid(what) = e { bad(what) } else { e };
@@ -267,6 +315,12 @@ impl HeaderIn {
             delta.check_runs(tensors.len() as u64).map_err(|what| bad(format!("delta: {what}")))?;
         }
         self.provenance.nonfinite.parse::<Nonfinite>().map_err(blame)?;
+        attached::check(&self.files, limits).map_err(blame)?;
+        let most = if ends_planes { start } else { MOST_BYTES };
+        let next = |at: u64, bytes: u64| {
+            let end = at.checked_add(bytes).filter(|&end| end <= most).map(align);
+            end.ok_or_else(|| bad(format!("planes and files reach beyond the header, which begins at byte {most}")))
+        };
         let mut at = ALIGN;
         for tensor in &tensors {
             TensorInfo::within(limits, tensor.info().name(), tensor.info().dtype(), tensor.info().shape().to_vec())
@@ -280,17 +334,19 @@ impl HeaderIn {
                         plane.offset
                     )));
                 }
-                at = plane
-                    .offset
-                    .checked_add(plane.bytes)
-                    .filter(|&end| end <= start)
-                    .map(align)
-                    .ok_or_else(|| bad(format!("planes reach beyond the header, which begins at byte {start}")))?;
+                at = next(at, plane.bytes)?;
             }
         }
+        for file in &self.files {
+            if file.offset != at {
+                return Err(bad(format!("file '{}' at byte {}, expected {at}", file.name, file.offset)));
+            }
+            at = next(at, file.bytes)?;
+        }
         let identity = self.identity;
-        let header = Header::new(limits, self.metadata, self.provenance, self.delta, tensors).map_err(blame)?;
-        if header.start() != start {
+        let header = Header::new(limits, self.metadata, self.provenance, self.delta, tensors, self.files);
+        let header = header.map_err(blame)?;
+        if ends_planes && header.start() != start {
             return Err(bad(format!("it begins at byte {start}, expected {}", header.start())));
         }
         if header.identity != identity {

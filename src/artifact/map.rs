@@ -7,8 +7,11 @@ use std::ops::Deref;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use super::attached::AttachedFile;
 use super::entry::{CHUNK, Entry};
 use super::header::Header;
+use super::identity::Identity;
+use super::store::{CHANGED, Store};
 use super::verify::bad_content;
 use crate::codec::{self, Planes};
 use crate::error::{Error, Result};
@@ -20,9 +23,9 @@ use crate::tensor;
 /// An artifact, open for reading; its header has been validated.
 #[derive(Debug)]
 pub struct ArtifactFile {
-    file: InputFile,
+    store: Store,
     header: Header,
-    /// One bit per chunk of the file, in the order of the header: set when it was found sound.
+    /// One bit per chunk of a plane, in the order of the header: set when it was found sound.
     sound: Box<[AtomicU8]>,
     /// The bit of the first chunk of each tensor.
     first_chunk: Box<[usize]>,
@@ -37,13 +40,25 @@ impl ArtifactFile {
         Self::open_with(path, Access::Map, &Limits::DEFAULT)
     }
 
-    /// Opens an artifact and validates its header; no plane is read.
+    /// Opens an artifact, a file or a directory, and validates its header; no plane is read.
+    ///
+    /// A directory is a safetensors checkpoint of planes with a `tenpak.json`; one without, as other programs write it,
+    /// is read entirely for its checksums.
     ///
     /// # Errors
-    /// [`Error::Io`], or what is wrong with the header: [`Error::Corrupt`], [`Error::Unsupported`], [`Error::Limit`].
+    /// [`Error::Io`], or what is wrong with the header: [`Error::Corrupt`], [`Error::Unsupported`], [`Error::Limit`];
+    /// [`Error::Invalid`] for a directory that is not compressed.
     pub fn open_with(path: impl AsRef<Path>, access: Access, limits: &Limits) -> Result<Self> {
+        if path.as_ref().is_dir() {
+            return super::directory::open(path.as_ref(), access, limits);
+        }
         let file = InputFile::open(&path, access)?;
         let header = Header::read(&file, limits).map_err(|e| e.in_file(&path))?;
+        Ok(Self::new(Store::File(file), header))
+    }
+
+    /// An artifact whose header has been checked against where its bytes lie.
+    pub(super) fn new(store: Store, header: Header) -> Self {
         let mut total = 0;
         let first_chunk = header
             .tensors()
@@ -55,13 +70,30 @@ impl ArtifactFile {
             })
             .collect();
         let sound = std::iter::repeat_with(AtomicU8::default).take(total.div_ceil(8)).collect();
-        Ok(Self { file, header, sound, first_chunk })
+        Self { store, header, sound, first_chunk }
     }
 
-    /// Where the file is, and its length.
+    /// Where it is: a file, or a directory.
     #[must_use]
-    pub fn file(&self) -> &InputFile {
-        &self.file
+    pub fn path(&self) -> &Path {
+        self.store.path()
+    }
+
+    /// Length of the file, or of all files of the directory.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.store.bytes(&self.header).0
+    }
+
+    /// Bytes of it that weights and header take, attached files left out.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        self.store.bytes(&self.header).1
+    }
+
+    /// The files that it is read from, so that none of them is chosen as an output.
+    pub fn inputs(&self) -> impl Iterator<Item = &InputFile> {
+        self.store.files()
     }
 
     /// Everything the artifact says about itself.
@@ -82,7 +114,7 @@ impl ArtifactFile {
     /// [`Error::Invalid`] when there is none.
     pub fn find(&self, name: &str) -> Result<usize> {
         self.header.find(name).ok_or_else(|| {
-            Error::invalid(format!("{} has no tensor '{name}', see tenpak inspect", self.file.path().display()))
+            Error::invalid(format!("{} has no tensor '{name}', see tenpak inspect", self.path().display()))
         })
     }
 
@@ -95,16 +127,51 @@ impl ArtifactFile {
         self.range(tensor, plane, 0, bytes)
     }
 
+    /// The attached files, by name.
+    #[must_use]
+    pub fn files(&self) -> &[AttachedFile] {
+        self.header.files()
+    }
+
+    /// The bytes of an attached file, checked.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is none of this name; [`Error::Corrupt`] naming file and chunk; [`Error::Io`].
+    pub fn read_file(&self, name: &str) -> Result<Block> {
+        match self.files().iter().position(|file| &*file.name == name) {
+            Some(index) => self.attached(index),
+            None => Err(Error::invalid(format!("{} has no file '{name}', see tenpak inspect", self.path().display()))),
+        }
+    }
+
+    /// The bytes of attached file number `index`, checked.
+    pub(crate) fn attached(&self, index: usize) -> Result<Block> {
+        let entry = &self.files()[index];
+        let (path, offset, bytes) = self.store.attached(index, entry)?;
+        let Some((chunk, what)) = bad_file(entry, &bytes) else { return Ok(bytes) };
+        let at = offset + chunk.unwrap_or(0) * CHUNK;
+        let remedy = match &self.store {
+            Store::File(_) => "fetch or write the file again",
+            Store::Directory(_) => CHANGED,
+        };
+        Err(Error::corrupt(at, format!("file '{}': {what}; {remedy}", entry.name)).in_file(path))
+    }
+
+    /// Where the bytes lie.
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Some bytes of a plane, checked.
     pub(crate) fn range(&self, tensor: usize, plane: usize, start: u64, bytes: u64) -> Result<Block> {
-        let place = &self.tensors()[tensor].planes()[plane];
         if bytes > 0 {
             for chunk in start / CHUNK..=(start + bytes - 1) / CHUNK {
                 self.check(tensor, plane, chunk)?;
             }
         }
         let len = usize::try_from(bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
-        self.file.read(place.offset + start, len)
+        let (file, offset) = self.store.plane(&self.header, tensor, plane);
+        file.read(offset + start, len)
     }
 
     /// Checks one chunk, unless this handle has done so before.
@@ -119,9 +186,10 @@ impl ArtifactFile {
         }
         let place = &entry.planes()[plane];
         let start = chunk * CHUNK;
-        let at = place.offset + start;
+        let (file, offset) = self.store.plane(&self.header, tensor, plane);
+        let at = offset + start;
         let len = usize::try_from(CHUNK.min(place.bytes - start)).expect("at most a chunk");
-        let bytes = self.file.read(at, len)?;
+        let bytes = file.read(at, len)?;
         let (found, expected) = (crc32c::crc32c(&bytes), place.crc32c[index]);
         let wrong = if found == expected {
             bad_content(entry, place.plane, start, &bytes)
@@ -131,7 +199,7 @@ impl ArtifactFile {
         if let Some(what) = wrong {
             let (name, plane) = (entry.info().name(), place.plane.name());
             let what = format!("tensor '{name}', plane {plane}, chunk {chunk}: {what}; fetch or write the file again");
-            return Err(Error::corrupt(at, what).in_file(self.file.path()));
+            return Err(Error::corrupt(at, what).in_file(file.path()));
         }
         self.sound[bit / 8].fetch_or(mask, Ordering::Relaxed);
         Ok(())
@@ -149,6 +217,19 @@ impl ArtifactFile {
             self.range(tensor, plane, start, bytes)
         })
     }
+}
+
+/// What of an attached file is not as its entry says: the chunk, where it is one, and what.
+pub(super) fn bad_file(entry: &AttachedFile, bytes: &[u8]) -> Option<(Option<u64>, String)> {
+    let chunks = bytes.chunks(usize::try_from(CHUNK).expect("a chunk is small"));
+    for (chunk, (bytes, &expected)) in (0..).zip(chunks.zip(&entry.crc32c)) {
+        let found = crc32c::crc32c(bytes);
+        if found != expected {
+            return Some((Some(chunk), format!("checksum is {found:08x}, expected {expected:08x}")));
+        }
+    }
+    let digest = Identity::from(blake3::hash(bytes));
+    (digest != entry.blake3).then(|| (None, format!("digest is {digest}, expected {}", entry.blake3)))
 }
 
 /// Decodes rows of a tensor, given a way to read `bytes` bytes of a plane from `start` on.

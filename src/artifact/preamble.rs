@@ -1,11 +1,7 @@
 //! The first 64 bytes of an artifact, and the way from there to its header.
-//!
-//! Parsing streams from the file and printing streams against it, so that the text of a header is never in memory as a
-//! whole.
 
-use std::io::{self, BufReader, Read, Write};
-
-use super::header::{Header, HeaderIn};
+use super::header::Header;
+use super::text::Text;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::limits::{self, Limits};
@@ -95,90 +91,7 @@ impl Preamble {
     }
 
     pub fn header(&self, file: &InputFile, limits: &Limits) -> Result<Header> {
-        let start = self.file_bytes - self.header_bytes;
-        let section = || BufReader::with_capacity(64 << 10, Section { file, at: start, end: self.file_bytes });
-        let mut crc = 0;
-        let mut reader = section();
-        loop {
-            let bytes = io::BufRead::fill_buf(&mut reader).map_err(|e| Error::io(file.path(), e))?;
-            if bytes.is_empty() {
-                break;
-            }
-            crc = crc32c::crc32c_append(crc, bytes);
-            let n = bytes.len();
-            io::BufRead::consume(&mut reader, n);
-        }
-        if crc != self.header_crc32c {
-            return Err(Error::corrupt(
-                start,
-                format!("header checksum is {crc:08x}, expected {:08x}", self.header_crc32c),
-            ));
-        }
-        let bad = |what: String| Error::corrupt(start, format!("header: {what}"));
-        let parsed: HeaderIn = serde_json::from_reader(section()).map_err(|e| bad(e.to_string()))?;
-        let header = parsed.check(limits, start, self.flags)?;
-        let mut compare = Compare { expected: section(), at: start };
-        let printed = header.print(&mut compare);
-        // White space behind the object is no part of what is printed.
-        if printed.is_err() || compare.at != self.file_bytes {
-            let what = "header: not in canonical form, expected it as this program prints it";
-            return Err(Error::corrupt(compare.at, what));
-        }
-        Ok(header)
-    }
-}
-
-/// A part of a file as a stream.
-struct Section<'a> {
-    file: &'a InputFile,
-    at: u64,
-    end: u64,
-}
-
-impl Read for Section<'_> {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let n = usize::try_from((self.end - self.at).min(out.len() as u64)).expect("at most the length of a slice");
-        self.file.read_into(self.at, &mut out[..n]).map_err(io::Error::other)?;
-        self.at += n as u64;
-        Ok(n)
-    }
-}
-
-/// Counts what is written.
-pub(super) struct Count(pub u64);
-
-impl Write for Count {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Fails when what is written is not what is expected.
-struct Compare<R> {
-    expected: R,
-    at: u64,
-}
-
-impl<R: Read> Write for Compare<R> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut buffer = [0; 256];
-        for part in bytes.chunks(buffer.len()) {
-            let expected = &mut buffer[..part.len()];
-            self.expected.read_exact(expected)?;
-            if expected != part {
-                return Err(io::Error::other("the header is not canonical"));
-            }
-            self.at += part.len() as u64;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        let range = self.file_bytes - self.header_bytes..self.file_bytes;
+        Text { file, range, crc32c: Some(self.header_crc32c), ends_planes: true, flags: self.flags }.header(limits)
     }
 }

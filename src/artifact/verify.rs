@@ -3,19 +3,23 @@
 //! Beyond the checksums: the digest of each plane, padding between planes, unused bits of rows, and scales and offsets
 //! that are not finite, none of which a writer of this project leaves behind.
 
-use super::entry::{CHUNK, Entry, PlaneEntry, align};
+use super::entry::{CHUNK, Entry, align};
 use super::identity::Identity;
-use super::map::ArtifactFile;
-use crate::error::Result;
+use super::map::{ArtifactFile, bad_file};
+use super::store::Store;
+use crate::error::{Error, Result};
+use crate::file::InputFile;
 use crate::layout::{Float, Layout, Plane};
 
 /// Something wrong in an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Problem {
-    /// Name of the tensor.
-    pub tensor: String,
+    /// Name of the tensor, unless it is an attached file that is damaged.
+    pub tensor: Option<String>,
     /// Name of its plane.
-    pub plane: &'static str,
+    pub plane: Option<&'static str>,
+    /// Name of the attached file, or of the file of a directory that holds the plane.
+    pub file: Option<String>,
     /// The chunk, where it is one chunk that is damaged.
     pub chunk: Option<u64>,
     /// Where in the file.
@@ -27,11 +31,11 @@ pub struct Problem {
 /// The result of reading everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
-    /// Bytes of planes that were read.
+    /// Bytes of planes and attached files that were read.
     pub bytes: u64,
     /// Chunks that were compared with their checksum.
     pub chunks: u64,
-    /// What is wrong, in file order; empty for a sound artifact.
+    /// What is wrong, tensors and then files, each in stored order; empty for a sound artifact.
     pub problems: Vec<Problem>,
 }
 
@@ -43,35 +47,76 @@ pub struct Verified {
 /// [`Error::Io`](crate::Error::Io), and whatever `step` returns. Damage is no error: it is the result.
 pub fn verify(artifact: &ArtifactFile, mut step: impl FnMut(u64) -> Result<()>) -> Result<Verified> {
     let mut result = Verified { bytes: 0, chunks: 0, problems: Vec::new() };
-    for entry in artifact.tensors() {
-        for plane in entry.planes() {
-            check_plane(artifact, entry, plane, &mut result, &mut step)?;
+    for (tensor, entry) in artifact.tensors().iter().enumerate() {
+        for plane in 0..entry.planes().len() {
+            check_plane(artifact, (tensor, plane), &mut result, &mut step)?;
         }
+    }
+    for index in 0..artifact.files().len() {
+        check_file(artifact, index, &mut result)?;
+        step(result.bytes)?;
     }
     Ok(result)
 }
 
+/// Checks an attached file; one of another length is damage as well.
+fn check_file(artifact: &ArtifactFile, index: usize, result: &mut Verified) -> Result<()> {
+    let entry = &artifact.files()[index];
+    let mut problem = |chunk, at, what| {
+        let file = Some(entry.name.to_string());
+        result.problems.push(Problem { tensor: None, plane: None, file, chunk, at, what });
+    };
+    let read = artifact.store().attached(index, entry);
+    match read {
+        Ok((_, offset, bytes)) => {
+            if let Some((chunk, what)) = bad_file(entry, &bytes) {
+                problem(chunk, offset + chunk.unwrap_or(0) * CHUNK, what);
+            }
+        }
+        Err(e) => match e.root() {
+            Error::Corrupt { at, what } => problem(None, *at, what.clone()),
+            _ => return Err(e),
+        },
+    }
+    if let Store::File(file) = artifact.store() {
+        let end = entry.offset + entry.bytes;
+        if !is_padding(file, end)? {
+            problem(None, end, "padding behind the file is not zero".into());
+        }
+    }
+    result.chunks += entry.crc32c.len() as u64;
+    result.bytes += entry.bytes;
+    Ok(())
+}
+
 fn check_plane(
     artifact: &ArtifactFile,
-    entry: &Entry,
-    plane: &PlaneEntry,
+    (tensor, plane): (usize, usize),
     result: &mut Verified,
     step: &mut impl FnMut(u64) -> Result<()>,
 ) -> Result<()> {
     let mut damaged = false;
     let mut hasher = blake3::Hasher::new();
+    let (file, offset) = artifact.store().plane(artifact.header(), tensor, plane);
+    let entry = &artifact.tensors()[tensor];
+    let plane = &entry.planes()[plane];
+    let shard = match artifact.store() {
+        Store::File(_) => None,
+        Store::Directory(_) => file.path().file_name().map(|name| name.to_string_lossy().into_owned()),
+    };
     let problem = |chunk, at, what| Problem {
-        tensor: entry.info().name().to_owned(),
-        plane: plane.plane.name(),
+        tensor: Some(entry.info().name().to_owned()),
+        plane: Some(plane.plane.name()),
+        file: shard.clone(),
         chunk,
         at,
         what,
     };
     for (chunk, &expected) in (0..).zip(&plane.crc32c) {
         let start = chunk * CHUNK;
-        let at = plane.offset + start;
+        let at = offset + start;
         let len = usize::try_from(CHUNK.min(plane.bytes - start)).expect("at most a chunk");
-        let bytes = artifact.file().read(at, len)?;
+        let bytes = file.read(at, len)?;
         let found = crc32c::crc32c(&bytes);
         if found == expected {
             if let Some(what) = bad_content(entry, plane.plane, start, &bytes) {
@@ -90,14 +135,18 @@ fn check_plane(
     let digest = Identity::from(hasher.finalize());
     if digest != plane.blake3 && !damaged {
         let what = format!("digest is {digest}, expected {}", plane.blake3);
-        result.problems.push(problem(None, plane.offset, what));
+        result.problems.push(problem(None, offset, what));
     }
-    let end = plane.offset + plane.bytes;
-    let padding = artifact.file().read(end, usize::try_from(align(end) - end).expect("less than the alignment"))?;
-    if padding.iter().any(|&b| b != 0) {
-        result.problems.push(problem(None, end, "padding behind the plane is not zero".into()));
+    if shard.is_none() && !is_padding(file, offset + plane.bytes)? {
+        result.problems.push(problem(None, offset + plane.bytes, "padding behind the plane is not zero".into()));
     }
     Ok(())
+}
+
+/// Whether zeros stand from `end` up to the alignment.
+fn is_padding(file: &InputFile, end: u64) -> Result<bool> {
+    let padding = file.read(end, usize::try_from(align(end) - end).expect("less than the alignment"))?;
+    Ok(padding.iter().all(|&b| b == 0))
 }
 
 /// What a chunk holds that its layout does not allow.

@@ -5,15 +5,19 @@
 //! been finished, which is how one that does not fit its codec is stored with another.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::path::Path;
 
+use super::attached::AttachedFile;
+use super::checksum::Checksums;
 use super::entry::{ALIGN, CHUNK, Entry, align};
-use super::header::{Delta, Header, Provenance};
-use super::identity::Identity;
-use super::map::decode_rows;
+use super::header::{Delta, Header, MOST_BYTES, Provenance};
+use super::map::{ArtifactFile, decode_rows};
 use super::preamble::{FLAG_DELTA, Preamble};
+use super::store::Store;
 use crate::codec::Codec;
 use crate::error::{Error, Result};
+use crate::file::{Access, InputFile};
 use crate::limits::Limits;
 use crate::output::OutputFile;
 use crate::tensor::TensorInfo;
@@ -23,6 +27,7 @@ use crate::tensor::TensorInfo;
 pub struct Writer {
     out: OutputFile,
     tensors: Vec<Entry>,
+    files: Vec<AttachedFile>,
     end: u64,
 }
 
@@ -30,16 +35,7 @@ pub struct Writer {
 #[derive(Debug)]
 pub struct TensorWriter {
     entry: Entry,
-    planes: Vec<PlaneWriter>,
-}
-
-/// How far a plane is, and its checksums so far.
-#[derive(Debug, Default)]
-struct PlaneWriter {
-    written: u64,
-    crc: u32,
-    crcs: Vec<u32>,
-    hasher: blake3::Hasher,
+    planes: Vec<Checksums>,
 }
 
 /// What was written.
@@ -57,7 +53,7 @@ impl Writer {
     /// # Errors
     /// Those of [`OutputFile::create`].
     pub fn create(target: &Path, force: bool) -> Result<Self> {
-        Ok(Self { out: OutputFile::create(target, force)?, tensors: Vec::new(), end: ALIGN })
+        Ok(Self { out: OutputFile::create(target, force)?, tensors: Vec::new(), files: Vec::new(), end: ALIGN })
     }
 
     /// The file under way, for checks before anything is written.
@@ -71,7 +67,7 @@ impl Writer {
     /// [`Error::Invalid`] when the codec cannot hold the tensor.
     pub fn tensor(&self, info: TensorInfo, codec: &'static Codec, transposed: bool) -> Result<TensorWriter> {
         let entry = place(Entry::unplaced(info, codec, transposed)?, self.end)?;
-        let planes = entry.planes().iter().map(|_| PlaneWriter::default()).collect();
+        let planes = entry.planes().iter().map(|_| Checksums::default()).collect();
         Ok(TensorWriter { entry, planes })
     }
 
@@ -85,21 +81,81 @@ impl Writer {
     pub fn keep(&mut self, tensor: TensorWriter) -> Result<&Entry> {
         let TensorWriter { mut entry, planes } = tensor;
         for (place, plane) in entry.planes_mut().iter_mut().zip(planes) {
-            assert_eq!(plane.written, place.bytes, "plane {} is not complete", place.plane.name());
-            let end = place.offset + place.bytes;
-            let padding = usize::try_from(align(end) - end).expect("less than the alignment");
-            // A tensor that was not kept may have left bytes here.
-            self.out.write_at(end, &[0; 64][..padding])?;
-            let mut crcs = plane.crcs;
-            if place.bytes % CHUNK != 0 {
-                crcs.push(plane.crc);
-            }
-            place.crc32c = crcs.into();
-            place.blake3 = plane.hasher.finalize().into();
-            self.end = align(end);
+            assert_eq!(plane.seen(), place.bytes, "plane {} is not complete", place.plane.name());
+            (place.crc32c, place.blake3) = plane.finish();
+            self.end = pad(&self.out, place.offset + place.bytes)?;
         }
         self.tensors.push(entry);
         Ok(self.tensors.last().expect("pushed on the line above"))
+    }
+
+    /// Copies a tensor of another artifact, its planes checked; `tick` is told the bytes of each piece.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when it is damaged, [`Error::Io`], and whatever `tick` returns.
+    pub(crate) fn copy(
+        &mut self,
+        from: &ArtifactFile,
+        index: usize,
+        tick: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
+        let entry = &from.tensors()[index];
+        let mut out = self.tensor(entry.info().clone(), entry.codec(), entry.transposed())?;
+        for (plane, place) in entry.planes().iter().enumerate() {
+            for chunk in 0..place.crc32c.len() as u64 {
+                let start = chunk * CHUNK;
+                let len = CHUNK.min(place.bytes - start);
+                out.write(self, plane, &from.range(index, plane, start, len)?)?;
+                tick(len)?;
+            }
+        }
+        if !out.same_as(entry) {
+            let what = format!("tensor '{}' does not have its digest; fetch or write it again", entry.info().name());
+            return Err(Error::corrupt(0, what).in_file(from.path()));
+        }
+        self.keep(out).map(drop)
+    }
+
+    /// Attaches a file of `bytes` bytes, read in pieces; files come after all tensors, by name.
+    ///
+    /// # Errors
+    /// Those of `read`, [`Error::Io`].
+    ///
+    /// # Panics
+    /// When `read` gives other lengths than it is asked for: a bug of the caller.
+    pub(crate) fn attach<B: Deref<Target = [u8]>>(
+        &mut self,
+        name: &str,
+        bytes: u64,
+        mut read: impl FnMut(u64, usize) -> Result<B>,
+    ) -> Result<()> {
+        let mut sums = Checksums::default();
+        while sums.seen() < bytes {
+            let len = usize::try_from(CHUNK.min(bytes - sums.seen())).expect("at most a chunk");
+            let piece = read(sums.seen(), len)?;
+            assert_eq!(piece.len(), len, "a piece of '{name}' has another length");
+            self.out.write_at(self.end + sums.seen(), &piece)?;
+            sums.observe(&piece);
+        }
+        let (offset, (crc32c, blake3)) = (self.end, sums.finish());
+        self.files.push(AttachedFile { name: name.into(), offset, bytes, crc32c, blake3 });
+        self.end = pad(&self.out, offset + bytes)?;
+        Ok(())
+    }
+
+    /// Attaches the files of another artifact, checked.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when one is damaged, [`Error::Io`].
+    pub(crate) fn attach_all(&mut self, from: &ArtifactFile) -> Result<()> {
+        for (index, file) in from.files().iter().enumerate() {
+            let content = from.attached(index)?;
+            self.attach(&file.name, file.bytes, |at, len| {
+                let at = usize::try_from(at).expect("inside memory");
+                Ok(&content[at..at + len])
+            })?;
+        }
+        Ok(())
     }
 
     /// Writes the header, makes the file durable and gives it its name.
@@ -112,8 +168,39 @@ impl Writer {
         provenance: Provenance,
         delta: Option<Delta>,
     ) -> Result<Written> {
+        let (out, written) = self.seal(metadata, provenance, delta)?;
+        out.commit(written.file_bytes)?;
+        Ok(written)
+    }
+
+    /// Starts an artifact in `dir` that never gets a name, to be read with [`Writer::reopen`].
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn nameless_in(dir: &Path) -> Result<Self> {
+        let out = OutputFile::nameless_in(dir)?;
+        Ok(Self { out, tensors: Vec::new(), files: Vec::new(), end: ALIGN })
+    }
+
+    /// Writes the header and gives the artifact back for reading, whatever its name or lack of one.
+    ///
+    /// # Errors
+    /// Those of [`Writer::finish`].
+    pub(crate) fn reopen(self, metadata: BTreeMap<String, String>, provenance: Provenance) -> Result<ArtifactFile> {
+        let (out, Written { header, .. }) = self.seal(metadata, provenance, None)?;
+        let path = out.target().to_owned();
+        Ok(ArtifactFile::new(Store::File(InputFile::from_file(&path, out.into_file(), Access::Read)?), header))
+    }
+
+    /// Writes header and preamble.
+    fn seal(
+        self,
+        metadata: BTreeMap<String, String>,
+        provenance: Provenance,
+        delta: Option<Delta>,
+    ) -> Result<(OutputFile, Written)> {
         let flags = if delta.is_some() { FLAG_DELTA } else { 0 };
-        let header = Header::new(&Limits::DEFAULT, metadata, provenance, delta, self.tensors)?;
+        let header = Header::new(&Limits::DEFAULT, metadata, provenance, delta, self.tensors, self.files)?;
         let mut text = Vec::new();
         header.print(&mut text).map_err(|e| Error::io(self.out.target(), e))?;
         let start = header.start();
@@ -126,34 +213,42 @@ impl Writer {
         crate::limits::check("bytes of the header", Limits::DEFAULT.header_bytes, preamble.header_bytes)?;
         self.out.write_at(start, &text)?;
         self.out.write_at(0, &preamble.print())?;
-        self.out.commit(preamble.file_bytes)?;
-        Ok(Written { file_bytes: preamble.file_bytes, header })
+        Ok((self.out, Written { file_bytes: preamble.file_bytes, header }))
     }
 }
 
 /// Gives the planes of an entry their offsets from `at` on.
-fn place(mut entry: Entry, at: u64) -> Result<Entry> {
+pub(super) fn place(mut entry: Entry, at: u64) -> Result<Entry> {
     let mut at = at;
     for plane in entry.planes_mut() {
         plane.offset = at;
         at = at
             .checked_add(plane.bytes)
-            .filter(|&end| end < 1 << 62)
+            .filter(|&end| end < MOST_BYTES)
             .map(align)
             .ok_or_else(|| Error::invalid("the artifact would be larger than 2^62 bytes"))?;
     }
     Ok(entry)
 }
 
-/// Length of the artifact that would hold these tensors, to the byte, with nothing read or written.
+/// Writes zeros from `end` up to the alignment, where a tensor that was not kept may have left bytes.
+fn pad(out: &OutputFile, end: u64) -> Result<u64> {
+    let padding = usize::try_from(align(end) - end).expect("less than the alignment");
+    out.write_at(end, &[0; 64][..padding])?;
+    Ok(align(end))
+}
+
+/// The header of the artifact that would hold these tensors and files (names and lengths), with nothing read or written:
+/// all lengths in it are those of the real one, only checksums are not known.
 ///
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold its tensor or a name occurs twice.
-pub(crate) fn planned_bytes(
+pub(crate) fn planned<'a>(
     tensors: impl IntoIterator<Item = (TensorInfo, &'static Codec, bool)>,
+    attached: impl IntoIterator<Item = (&'a str, u64)>,
     metadata: &BTreeMap<String, String>,
     provenance: &Provenance,
-) -> Result<u64> {
+) -> Result<Header> {
     let mut end = ALIGN;
     let mut entries = Vec::new();
     for (info, codec, transposed) in tensors {
@@ -161,8 +256,12 @@ pub(crate) fn planned_bytes(
         end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
         entries.push(entry);
     }
-    let header = Header::new(&Limits::DEFAULT, metadata.clone(), provenance.clone(), None, entries)?;
-    Ok(header.start() + header.printed_bytes())
+    let mut files = Vec::new();
+    for (name, bytes) in attached {
+        files.push(AttachedFile { offset: end, ..AttachedFile::unplaced(name, bytes) });
+        end = align(end + bytes);
+    }
+    Header::new(&Limits::DEFAULT, metadata.clone(), provenance.clone(), None, entries, files)
 }
 
 impl TensorWriter {
@@ -176,8 +275,8 @@ impl TensorWriter {
     pub fn write(&mut self, writer: &Writer, index: usize, bytes: &[u8]) -> Result<()> {
         let place = &self.entry.planes()[index];
         let plane = &mut self.planes[index];
-        assert!(plane.written + bytes.len() as u64 <= place.bytes, "plane {index} overflows");
-        writer.out.write_at(place.offset + plane.written, bytes)?;
+        assert!(plane.seen() + bytes.len() as u64 <= place.bytes, "plane {index} overflows");
+        writer.out.write_at(place.offset + plane.seen(), bytes)?;
         plane.observe(bytes);
         Ok(())
     }
@@ -212,23 +311,6 @@ impl TensorWriter {
         other.codec() == self.entry.codec()
             && other.transposed() == self.entry.transposed()
             && other.info() == self.entry.info()
-            && other.planes().iter().zip(&self.planes).all(|(a, b)| a.blake3 == Identity::from(b.hasher.finalize()))
-    }
-}
-
-impl PlaneWriter {
-    fn observe(&mut self, mut bytes: &[u8]) {
-        self.hasher.update_rayon(bytes);
-        while !bytes.is_empty() {
-            let room = CHUNK - self.written % CHUNK;
-            let n = usize::try_from(room.min(bytes.len() as u64)).expect("at most the length of a slice");
-            let (head, tail) = bytes.split_at(n);
-            self.crc = crc32c::crc32c_append(self.crc, head);
-            self.written += n as u64;
-            if self.written.is_multiple_of(CHUNK) {
-                self.crcs.push(std::mem::take(&mut self.crc));
-            }
-            bytes = tail;
-        }
+            && other.planes().iter().zip(&self.planes).all(|(a, b)| a.blake3 == b.digest())
     }
 }

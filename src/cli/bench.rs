@@ -57,15 +57,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     } else {
         arguments.codecs.iter().map(|id| codecs::get(id)).collect::<Result<Vec<_>>>()?
     };
-    let narrow = |mut recipe: crate::recipe::Recipe| {
-        for pattern in &arguments.include {
-            recipe = recipe.include(pattern)?;
-        }
-        for pattern in &arguments.exclude {
-            recipe = recipe.exclude(pattern)?;
-        }
-        Ok(recipe)
-    };
+    let narrow = |recipe: crate::recipe::Recipe| recipe.narrow(&arguments.include, &arguments.exclude);
     let rows = {
         let bar = Bar::new(context.common, context.signals);
         bench(&source, &measured, narrow, &mut |p| bar.step(p))?

@@ -10,10 +10,11 @@ use super::progress::Bar;
 use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
 use crate::codecs;
-use crate::compress::{Nonfinite, Options, Report, compress, plan};
+use crate::compress::{Nonfinite, Options, Report, compress_as, plan_as};
 use crate::error::{Error, Result};
+use crate::export::MAX_SHARD_BYTES;
 use crate::measure::Distance;
-use crate::recipe::{Recipe, Role};
+use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
 
 /// Compress a checkpoint into an artifact
@@ -21,9 +22,12 @@ use crate::report::{self, Sizes};
 pub(super) struct Arguments {
     #[command(flatten)]
     input: Input,
-    /// Artifact to write
+    /// Artifact to write: one file where the name ends in .tenpak, otherwise a Hugging Face directory
     #[arg(long, short, required_unless_present = "dry_run")]
     output: Option<PathBuf>,
+    /// Most bytes of one shard of a directory
+    #[arg(long, default_value_t = MAX_SHARD_BYTES, value_name = "BYTES")]
+    max_shard_size: u64,
     #[command(flatten)]
     choice: Choice,
     /// What to do about NaN and infinities
@@ -79,34 +83,25 @@ enum Sort {
 
 impl Choice {
     pub fn recipe(&self) -> Result<Recipe> {
-        let mut recipe = match &self.recipe {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-                Recipe::from_toml(&text).map_err(|e| e.in_file(path))?
-            }
-            None => Recipe::new(codecs::get(&self.codec)?),
-        };
-        for pair in &self.role {
-            let (role, id) = split(pair, "--role", "attention=int4_g16_fp16_v1")?;
-            recipe = recipe.role(role.parse::<Role>()?, codecs::get(id)?)?;
+        let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
+        let text = self.recipe.as_ref().map(read).transpose()?;
+        Request {
+            codec: &self.codec,
+            toml: text.as_deref().map(|text| (text, self.recipe.as_deref())),
+            roles: split(&self.role, "--role", "attention=int4_g16_fp16_v1")?,
+            rules: split(&self.rule, "--rule", "*.down_proj.weight=int8_sym_v1")?,
+            include: &self.include,
+            exclude: &self.exclude,
+            all: self.all,
         }
-        for pair in &self.rule {
-            let (pattern, id) = split(pair, "--rule", "*.down_proj.weight=int8_sym_v1")?;
-            recipe = recipe.rule(pattern, codecs::get(id)?)?;
-        }
-        for pattern in &self.include {
-            recipe = recipe.include(pattern)?;
-        }
-        for pattern in &self.exclude {
-            recipe = recipe.exclude(pattern)?;
-        }
-        Ok(if self.all { recipe.all(true) } else { recipe })
+        .recipe()
     }
 }
 
-/// The two sides of the last equals sign; patterns may hold others.
-fn split<'a>(pair: &'a str, option: &str, example: &str) -> Result<(&'a str, &'a str)> {
-    pair.rsplit_once('=').ok_or_else(|| Error::invalid(format!("{option} {pair}: expected the form {example}")))
+/// The two sides of the last equals sign of each pair; patterns may hold others.
+fn split<'a>(pairs: &'a [String], option: &str, example: &str) -> Result<Vec<(&'a str, &'a str)>> {
+    let wrong = |pair| Error::invalid(format!("{option} {pair}: expected the form {example}"));
+    pairs.iter().map(|pair| pair.rsplit_once('=').ok_or_else(|| wrong(pair))).collect()
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
@@ -121,9 +116,9 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let report = match &arguments.output {
         Some(output) if !arguments.dry_run => {
             let bar = Bar::new(context.common, context.signals);
-            compress(&source, output, &options, &mut |progress| bar.step(progress))?
+            compress_as(&source, output, &options, arguments.max_shard_size, &mut |progress| bar.step(progress))?
         }
-        _ => plan(&source, &options)?,
+        _ => plan_as(&source, arguments.output.as_deref(), &options, arguments.max_shard_size)?,
     };
     let time = start.elapsed();
     let output = arguments.output.as_deref();
@@ -146,6 +141,19 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let verb = if json.dry_run { "would write" } else { "wrote" };
     let target = json.output.as_deref().unwrap_or("an artifact");
     context.line(format!("{verb} {target}: {} bytes, {}", thousands(json.file_bytes), phrase(&json.total)));
+    if let [_, ..] = &*json.files {
+        let name = |file: &report::File| file.path.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
+        let names: Vec<_> = json.files.iter().map(name).collect();
+        context.line(format!("{} files: {}", names.len(), names.join(", ")));
+    } else if let [_, ..] = &*json.attached {
+        let bytes = json.attached.iter().map(|file| file.bytes).sum();
+        let names: Vec<_> = json.attached.iter().map(|file| &*file.name).collect();
+        context.line(format!(
+            "{} of these bytes are attached files, which the factors leave out: {}",
+            thousands(bytes),
+            names.join(", ")
+        ));
+    }
     if let Some(identity) = &json.identity {
         context.line(format!("from {} bytes in {}", thousands(json.source_bytes), pace(json.source_bytes, time)));
         context.line(format!("identity {identity}"));

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::report::{phrase, plain, shape, table, thousands};
 use super::{Context, Input, Outcome};
 use crate::artifact::header::Delta;
-use crate::artifact::{ArtifactFile, Entry, PlaneEntry, Provenance};
+use crate::artifact::{ArtifactFile, AttachedFile, Entry, PlaneEntry, Provenance};
 use crate::error::Result;
 use crate::report::{Sizes, Tensor};
 
@@ -34,6 +34,28 @@ struct Json<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     delta: Option<&'a Delta>,
     tensors: Vec<WithPlanes>,
+    attached: Vec<AttachedJson>,
+}
+
+#[derive(Serialize)]
+struct AttachedJson {
+    name: String,
+    offset: u64,
+    bytes: u64,
+    chunks: usize,
+    blake3: String,
+}
+
+impl From<&AttachedFile> for AttachedJson {
+    fn from(file: &AttachedFile) -> Self {
+        Self {
+            name: file.name.to_string(),
+            offset: file.offset,
+            bytes: file.bytes,
+            chunks: file.crc32c.len(),
+            blake3: file.blake3.to_string(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -60,19 +82,20 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         None => artifact.tensors().iter().collect(),
     };
     let elements = artifact.tensors().iter().map(|t| t.info().elements()).sum();
-    let total = Sizes::new(elements, artifact.file().len());
+    let total = Sizes::new(elements, artifact.weight_bytes());
     let header = artifact.header();
     if context.json() {
         context.print_json(&Json {
             schema: "tenpak.inspect/1",
-            input: artifact.file().path().display().to_string(),
-            file_bytes: artifact.file().len(),
+            input: artifact.path().display().to_string(),
+            file_bytes: artifact.bytes(),
             identity: header.identity().to_string(),
             total,
             metadata: header.metadata(),
             provenance: header.provenance(),
             delta: header.delta(),
             tensors: shown.into_iter().map(with_planes).collect(),
+            attached: artifact.files().iter().map(AttachedJson::from).collect(),
         });
         return Ok(Outcome::Done);
     }
@@ -135,6 +158,9 @@ fn summary(artifact: &ArtifactFile, total: &Sizes, context: &mut Context<'_>) {
     let provenance = header.provenance();
     context.line(format!("{} tensors, {} weights", header.tensors().len(), thousands(total.weights)));
     context.line(format!("{} bytes, {}", thousands(total.bytes), phrase(total)));
+    for file in artifact.files() {
+        context.line(format!("file     {}, {} bytes, blake3 {}", file.name, thousands(file.bytes), file.blake3));
+    }
     if let Some(delta) = header.delta() {
         context.line(format!("delta    of base {}, giving {}", delta.base, delta.result));
     }

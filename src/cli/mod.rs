@@ -16,6 +16,7 @@ mod completions;
 mod compress;
 mod decompress;
 mod delta;
+mod export;
 mod inspect;
 mod materialize;
 mod progress;
@@ -53,6 +54,7 @@ enum Verb {
     Verify(verify::Arguments),
     Bench(bench::Arguments),
     Delta(delta::Arguments),
+    Export(export::Arguments),
     Materialize(materialize::Arguments),
     Codecs(codecs::Arguments),
     Completions(completions::Arguments),
@@ -167,6 +169,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Verify(arguments) => verify::run(arguments, &mut context),
         Verb::Bench(arguments) => bench::run(arguments, &mut context),
         Verb::Delta(arguments) => delta::run(arguments, &mut context),
+        Verb::Export(arguments) => export::run(arguments, &mut context),
         Verb::Materialize(arguments) => materialize::run(arguments, &mut context),
         Verb::Codecs(_) => Ok(codecs::run(&mut context)),
         Verb::Completions(arguments) => Ok(completions::run(arguments, &mut context)),

@@ -19,7 +19,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let artifact = context.artifact(arguments.input.path()?)?;
-    let total = artifact.tensors().iter().map(crate::artifact::Entry::stored_bytes).sum();
+    let total = artifact.header().content_bytes();
     let verified = {
         let bar = Bar::new(context.common, context.signals);
         verify(&artifact, |done| bar.step(Progress { done, total, tensor: "" }))?
@@ -32,7 +32,12 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     }
     for p in &report.problems {
         let chunk = p.chunk.map_or_else(String::new, |chunk| format!(", chunk {chunk}"));
-        context.line(format!("damaged at byte {}: tensor '{}', plane {}{chunk}: {}", p.at, p.tensor, p.plane, p.what));
+        let place = match (&p.tensor, p.plane, &p.file) {
+            (Some(tensor), Some(plane), None) => format!(": tensor '{tensor}', plane {plane}"),
+            (Some(tensor), Some(plane), Some(file)) => format!(" of {file}: tensor '{tensor}', plane {plane}"),
+            (_, _, file) => format!(": file '{}'", file.as_deref().unwrap_or_default()),
+        };
+        context.line(format!("damaged at byte {}{place}{chunk}: {}", p.at, p.what));
     }
     let (chunks, bytes) = (thousands(report.chunks), thousands(report.bytes));
     if report.sound {

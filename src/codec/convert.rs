@@ -7,7 +7,7 @@ use super::lanes::{Lanes, MAX_LANES};
 
 /// Reads little-endian IEEE halves as f32.
 #[inline(always)]
-pub(super) fn f16_to_f32<L: Lanes>(bytes: &[u8], out: &mut [f32]) {
+pub(crate) fn f16_to_f32<L: Lanes>(bytes: &[u8], out: &mut [f32]) {
     let mut halves = bytes.chunks_exact(2 * L::N);
     let mut floats = out.chunks_exact_mut(L::N);
     for (halves, floats) in (&mut halves).zip(&mut floats) {

@@ -4,7 +4,7 @@
 //! same generic code over vectors of different width, chosen once by [`isa`].
 
 pub(crate) mod batch;
-mod convert;
+pub(crate) mod convert;
 mod decode;
 mod encode;
 pub mod isa;

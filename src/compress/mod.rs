@@ -4,10 +4,12 @@
 //! again for the error report, hashed and written, so memory does not grow with the model.
 
 mod encode;
+mod form;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::artifact::writer::{Written, planned_bytes};
+use crate::artifact::header::Header;
+use crate::artifact::writer::{Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
@@ -18,6 +20,7 @@ use crate::recipe::{Choice, Reason, Recipe};
 use crate::source::{Source, SourceTensor};
 use crate::tensor;
 pub(crate) use encode::encode_tensor;
+pub use form::{compress_as, plan_as};
 
 /// Source bytes that are in memory at once.
 pub const BLOCK_BYTES: u64 = 8 << 20;
@@ -123,8 +126,31 @@ pub struct Report {
     pub tensors: Vec<TensorReport>,
     /// Length of the artifact.
     pub file_bytes: u64,
+    /// Bytes of it that weights and header take, attached files left out.
+    pub weight_bytes: u64,
+    /// Names and lengths of the attached files.
+    pub attached: Vec<(String, u64)>,
+    /// The files of a directory, with their lengths; empty where the artifact is one file.
+    pub files: Vec<(PathBuf, u64)>,
+    /// What a reader should know.
+    pub notes: Vec<String>,
     /// Identity of the artifact; `None` for a plan.
     pub identity: Option<Identity>,
+}
+
+impl Report {
+    fn new(tensors: Vec<TensorReport>, header: &Header, identity: Option<Identity>) -> Self {
+        let file_bytes = header.file_bytes();
+        Self {
+            tensors,
+            file_bytes,
+            weight_bytes: file_bytes - header.attached_room(),
+            attached: header.files().iter().map(|f| (f.name.to_string(), f.bytes)).collect(),
+            files: Vec::new(),
+            notes: Vec::new(),
+            identity,
+        }
+    }
 }
 
 /// What will be written, to the byte, from the source's headers alone.
@@ -135,7 +161,14 @@ pub struct Report {
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
-    let tensors = source
+    let tensors = reports(source, options)?;
+    let header = planned_header(source, options, &tensors)?;
+    Ok(Report::new(tensors, &header, None))
+}
+
+/// What will happen to each tensor.
+fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
+    source
         .tensors()
         .iter()
         .map(|t| {
@@ -143,14 +176,18 @@ pub fn plan(source: &Source, options: &Options) -> Result<Report> {
             let changed = matches!(reason, Reason::ShortRows { .. });
             report(t, codec, reason.to_string(), changed)
         })
-        .collect::<Result<Vec<_>>>()?;
+        .collect()
+}
+
+/// The header of the artifact, all lengths right and all checksums zero.
+fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
-    let file_bytes = planned_bytes(
+    planned(
         tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
+        source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
-    )?;
-    Ok(Report { tensors, file_bytes, identity: None })
+    )
 }
 
 /// Compresses a source into an artifact at `target`.
@@ -159,25 +196,46 @@ pub fn plan(source: &Source, options: &Options) -> Result<Report> {
 /// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
-    output::refuse_input(target, source.files().iter().map(crate::source::SourceFile::file))?;
+    output::refuse_input(target, source.inputs())?;
     let planned = plan(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
-    let total = planned.tensors.iter().map(|t| t.source_bytes).sum();
+    let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;
+    let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
+    Ok(Report::new(tensors, &header, Some(header.identity())))
+}
+
+/// Writes all tensors and files of a source, and gives what became of each and where it came from.
+fn fill(
+    source: &Source,
+    planned: Vec<TensorReport>,
+    options: &Options,
+    writer: &mut Writer,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<(Vec<TensorReport>, Provenance)> {
+    let total = planned.iter().map(|t| t.source_bytes).sum();
     let mut done = 0;
-    let mut tensors = Vec::with_capacity(planned.tensors.len());
-    for (index, planned) in planned.tensors.into_iter().enumerate() {
+    let mut tensors = Vec::with_capacity(planned.len());
+    for (index, planned) in planned.into_iter().enumerate() {
         let name = planned.name.clone();
         let bytes = planned.source_bytes;
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
-        let (report, tensor) = encode_tensor(source, index, planned, options.nonfinite, &writer, &mut tick)?;
+        let (report, tensor) = encode_tensor(source, index, planned, options.nonfinite, writer, &mut tick)?;
         writer.keep(tensor)?;
         tensors.push(report);
         done += bytes;
     }
-    let provenance = provenance(source, options, |file| Ok(file.digest()?.into()))?;
-    let Written { file_bytes, header } = writer.finish(source.metadata().clone(), provenance, None)?;
-    Ok(Report { tensors, file_bytes, identity: Some(header.identity()) })
+    attach(source, writer)?;
+    Ok((tensors, provenance(source, options, |file| Ok(file.digest()?.into()))?))
+}
+
+/// Attaches the files that a source carries along.
+pub(crate) fn attach(source: &Source, writer: &mut Writer) -> Result<()> {
+    for attached in source.attached() {
+        let file = attached.file();
+        writer.attach(attached.name(), file.len(), |at, len| file.read(at, len))?;
+    }
+    Ok(())
 }
 
 /// Raw tensors keep the source's order.

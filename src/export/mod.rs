@@ -1,5 +1,8 @@
-//! Artifact in, tensors of another format out: one file per target, streamed tensor by tensor.
+//! Artifact out: decoded, as tensors of another format, or as it is in another form; one file per target, streamed.
 
+pub(crate) mod card;
+mod convert;
+pub(crate) mod hf;
 mod json;
 mod npz;
 mod safetensors;
@@ -7,6 +10,7 @@ mod spool;
 
 use std::path::{Path, PathBuf};
 
+pub use convert::{Conversion, To, convert, plan};
 use rayon::prelude::*;
 use spool::Spool;
 
@@ -28,9 +32,12 @@ pub struct Options {
     pub max_shard_bytes: u64,
 }
 
+/// Most bytes of one file of a directory, unless someone says otherwise.
+pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+
 impl Default for Options {
     fn default() -> Self {
-        Self { dtype: None, force: false, max_shard_bytes: 5_000_000_000 }
+        Self { dtype: None, force: false, max_shard_bytes: MAX_SHARD_BYTES }
     }
 }
 
@@ -63,13 +70,13 @@ pub fn decompress(
     if artifact.header().delta().is_some() {
         return Err(Error::invalid(format!(
             "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
-            artifact.file().path().display()
+            artifact.path().display()
         )));
     }
     if let Some(dtype) = options.dtype.filter(|d| !d.is_float()) {
         return Err(Error::invalid(format!("weights cannot be written as {dtype}, choose a float dtype")));
     }
-    output::refuse_input(target, [artifact.file()])?;
+    output::refuse_input(target, artifact.inputs())?;
     let total = artifact.tensors().iter().map(|t| t.info().bytes()).sum();
     let mut job = Job { artifact, options, on_progress, done: 0, total, notes: Vec::new() };
     let files = match target.extension().and_then(|e| e.to_str()) {
@@ -114,7 +121,7 @@ pub fn decode_into(
     let total = entry.info().bytes();
     let mut job = Job { artifact, options: &options, on_progress, done: 0, total, notes: Vec::new() };
     let mut at = 0;
-    job.source_order(index, dtype, artifact.file().path(), &mut |bytes| {
+    job.source_order(index, dtype, artifact.path(), &mut |bytes| {
         out[at..at + bytes.len()].copy_from_slice(bytes);
         at += bytes.len();
         Ok(())
@@ -167,7 +174,7 @@ impl Job<'_, '_> {
             |_, weights, job| {
                 match bytemuck::try_cast_slice(weights) {
                     Ok(bytes) if dtype == DType::F32 && cfg!(target_endian = "little") => sink(bytes)?,
-                    _ => sink(&convert(dtype, weights)?)?,
+                    _ => sink(&rounded(dtype, weights)?)?,
                 }
                 job.tick(entry, (weights.len() as u64) * entry.info().dtype().size())
             },
@@ -199,7 +206,7 @@ impl Job<'_, '_> {
             index,
             dtype,
             |first, weights, job| {
-                let bytes = convert(dtype, weights)?;
+                let bytes = rounded(dtype, weights)?;
                 let element = usize::try_from(element).expect("at most 8");
                 let width = usize::try_from(cols).expect("a block fits memory");
                 let count = weights.len() / width;
@@ -270,7 +277,7 @@ fn count_beyond(dtype: DType, weights: &[f32]) -> usize {
 }
 
 /// Weights as little-endian bytes, in parallel.
-fn convert(dtype: DType, weights: &[f32]) -> Result<Vec<u8>> {
+fn rounded(dtype: DType, weights: &[f32]) -> Result<Vec<u8>> {
     let element = usize::try_from(dtype.size()).expect("at most 8");
     let mut bytes = vec![0; weights.len() * element];
     bytes

@@ -1,15 +1,20 @@
 //! Safetensors: one file, or a directory of shards with an index as Hugging Face lays it out.
 //!
 //! The library's own writer wants every tensor in memory, so the header is printed here. Wider elements come first, as
-//! the library orders them, so that every tensor is aligned.
+//! the library orders them, so that every tensor is aligned. A directory also gets the files that the artifact carries.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::{Files, Job};
+use crate::artifact::{HEADER_FILE, config};
 use crate::error::{Error, Result};
-use crate::output::OutputFile;
+use crate::limits::Limits;
+use crate::output::{self, OutputFile};
+use crate::source::INDEX;
+use crate::tensor::{DType, TensorInfo};
 
 /// Writes all tensors into one file.
 pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
@@ -22,20 +27,27 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
 /// Writes `model.safetensors`, or shards and their index.
 pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let shards = shards(job);
-    let name = |i: usize| match shards.len() {
-        1 => "model.safetensors".to_owned(),
-        n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-    };
-    let index = target.join("model.safetensors.index.json");
+    let name = |i: usize| shard_name(i, shards.len());
+    let index = target.join(INDEX);
+    if target.join(HEADER_FILE).exists() {
+        return Err(Error::invalid(format!(
+            "output {} holds a compressed model; remove it or choose another name",
+            target.display()
+        )));
+    }
     if !job.options.force {
-        let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]);
+        let attached = job.artifact.files().iter().map(|file| target.join(&*file.name));
+        let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]).chain(attached);
         if let Some(found) = names.into_iter().find(|path| path.exists()) {
-            return Err(Error::invalid(format!("output {} exists, pass --force to replace it", found.display())));
+            return Err(output::exists(&found));
         }
     }
     let made = !target.exists();
     std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
-    let written = write_all(job, &shards, &index, |i| target.join(name(i)));
+    let written = write_all(job, &shards, &index, |i| target.join(name(i))).and_then(|mut written| {
+        written.extend(attached(job, target)?);
+        Ok(written)
+    });
     if written.is_err() && made {
         // Someone else may have put something there meanwhile: then it stays.
         drop(std::fs::remove_dir(target));
@@ -74,11 +86,23 @@ fn write_all(
         }
     }
     if shards.len() > 1 {
-        let text = serde_json::to_vec_pretty(&json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
-            .map_err(|e| Error::io(index, e.into()))?;
+        let text = index_text(total, weight_map)?;
         let out = job.create(index, text.len() as u64)?;
         out.write_at(0, &text)?;
         written.push((out, text.len() as u64));
+    }
+    Ok(written)
+}
+
+/// Writes the attached files; none has its name yet. The weights are no longer quantized, whatever a config says.
+fn attached(job: &Job<'_, '_>, target: &Path) -> Result<Vec<(OutputFile, u64)>> {
+    let mut written = Vec::new();
+    for (index, file) in job.artifact.files().iter().enumerate() {
+        let content = job.artifact.attached(index)?;
+        let bytes = if *file.name == *config::CONFIG { &config::unquantized(&content) } else { &*content };
+        let out = job.create(&target.join(&*file.name), bytes.len() as u64)?;
+        out.write_at(0, bytes)?;
+        written.push((out, bytes.len() as u64));
     }
     Ok(written)
 }
@@ -110,29 +134,56 @@ fn shards(job: &Job<'_, '_>) -> Vec<Vec<usize>> {
     shards
 }
 
-/// Writes one file, to be committed with the length that is given.
-fn write(job: &mut Job<'_, '_>, target: &Path, tensors: &[usize]) -> Result<(OutputFile, u64)> {
+/// What stands before the data of a file whose tensors follow each other in this order, and the length of the data.
+pub(super) fn head<'a>(
+    metadata: &BTreeMap<String, String>,
+    tensors: impl IntoIterator<Item = (&'a TensorInfo, DType)>,
+) -> Result<(Vec<u8>, u64)> {
     let mut header = Map::new();
-    if !job.artifact.header().metadata().is_empty() {
-        header.insert("__metadata__".to_owned(), json!(job.artifact.header().metadata()));
+    if !metadata.is_empty() {
+        header.insert("__metadata__".to_owned(), json!(metadata));
     }
     let mut end = 0_u64;
-    for &i in tensors {
-        let entry = &job.artifact.tensors()[i];
-        let dtype = job.dtype(entry);
+    for (info, dtype) in tensors {
         let begin = end;
-        end += entry.info().elements() * dtype.size();
-        header.insert(
-            entry.info().name().to_owned(),
-            json!({"dtype": dtype.name(), "shape": entry.info().shape(), "data_offsets": [begin, end]}),
-        );
+        end += info.elements() * dtype.size();
+        let place = json!({"dtype": dtype.name(), "shape": info.shape(), "data_offsets": [begin, end]});
+        header.insert(info.name().to_owned(), place);
     }
-    let mut text = serde_json::to_vec(&header).map_err(|e| Error::io(target, e.into()))?;
+    let mut text = vec![0; 8];
+    serde_json::to_writer(&mut text, &header)
+        .map_err(|e| Error::invalid(format!("a header cannot be printed: {e}")))?;
     text.resize(text.len().next_multiple_of(8), b' ');
-    let mut at = 8 + text.len() as u64;
-    let out = job.create(target, at + end)?;
-    out.write_at(0, &(text.len() as u64).to_le_bytes())?;
-    out.write_at(8, &text)?;
+    let len = text.len() as u64 - 8;
+    crate::limits::check("bytes of a safetensors header", Limits::DEFAULT.header_bytes, len)?;
+    text[..8].copy_from_slice(&len.to_le_bytes());
+    Ok((text, end))
+}
+
+/// The index of a model of several files, given its bytes of data and which tensor is where.
+pub(super) fn index_text(total: u64, weight_map: Map<String, Value>) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(&json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        .map_err(|e| Error::invalid(format!("an index cannot be printed: {e}")))
+}
+
+/// The name of file number `i` of `count`.
+pub(super) fn shard_name(i: usize, count: usize) -> String {
+    match count {
+        0 | 1 => "model.safetensors".to_owned(),
+        n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+    }
+}
+
+/// Writes one file, to be committed with the length that is given.
+fn write(job: &mut Job<'_, '_>, target: &Path, tensors: &[usize]) -> Result<(OutputFile, u64)> {
+    let infos = tensors.iter().map(|&i| {
+        let entry = &job.artifact.tensors()[i];
+        (entry.info(), job.dtype(entry))
+    });
+    let (text, data) = head(job.artifact.header().metadata(), infos)?;
+    let mut at = text.len() as u64;
+    let out = job.create(target, at + data)?;
+    out.write_at(0, &text)?;
     for &i in tensors {
         let dtype = job.dtype(&job.artifact.tensors()[i]);
         job.source_order(i, dtype, target, &mut |bytes| {

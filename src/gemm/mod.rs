@@ -16,7 +16,9 @@ use crate::layout::{Grouped, Layout};
 /// What arithmetic a product may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Act {
-    /// f32 throughout: the error of a result is at most `2k · eps · Σ_g (|scale| · Σ|level · x| + |offset · Σ x|)`.
+    /// f32 throughout. The error of a result is at most `(k + 4) · eps · Σ |x| · (|scale · level| + |offset|)`, where
+    /// `eps` is that of f32 and a zero point counts as an offset of `scale · (c - zero_point)` to levels `q - c`, with
+    /// `c` the middle of the codes; as long as no sum of `level · x` over a group leaves the range of f32.
     #[default]
     F32,
     /// Activations and weights rounded to bf16 and added up in f32, as a 16-bit linear layer computes: a relative error

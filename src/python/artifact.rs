@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use numpy::{PyArray1, PyArrayMethods, PyReadwriteArray1};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::access;
 use super::run::{guarded, interruptible, json};
@@ -117,13 +118,13 @@ impl PyArtifact {
     /// Where the file is.
     #[getter]
     fn path(&self) -> PathBuf {
-        self.0.file().path().to_owned()
+        self.0.path().to_owned()
     }
 
-    /// Length of the file.
+    /// Length of the file, or of all files of the directory.
     #[getter]
     fn file_bytes(&self) -> u64 {
-        self.0.file().len()
+        self.0.bytes()
     }
 
     /// BLAKE3-256 of the logical content, in hex.
@@ -141,6 +142,17 @@ impl PyArtifact {
     /// The names of the tensors, in stored order.
     fn names(&self) -> Vec<String> {
         self.0.tensors().iter().map(|t| t.info().name().to_owned()).collect()
+    }
+
+    /// The names of the attached files.
+    fn file_names(&self) -> Vec<String> {
+        self.0.files().iter().map(|file| file.name.to_string()).collect()
+    }
+
+    /// The bytes of an attached file, checked.
+    fn read_file<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
+        let content = guarded(py, || self.0.read_file(name))?;
+        Ok(PyBytes::new(py, &content))
     }
 
     /// What the artifact says of a tensor; `None` when it has none of this name.
@@ -188,7 +200,7 @@ impl PyArtifact {
     #[pyo3(signature = (threads, progress))]
     fn verify_json(&self, py: Python<'_>, threads: usize, progress: Option<Py<PyAny>>) -> PyResult<String> {
         interruptible(py, threads, progress, |on_progress| {
-            let total = self.0.tensors().iter().map(Entry::stored_bytes).sum();
+            let total = self.0.header().content_bytes();
             let verified = verify(&self.0, |done| on_progress(Progress { done, total, tensor: "" }))?;
             json(&report::Verify::new(&self.0, verified))
         })

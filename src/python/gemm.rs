@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 
 use super::artifact::fill;
 use super::run;
+use crate::Encoded;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::gemm::{Act, Weights, cpu};
@@ -84,18 +85,46 @@ pub(super) fn multiply(
     ends: Option<Vec<usize>>,
 ) -> PyResult<()> {
     computed(py, cpu::is_small(rows, cols, m), || {
-        let dtype: DType = dtype.parse()?;
         // SAFETY: the callers named above pass the memory of arrays that they hold for the length of this call.
         let planes: Vec<&[u8]> = planes.into_iter().map(|plane| unsafe { bytes(plane) }).collect();
         let weights = Weights::new(&codecs::get(codec)?.layout, rows, cols, &planes)?;
         // SAFETY: as above; `y` is an array that the caller has just made.
         let (x, y) = unsafe { (bytes(x), bytes_mut(y)) };
-        let act: Act = act.parse()?;
-        with_floats(dtype, x, |x| {
-            fill(dtype, y, |y| match ends {
-                None => cpu::multiply(&weights, x, m, act, y),
-                Some(ends) => cpu::multiply_grouped(&weights, x, &ends, act, y),
-            })
+        product(&weights, x, y, dtype.parse()?, m, act.parse()?, ends.as_deref())
+    })
+}
+
+/// The same with a matrix that is an object.
+pub(super) fn multiply_encoded(
+    py: Python<'_>,
+    encoded: &Encoded,
+    (x, y): (Memory, Memory),
+    dtype: &str,
+    m: usize,
+    act: &str,
+    ends: Option<&[usize]>,
+) -> PyResult<()> {
+    computed(py, cpu::is_small(encoded.rows(), encoded.cols(), m), || {
+        // SAFETY: `_matmul.py` holds `x` for the length of this call and has just made `y`.
+        let (x, y) = unsafe { (bytes(x), bytes_mut(y)) };
+        product(&encoded.into(), x, y, dtype.parse()?, m, act.parse()?, ends)
+    })
+}
+
+/// One product, or one for each matrix of a stack.
+fn product(
+    weights: &Weights<'_>,
+    x: &[u8],
+    y: &mut [u8],
+    dtype: DType,
+    m: usize,
+    act: Act,
+    ends: Option<&[usize]>,
+) -> Result<()> {
+    with_floats(dtype, x, |x| {
+        fill(dtype, y, |y| match ends {
+            None => cpu::multiply(weights, x, m, act, y),
+            Some(ends) => cpu::multiply_grouped(weights, x, ends, act, y),
         })
     })
 }

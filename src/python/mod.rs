@@ -17,10 +17,10 @@ use pyo3::types::PyBytes;
 use crate::artifact::delta as deltas;
 use crate::compress as engine;
 use crate::error::{Error, Result};
-use crate::export;
+use crate::export as exports;
 use crate::file::Access;
 use crate::layout::Plane;
-use crate::recipe::Recipe;
+use crate::recipe::Request;
 use crate::report;
 use crate::source::{self, Source};
 use crate::tensor::{DType, to_f32};
@@ -48,7 +48,8 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, recipe, roles, rules, include, exclude, all, nonfinite, force, threads, mmap, dry_run, progress
+    source, output, codec, recipe, roles, rules, include, exclude, all, nonfinite, max_shard_size, force, threads, mmap,
+    dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -63,6 +64,7 @@ fn compress(
     exclude: Vec<String>,
     all: bool,
     nonfinite: &str,
+    max_shard_size: u64,
     force: bool,
     threads: usize,
     mmap: bool,
@@ -70,33 +72,19 @@ fn compress(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let options = || -> Result<engine::Options> {
-        let mut made = match recipe {
-            Some(text) => Recipe::from_toml(text)?,
-            None => Recipe::new(codecs::get(codec)?),
-        };
-        for (role, id) in &roles {
-            made = made.role(role.parse()?, codecs::get(id)?)?;
-        }
-        for (pattern, id) in &rules {
-            made = made.rule(pattern, codecs::get(id)?)?;
-        }
-        for pattern in &include {
-            made = made.include(pattern)?;
-        }
-        for pattern in &exclude {
-            made = made.exclude(pattern)?;
-        }
-        let recipe = if all { made.all(true) } else { made };
-        Ok(engine::Options { recipe, nonfinite: nonfinite.parse()?, force })
+        let toml = recipe.map(|text| (text, None));
+        let [roles, rules] = [&roles, &rules].map(|list| list.iter().map(|(name, id)| (&**name, &**id)).collect());
+        let request = Request { codec, toml, roles, rules, include: &include, exclude: &exclude, all };
+        Ok(engine::Options { recipe: request.recipe()?, nonfinite: nonfinite.parse()?, force })
     };
     let options = options().map_err(|e| run::raise(py, e))?;
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
         let opened = open_source(&source, mmap)?;
         let report = match (&output, dry_run) {
-            (Some(output), false) => engine::compress(&opened, output, &options, on_progress)?,
+            (Some(output), false) => engine::compress_as(&opened, output, &options, max_shard_size, on_progress)?,
             (None, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),
-            (_, true) => engine::plan(&opened, &options)?,
+            (output, true) => engine::plan_as(&opened, output.as_deref(), &options, max_shard_size)?,
         };
         let seconds = start.elapsed().as_secs_f64();
         json(&report::Compress::new(&source, output.as_deref(), &opened, &report, seconds))
@@ -118,12 +106,42 @@ fn decompress(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let dtype = dtype.map(str::parse::<DType>).transpose().map_err(|e| run::raise(py, e))?;
-    let options = export::Options { dtype, force, max_shard_bytes: max_shard_size };
+    let options = exports::Options { dtype, force, max_shard_bytes: max_shard_size };
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
         let opened = crate::artifact::ArtifactFile::open(&artifact)?;
-        let exported = export::decompress(&opened, &output, &options, on_progress)?;
+        let exported = exports::decompress(&opened, &output, &options, on_progress)?;
         json(&report::Decompress::new(&artifact, exported, start.elapsed().as_secs_f64()))
+    })
+}
+
+/// Writes an artifact in another form; the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (artifact, output, to, max_shard_size, force, threads, dry_run, progress))]
+#[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
+fn export(
+    py: Python<'_>,
+    artifact: PathBuf,
+    output: PathBuf,
+    to: &str,
+    max_shard_size: u64,
+    force: bool,
+    threads: usize,
+    dry_run: bool,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let to = to.parse::<exports::To>().map_err(|e| run::raise(py, e))?;
+    let how = exports::Conversion { to, force, max_shard_bytes: max_shard_size };
+    interruptible(py, threads, progress, |on_progress| {
+        let start = std::time::Instant::now();
+        let opened = crate::artifact::ArtifactFile::open(&artifact)?;
+        let exported = if dry_run {
+            exports::plan(&opened, &output, &how)?
+        } else {
+            exports::convert(&opened, &output, &how, on_progress)?
+        };
+        let seconds = (!dry_run).then(|| start.elapsed().as_secs_f64());
+        json(&report::Export::new(&artifact, &output, to, &opened, exported, seconds))
     })
 }
 
@@ -213,6 +231,19 @@ impl PyMatrix {
         self.0.planes().map(plane).collect()
     }
 
+    /// `y = x · wᵀ` with arrays of `dtype` at addresses that the caller holds; see [`gemm::multiply`].
+    fn multiply(
+        &self,
+        py: Python<'_>,
+        places: ((usize, usize), (usize, usize)),
+        dtype: &str,
+        m: usize,
+        act: &str,
+        ends: Option<Vec<usize>>,
+    ) -> PyResult<()> {
+        gemm::multiply_encoded(py, &self.0, places, dtype, m, act, ends.as_deref())
+    }
+
     /// Decodes into the bytes of an array of `dtype`.
     fn decode_into(&self, py: Python<'_>, dtype: &str, mut out: PyReadwriteArray1<'_, u8>) -> PyResult<()> {
         let out = out.as_slice_mut()?;
@@ -263,6 +294,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(compress, module)?)?;
     module.add_function(wrap_pyfunction!(decompress, module)?)?;
     module.add_function(wrap_pyfunction!(delta, module)?)?;
+    module.add_function(wrap_pyfunction!(export, module)?)?;
     module.add_function(wrap_pyfunction!(materialize, module)?)?;
     module.add_function(wrap_pyfunction!(codecs_json, module)?)?;
     module.add_function(wrap_pyfunction!(encode, module)?)?;

@@ -33,6 +33,7 @@
 //! ```
 
 mod pattern;
+mod request;
 mod role;
 mod text;
 
@@ -45,6 +46,7 @@ use crate::layout::Layout;
 use crate::tensor::{DType, TensorInfo};
 
 use pattern::Pattern;
+pub use request::Request;
 pub use role::Role;
 
 /// Which codec for which tensor; equal recipes make equal choices.

@@ -17,10 +17,13 @@ use crate::file::{Access, InputFile};
 use crate::limits::{self, Limits};
 
 use super::json::{self, Failure, once};
-use super::{Kind, Options, Source, SourceFile, detect, duplicate, quoted, safetensors};
+use super::{Kind, Options, Source, SourceFile, compressed, detect, duplicate, quoted, safetensors, side_files};
 
 /// The index of a model of several files.
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// What only the directory form of an artifact has.
+pub(crate) const HEADER_FILE: &str = "tenpak.json";
 
 /// The model in one file.
 const SINGLE: &str = "model.safetensors";
@@ -31,8 +34,23 @@ const CONFIG_BYTES: u64 = 4 << 20;
 /// Opens the model in `dir`.
 pub(super) fn open(dir: &Path, options: &Options) -> Result<Source> {
     let limits = &options.limits;
-    let mut source = match member(dir, INDEX)? {
-        Some(index) => open_shards(dir, &index, options)?,
+    if member(dir, HEADER_FILE)?.is_some() {
+        return Err(compressed().in_file(dir));
+    }
+    let mut source = open_shards(dir, options)?;
+    source.config = read_config(dir, limits)?;
+    source.attached = side_files(dir, options)?;
+    source.finish(limits).map_err(|e| e.in_file(dir))
+}
+
+/// Opens the safetensors files of `dir`, whatever their tensors mean.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Corrupt`] when a file contradicts itself or the index, [`Error::Invalid`] when files are missing.
+pub(crate) fn open_shards(dir: &Path, options: &Options) -> Result<Source> {
+    let limits = &options.limits;
+    Ok(match member(dir, INDEX)? {
+        Some(index) => open_indexed(dir, &index, options)?,
         None => {
             let name = single_file(dir)?;
             let path = member(dir, &name)?.ok_or_else(|| Error::io(dir.join(&name), ErrorKind::NotFound.into()))?;
@@ -42,9 +60,7 @@ pub(super) fn open(dir: &Path, options: &Options) -> Result<Source> {
             source.metadata = header.metadata;
             source
         }
-    };
-    source.config = read_config(dir, limits)?;
-    source.finish(limits).map_err(|e| e.in_file(dir))
+    })
 }
 
 /// The name of the one file that holds the weights of a directory without an index.
@@ -78,7 +94,7 @@ fn single_file(dir: &Path) -> Result<String> {
 }
 
 /// Opens the shards that the index at `path` names.
-fn open_shards(dir: &Path, path: &Path, options: &Options) -> Result<Source> {
+fn open_indexed(dir: &Path, path: &Path, options: &Options) -> Result<Source> {
     let limits = &options.limits;
     let shard_of = read_index(path, limits)?;
     if shard_of.is_empty() {
@@ -139,7 +155,7 @@ pub(super) fn read_config(dir: &Path, limits: &Limits) -> Result<Option<serde_js
 }
 
 /// The path of the file `name` of `dir`, or `None` where there is none.
-fn member(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
+pub(crate) fn member(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     let mut components = Path::new(name).components();
     let plain = matches!((components.next(), components.next()), (Some(Component::Normal(c)), None) if c == name);
     if !plain || name.contains(['/', '\\']) || name.chars().any(char::is_control) {

@@ -74,7 +74,7 @@ pub(super) fn parse<'de, S: DeserializeSeed<'de>>(
 }
 
 /// Reads a whole small JSON file, `what` naming its size in the error of one that is not small.
-pub(super) fn parse_file<'de, S: DeserializeSeed<'de>>(
+pub(crate) fn parse_file<'de, S: DeserializeSeed<'de>>(
     file: &InputFile,
     what: &'static str,
     most: u64,

@@ -32,6 +32,7 @@ mod npy;
 mod npz;
 mod rows;
 mod safetensors;
+mod side;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -40,7 +41,13 @@ use crate::error::{Error, Result};
 use crate::file::{Access, Block, InputFile};
 use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
+pub(crate) use directory::{HEADER_FILE, INDEX, member, open_shards};
+pub(crate) use json::parse_file;
 use rows::{Order, Place, Store};
+pub(crate) use side::side_files;
+
+/// The `quant_method` of a `config.json` whose weights are compressed.
+pub(crate) const METHOD: &str = "tenpak";
 
 /// How a source is opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -116,6 +123,10 @@ impl SourceFile {
         &self.file
     }
 
+    pub(crate) fn into_file(self) -> InputFile {
+        self.file
+    }
+
     /// BLAKE3 of the whole file; costs no further read when the tensors were read in order and entirely.
     ///
     /// # Errors
@@ -144,6 +155,14 @@ impl SourceTensor {
         &self.info
     }
 
+    /// The number of the file that holds the tensor, and where it begins there; only of containers without a spool.
+    pub(crate) fn place(&self) -> (usize, u64) {
+        match self.place.store {
+            Store::File(index) => (index, self.place.offset),
+            Store::Spool => unreachable!("safetensors files are read in place"),
+        }
+    }
+
     /// Whether the checkpoint holds the weight as `[in, out]`, so that the matrix view swaps its two dimensions.
     #[must_use]
     pub fn transposed(&self) -> bool {
@@ -163,6 +182,7 @@ impl SourceTensor {
 pub struct Source {
     kind: Kind,
     files: Vec<SourceFile>,
+    attached: Vec<SourceFile>,
     spool: Option<InputFile>,
     tensors: Vec<SourceTensor>,
     config: Option<serde_json::Value>,
@@ -173,11 +193,15 @@ pub struct Source {
 impl Source {
     fn new(kind: Kind, files: Vec<SourceFile>, tensors: Vec<SourceTensor>) -> Self {
         let (metadata, activation_stats) = (BTreeMap::new(), BTreeMap::new());
-        Self { kind, files, spool: None, tensors, config: None, metadata, activation_stats }
+        Self { kind, files, attached: Vec::new(), spool: None, tensors, config: None, metadata, activation_stats }
     }
 
     /// Checks what no container can check alone, and marks the weights that are stored `[in, out]`.
     fn finish(mut self, limits: &Limits) -> Result<Self> {
+        let method = self.config.as_ref().and_then(|c| c.get("quantization_config")?.get("quant_method")?.as_str());
+        if method == Some(METHOD) {
+            return Err(compressed());
+        }
         limits::check("tensors of a checkpoint", limits.tensors, self.tensors.len() as u64)?;
         let mut names = HashSet::with_capacity(self.tensors.len());
         if let Some(twice) = self.tensors.iter().find(|t| !names.insert(t.info.name())) {
@@ -206,6 +230,21 @@ impl Source {
     #[must_use]
     pub fn files(&self) -> &[SourceFile] {
         &self.files
+    }
+
+    pub(crate) fn into_files(self) -> Vec<InputFile> {
+        self.files.into_iter().map(SourceFile::into_file).collect()
+    }
+
+    /// The files of a Hugging Face directory that are carried along with its weights: settings and tokenizer, by name.
+    #[must_use]
+    pub fn attached(&self) -> &[SourceFile] {
+        &self.attached
+    }
+
+    /// Every file that is read, so that none of them is chosen as an output.
+    pub fn inputs(&self) -> impl Iterator<Item = &InputFile> {
+        self.files.iter().chain(&self.attached).map(SourceFile::file)
     }
 
     /// `config.json` of the directory, or beside a single `.safetensors` file.
@@ -260,6 +299,14 @@ impl Source {
         };
         Ok((file, wanted))
     }
+}
+
+/// The error of a directory that is compressed already.
+fn compressed() -> Error {
+    Error::unsupported(
+        "this is a compressed tenpak directory, not a checkpoint: run tenpak decompress on it first, or tenpak export to \
+         convert it",
+    )
 }
 
 /// The error of a name that occurs twice.

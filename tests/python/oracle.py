@@ -41,6 +41,10 @@ CHUNK = 4 << 20
 HEADER_LIMIT = 64 << 20
 DIMS_LIMIT = 8
 NAME_LIMIT = 1024
+FILE_NAME_LIMIT = 255
+FILE_ENDINGS = (".jinja", ".json", ".model", ".tiktoken", ".txt")
+FILES_LIMIT = 64
+FILE_LIMIT = 256 << 20
 
 ELEMENT_BYTES = {
     "F64": 8,
@@ -267,6 +271,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class File:
+    """An attached file, as the header has it."""
+
+    name: str
+    offset: int
+    bytes: int
+    crc32c: str
+    blake3: str
+
+
+@dataclass(frozen=True)
 class Delta:
     """What a delta says about its base and its result."""
 
@@ -284,6 +299,7 @@ class Header:
     delta: Delta | None
     identity: str
     tensors: tuple[Entry, ...]
+    files: tuple[File, ...] = ()
 
 
 def matrix(shape: Sequence[int], transposed: bool) -> tuple[int, int]:
@@ -330,6 +346,11 @@ def print_header(header: Header) -> bytes:
         out["delta"] = {"base": d.base, "result": d.result, "runs": [list(run) for run in d.runs]}
     out["identity"] = header.identity
     out["tensors"] = [_print_entry(entry) for entry in header.tensors]
+    if header.files:
+        out["files"] = [
+            {"name": f.name, "offset": f.offset, "bytes": f.bytes, "crc32c": f.crc32c, "blake3": f.blake3}
+            for f in header.files
+        ]
     return print_json(out)
 
 
@@ -402,7 +423,7 @@ def parse_header(text: bytes, *, is_delta: bool) -> Header:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as e:
         raise FormatError(f"the header is not JSON: {e}") from e
-    top = _fields(value, "header", ["provenance", "identity", "tensors"], ["metadata", "delta"])
+    top = _fields(value, "header", ["provenance", "identity", "tensors"], ["metadata", "delta", "files"])
     require(("delta" in top) == is_delta, "field delta and flag bit 0 disagree")
     metadata = _fields(top.get("metadata", {}), "metadata", [], list(top.get("metadata", {})))
     for key, item in metadata.items():
@@ -413,6 +434,7 @@ def parse_header(text: bytes, *, is_delta: bool) -> Header:
         delta=_parse_delta(top["delta"]) if is_delta else None,
         identity=_hex(top["identity"], "identity"),
         tensors=tuple(_parse_entry(entry) for entry in _array(top["tensors"], "tensors")),
+        files=tuple(_parse_file(file) for file in _array(top.get("files", []), "files")),
     )
     try:
         printed = print_header(header)
@@ -421,7 +443,10 @@ def parse_header(text: bytes, *, is_delta: bool) -> Header:
     require(printed == text, "the header is not canonical")
     names = [entry.name for entry in header.tensors]
     require(len(set(names)) == len(names), "a name stands twice")
-    _check_offsets(header.tensors)
+    files = [file.name.encode("utf-8", "surrogatepass") for file in header.files]
+    require(all(a < b for a, b in zip(files, files[1:], strict=False)), "files are not sorted, or one stands twice")
+    require(len(files) <= FILES_LIMIT, "more files than the limit")
+    _check_offsets(header)
     require(header.identity == identity(header.tensors), "identity is not that of the tensors")
     if header.delta is not None:
         _check_runs(header.delta, len(header.tensors))
@@ -500,13 +525,40 @@ def _parse_entry(value: object) -> Entry:
     return Entry(name, dtype, shape, transposed, codec, tuple(planes))
 
 
-def _check_offsets(tensors: Iterable[Entry]) -> int:
-    """Check that planes follow each other, and give the offset of the header."""
+def _parse_file(value: object) -> File:
+    out = _fields(value, "file", ["name", "offset", "bytes", "crc32c", "blake3"])
+    name = _text(out["name"], "name of a file")
+    require(not any(is_control(c) or c in "/\\:" for c in name), "a character that a file's name may not have")
+    require(1 <= len(name.encode("utf-8", "surrogatepass")) <= FILE_NAME_LIMIT, "a file's name is not of 1 to 255 bytes")
+    ending = next((ending for ending in FILE_ENDINGS if name.endswith(ending)), None)
+    require(ending is not None and name != ending, "a file's name has none of the endings")
+    require(name != "tenpak.json" and not name.endswith(".safetensors.index.json"), "a name that is reserved")
+    file = File(
+        name,
+        _number(out["offset"], "offset"),
+        _number(out["bytes"], "bytes"),
+        _hex(out["crc32c"], "crc32c", None),
+        _hex(out["blake3"], "blake3"),
+    )
+    require(file.bytes <= FILE_LIMIT, "a file is longer than the limit")
+    require(len(file.crc32c) == 8 * -(-file.bytes // CHUNK), "crc32c has not 8 digits per chunk")
+    return file
+
+
+def contents(header: Header) -> list[tuple[str, Plane | File]]:
+    """Give planes and attached files in the order of the file, each with what it is called in messages."""
+    planes: list[tuple[str, Plane | File]] = [
+        (f"plane {p.plane} of {e.name}", p) for e in header.tensors for p in e.planes
+    ]
+    return planes + [(f"file {f.name}", f) for f in header.files]
+
+
+def _check_offsets(header: Header) -> int:
+    """Check that planes and files follow each other, and give the offset of the header."""
     at = PREAMBLE
-    for entry in tensors:
-        for p in entry.planes:
-            require(p.offset == align(at), f"plane {p.plane} of {entry.name} is not at {align(at)}")
-            at = p.offset + p.bytes
+    for what, p in contents(header):
+        require(p.offset == align(at), f"{what} is not at {align(at)}")
+        at = p.offset + p.bytes
     return align(at)
 
 
@@ -644,6 +696,15 @@ class Artifact:
         p = next(p for p in entry.planes if p.plane == name)
         return self.data[p.offset : p.offset + p.bytes]
 
+    def file(self, name: str) -> bytes:
+        """Bytes of an attached file."""
+        f = next(f for f in self.header.files if f.name == name)
+        return self.data[f.offset : f.offset + f.bytes]
+
+    def files(self) -> dict[str, bytes]:
+        """Give the attached files as `write` takes them."""
+        return {f.name: self.file(f.name) for f in self.header.files}
+
     def matrices(self, entry: Entry) -> dict[str, Bytes]:
         """Packed planes `[rows, row bytes]` of a quantized tensor."""
         rows, cols = entry.matrix
@@ -696,16 +757,15 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     header_at = len(data) - header_length
     require(header_crc == crc32c(data[header_at:]), "wrong checksum of the header")
     header = parse_header(data[header_at:], is_delta=bool(flags & DELTA_FLAG))
-    require(header_at == _check_offsets(header.tensors), "the header is not where the planes end")
+    require(header_at == _check_offsets(header), "the header is not where planes and files end")
     end = PREAMBLE
     view = memoryview(data)
-    for entry in header.tensors:
-        for p in entry.planes:
-            require(not any(data[end : p.offset]), f"padding before plane {p.plane} of {entry.name} is not zero")
-            end = p.offset + p.bytes
-            plane = view[p.offset : end]
-            require(chunk_checksums(plane) == p.crc32c, f"wrong checksum in plane {p.plane} of {entry.name}")
-            require(blake3(plane).hexdigest() == p.blake3, f"wrong digest of plane {p.plane} of {entry.name}")
+    for what, p in contents(header):
+        require(not any(data[end : p.offset]), f"padding before {what} is not zero")
+        end = p.offset + p.bytes
+        content = view[p.offset : end]
+        require(chunk_checksums(content) == p.crc32c, f"wrong checksum in {what}")
+        require(blake3(content).hexdigest() == p.blake3, f"wrong digest of {what}")
     require(not any(data[end:header_at]), "padding before the header is not zero")
     artifact = Artifact(header, data)
     for entry in header.tensors:
@@ -747,6 +807,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     provenance: Object = PROVENANCE,
     delta: Delta | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> bytes:
     """Give the bytes of an artifact. Values are not judged, so that what a reader must refuse can be written too."""
     out = bytearray(PREAMBLE)
@@ -762,8 +823,14 @@ def write(
             planes.append(Plane(name, len(out), length, chunk_checksums(content), digest))
             out += content
         entries.append(Entry(tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec, tuple(planes)))
+    attached = []
+    for name, content in sorted((files or {}).items(), key=lambda item: item[0].encode()):
+        out += bytes(align(len(out)) - len(out))
+        digest = str(blake3(content).hexdigest())
+        attached.append(File(name, len(out), len(content), chunk_checksums(content), digest))
+        out += content
     out += bytes(align(len(out)) - len(out))
-    header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries))
+    header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries), tuple(attached))
     return seal(bytes(out), print_header(header), DELTA_FLAG if delta else 0)
 
 
@@ -772,6 +839,69 @@ def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) ->
     length = len(front) + len(header)
     preamble = struct.pack("<8sIIQQI24x", MAGIC, version, flags, len(header), length, crc32c(header))
     return preamble + struct.pack("<I", crc32c(preamble)) + front[PREAMBLE:] + header
+
+
+def join(directory: Path) -> bytes:
+    """Give the bytes of the single file that a directory stands for.
+
+    Raises
+    ------
+    FormatError
+        The shards do not hold what `tenpak.json` says.
+    """
+    text = (directory / "tenpak.json").read_bytes()
+    header = parse_header(text, is_delta=False)
+    config = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+    require(config["quant_method"] == "tenpak" and config["format"] == 1, "config.json is of another method or format")
+    told = {e.name: e for e in header.tensors if e.codec != RAW}
+    require(set(config["tensors"]) == set(told), "config.json lists other tensors")
+    found: dict[str, tuple[str, list[int], bytes]] = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        data = shard.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        entries = json.loads(data[8 : 8 + length])
+        crc = entries.pop("__metadata__")["tenpak_header_crc32c"]
+        require(crc == f"{crc32c(text):08x}", f"{shard.name} is of another tenpak.json")
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            found[name] = entry["dtype"], entry["shape"], data[8 + length + begin : 8 + length + end]
+    out = bytearray(PREAMBLE)
+    for entry in header.tensors:
+        rows, cols = entry.matrix
+        for p in entry.planes:
+            name, dtype, shape = entry.name, entry.dtype, list(entry.shape)
+            if entry.codec != RAW:
+                layout = CODECS[entry.codec]
+                base = entry.name.removesuffix(".weight") or entry.name
+                name = f"{base}.{p.plane}"
+                dtype = {"scales": layout.scale, "offsets": layout.offset or ""}.get(p.plane, "U8")
+                shape = [rows, layout.row_bytes(p.plane, cols) // ELEMENT_BYTES[dtype]]
+                told_here = config["tensors"][entry.name]
+                require(told_here.get("transposed", False) == entry.transposed, "config.json differs in transposed")
+                fields = [told_here["codec"], told_here["dtype"], told_here["shape"]]
+                require(fields == [entry.codec, entry.dtype, list(entry.shape)], "config.json differs")
+            got_dtype, got_shape, content = found.pop(name)
+            require((got_dtype, got_shape) == (dtype, shape), f"{name} is {got_dtype} of {got_shape}")
+            out += bytes(p.offset - len(out)) + content
+    require(not found, f"the shards hold more: {sorted(found)}")
+    for file in header.files:
+        content = (directory / file.name).read_bytes()
+        out += bytes(file.offset - len(out)) + (_restored(content) if file.name == "config.json" else content)
+    out += bytes(align(len(out)) - len(out))
+    return seal(bytes(out), text)
+
+
+def _restored(config: bytes) -> bytes:
+    """Take `quantization_config` out of a config to which it was the last field, or the key of which it has taken."""
+    text = config.decode()
+    decoder = json.JSONDecoder()
+    start = text.index('"quantization_config": {\n    "quant_method": "tenpak"')
+    _, end = decoder.raw_decode(text, start + len('"quantization_config": '))
+    moved = ',\n  "source_quantization_config"'
+    if text.startswith(moved, end):
+        return (text[:start] + '"quantization_config"' + text[end + len(moved) :]).encode()
+    first = text[:start].strip() == "{"
+    return (text[: start if first else start - len(",\n  ")] + text[end:]).encode()
 
 
 def materialize(base: Artifact, deltas: Iterable[Artifact]) -> bytes:
@@ -792,7 +922,8 @@ def materialize(base: Artifact, deltas: Iterable[Artifact]) -> bytes:
         for first, count in delta.runs:
             require(first + count <= len(from_base), "a run goes beyond the base")
             tensors += [next(own) for _ in range(count)] if first == -1 else from_base[first : first + count]
-        data = write(tensors, metadata=artifact.header.metadata, provenance=artifact.header.provenance)
+        header = artifact.header
+        data = write(tensors, metadata=header.metadata, provenance=header.provenance, files=artifact.files())
         base = read(data)
         require(base.header.identity == delta.result, "the result has another identity")
     return base.data

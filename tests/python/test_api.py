@@ -87,6 +87,11 @@ def test_every_verb_returns_the_report_of_the_command_line(cli: Cli, tmp_path: P
         "delta", "--base", theirs / "a.tenpak", variant, "-o", theirs / "d.tenpak",
     )  # fmt: skip
     compare(
+        tenpak.export(ours / "a.tenpak", ours / "hf"),
+        "export", theirs / "a.tenpak", "--to", "hf", "-o", theirs / "hf",
+    )  # fmt: skip
+    compare(tenpak.compress(sample_model, ours / "form"), "compress", sample_model, "-o", theirs / "form")
+    compare(
         tenpak.materialize(ours / "a.tenpak", [ours / "d.tenpak"], ours / "r.tenpak"),
         "materialize", "--base", theirs / "a.tenpak", "--delta", theirs / "d.tenpak", "-o", theirs / "r.tenpak",
     )  # fmt: skip
@@ -655,6 +660,8 @@ def test_an_exception_of_progress_stops_the_work_and_leaves_nothing(
         "folder": lambda progress: tenpak.decompress(
             artifact, work / "folder", progress=progress, max_shard_size=300_000
         ),
+        "form": lambda progress: tenpak.compress(sample_model, work / "form", progress=progress),
+        "export": lambda progress: tenpak.export(artifact, work / "form", max_shard_size=300_000, progress=progress),
         "verify": lambda progress: tenpak.verify(artifact, progress=progress),
         "delta": lambda progress: tenpak.delta(artifact, sample_model, work / "d.tenpak", progress=progress),
         "materialize": lambda progress: tenpak.materialize(artifact, delta, work / "r.tenpak", progress=progress),
@@ -848,3 +855,22 @@ print(*sorted({m.partition(".")[0] for m in set(sys.modules) - before}))
     roots = set(done.stdout.split())
     assert roots - set(sys.stdlib_module_names) <= {"tenpak", "numpy"}
     assert not roots & {"asyncio", "multiprocessing", "http", "email", "tkinter", "unittest"}
+
+
+def test_files_of_the_model_are_read_by_name(artifact: Path, sample_model: Path, tmp_path: Path) -> None:
+    files = tenpak.open(artifact).files
+    assert list(files) == ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert len(files) == 4 and "config.json" in files
+    for name, content in files.items():
+        assert content == (sample_model / name).read_bytes()
+    with pytest.raises(KeyError):
+        files["modeling.py"]
+    place = next(f for f in oracle.read(artifact.read_bytes()).header.files if f.name == "tokenizer.json")
+    data = bytearray(artifact.read_bytes())
+    data[place.offset] ^= 1
+    damaged = tmp_path / "damaged.tenpak"
+    damaged.write_bytes(data)
+    with pytest.raises(tenpak.CorruptError, match=r"file 'tokenizer\.json'"):
+        tenpak.open(damaged).files["tokenizer.json"]
+    (problem,) = tenpak.open(damaged).verify()
+    assert problem["file"] == "tokenizer.json" and problem["tensor"] is None

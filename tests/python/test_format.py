@@ -118,7 +118,13 @@ def check_artifact(cli: Cli, path: Path, source: dict[str, Array] | None) -> ora
     data = path.read_bytes()
     artifact = oracle.read(data)
     header = artifact.header
-    again = oracle.write(artifact.tensors(), metadata=header.metadata, provenance=header.provenance, delta=header.delta)
+    again = oracle.write(
+        artifact.tensors(),
+        metadata=header.metadata,
+        provenance=header.provenance,
+        delta=header.delta,
+        files=artifact.files(),
+    )
     assert again == data, f"{path}: writing what was read gives other bytes"
     assert cli.json("inspect", path)["identity"] == header.identity
     if header.delta is not None:
@@ -558,7 +564,8 @@ def small(delta: bool = False) -> bytes:
         oracle.Tensor("none", "BOOL", (0,), oracle.RAW),
     ]
     mark = oracle.Delta("ab" * 32, "cd" * 32, ((0, 2), (-1, 5), (3, 1))) if delta else None
-    return oracle.write(tensors, metadata={"k": 'a"\n', "z": ""}, delta=mark)
+    files = {"config.json": b"{}", "tokenizer.model": b"", "vocab.txt": b"a\n" * 50}
+    return oracle.write(tensors, metadata={"k": 'a"\n', "z": ""}, delta=mark, files=files)
 
 
 def sound(cli: Cli, path: Path, data: bytes) -> tuple[bool, str]:
@@ -618,6 +625,11 @@ def tensor(header: dict[str, Any], index: int) -> dict[str, Any]:
 def rename(text: str) -> Edit:
     """Give the first tensor another name."""
     return lambda h: tensor(h, 0).update(name=text)
+
+
+def call(text: str) -> Edit:
+    """Give the first attached file another name."""
+    return lambda h: h["files"][0].update(name=text)
 
 
 def reshape(index: int, *dims: object) -> Edit:
@@ -744,6 +756,50 @@ EDITS: dict[str, tuple[bool, Edit]] = {
     "tensors null": (False, lambda h: h.update(tensors=None)),
     "an empty tensor less": (True, lambda h: h["tensors"].pop(0)),
     "a tensor less": (False, lambda h: h["tensors"].pop(2)),
+    "a file with an accent": (True, call("caf\xe9.json")),
+    "a file with a space": (True, call("a b.jinja")),
+    "a file of 255 bytes": (True, call("a" * 250 + ".json")),
+    "a file of 256 bytes": (False, call("a" * 251 + ".json")),
+    "a file of no name": (False, call("")),
+    "a file that is an ending": (False, call(".json")),
+    "a file that ends in a letter more": (False, call("config.jsonl")),
+    "a file in upper case": (False, call("CONFIG.JSON")),
+    "a file with a slash": (False, call("a/b.json")),
+    "a file with a backslash": (False, call("a\\b.json")),
+    "a file with a colon": (False, call("a:b.json")),
+    "a file with U+0000": (False, call("a\0.json")),
+    "a file with U+007F": (False, call("a\x7f.json")),
+    "a file with U+009F": (False, call("a\x9f.json")),
+    "a file with U+00A0": (True, call("a\xa0.json")),
+    "a program": (False, call("config.py")),
+    "weights": (False, call("a.safetensors")),
+    "an index of weights": (False, call("model.safetensors.index.json")),
+    "an index of anything else": (True, call("a.index.json")),
+    "the header of a directory": (False, call("tenpak.json")),
+    "a file twice": (False, call("tokenizer.model")),
+    "files not sorted": (False, call("w.json")),
+    "files of another order": (False, lambda h: h["files"].reverse()),
+    "files sorted by code points": (
+        True,
+        lambda h: (h["files"][1].update(name="\uffff.txt"), h["files"][2].update(name="\U00010000.txt")),
+    ),
+    "another offset of a file": (False, lambda h: h["files"][0].update(offset=64)),
+    "other bytes of a file": (False, lambda h: h["files"][0].update(bytes=3)),
+    "another checksum of a file": (False, lambda h: h["files"][0].update(crc32c="12345678")),
+    "a checksum of an empty file": (False, lambda h: h["files"][1].update(crc32c="00000000")),
+    "another digest of a file": (False, lambda h: h["files"][0].update(blake3="0" * 64)),
+    "a digest of a file in upper case": (False, lambda h: h["files"][0].update(blake3="A" * 64)),
+    "an unknown field of a file": (False, lambda h: h["files"][0].update(more=1)),
+    "fields of a file in another order": (
+        False,
+        lambda h: swap(h["files"][0], "offset", "name", "bytes", "crc32c", "blake3"),
+    ),
+    "an empty file less": (True, lambda h: h["files"].pop(1)),
+    "a file less": (False, lambda h: h["files"].pop(2)),
+    "files before tensors": (False, lambda h: h.update(tensors=h.pop("tensors"))),
+    "files absent, but stored": (False, lambda h: h.pop("files")),
+    "no files, said so": (False, lambda h: h.update(files=[])),
+    "files null": (False, lambda h: h.update(files=None)),
     "a delta without the flag": (False, lambda h: h.update(delta={"base": "0" * 64, "result": "0" * 64, "runs": []})),
 }
 

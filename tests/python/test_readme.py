@@ -28,13 +28,14 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_commands_of_a_checkpoint_s_life_work_in_order(folder: Path) -> None:
     lines = [line for part in README.split("```")[1::2] for line in part.splitlines() if line.startswith("tenpak ")]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         command = shlex.split(line, comments=True)
         command[0] = os.environ.get("TENPAK_BIN", command[0])
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}: {done.stderr}"
     assert (folder / "finetuned.tenpak").read_bytes() == (folder / "model.tenpak").read_bytes()
+    assert (folder / "again.tenpak").read_bytes() == (folder / "model.tenpak").read_bytes()
 
 
 def test_the_python_snippet_works(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Cli, read_safetensors, write_safetensors
 
 SCHEMA = json.loads((ROOT / "src/cli/schema.json").read_text())
-VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "materialize", "codecs")
+VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs")
 
 
 def assert_valid(report: dict[str, Any], verb: str) -> dict[str, Any]:
@@ -71,11 +71,14 @@ def test_compress_and_its_dry_run_print_what_the_schema_says(
     plan = assert_valid(cli.json("compress", sample_model, "--dry-run", "--codec", codec), "compress")
     done = assert_valid(cli.json("compress", sample_model, "-o", path, "--codec", codec), "compress")
     assert plan["dry_run"] and not done["dry_run"] and plan["output"] is None
-    assert plan["file_bytes"] == done["file_bytes"] == done["total"]["bytes"] == path.stat().st_size
+    assert plan["file_bytes"] == done["file_bytes"] == path.stat().st_size
+    attached = sum(oracle.align(file["bytes"]) for file in done["attached"])
+    assert plan["attached"] == done["attached"] and done["total"]["bytes"] == done["file_bytes"] - attached
     assert not {"identity", "seconds", "loss"} & set(plan)
     assert [t["name"] for t in plan["tensors"]] == [t["name"] for t in done["tensors"]]
     artifact = oracle.read(path.read_bytes())
     assert done["identity"] == artifact.header.identity
+    assert [(f["name"], f["bytes"]) for f in done["attached"]] == [(f.name, f.bytes) for f in artifact.header.files]
     for tensor in done["tensors"]:
         entry = artifact.entry(tensor["name"])
         assert tensor["stored_bytes"] == sum(p.bytes for p in entry.planes)
@@ -152,6 +155,9 @@ def test_inspect_prints_what_the_schema_says(cli: Cli, artifact: Path) -> None:
         assert tensor["transposed"] == entry.transposed
         got = [(p["plane"], p["offset"], p["bytes"], p["blake3"]) for p in tensor["planes"]]
         assert got == [(p.plane, p.offset, p.bytes, p.blake3) for p in entry.planes]
+    files = oracle.read(artifact.read_bytes()).header.files
+    got_files = [(f["name"], f["offset"], f["bytes"], f["blake3"]) for f in report["attached"]]
+    assert files and got_files == [(f.name, f.offset, f.bytes, f.blake3) for f in files]
     one = assert_valid(cli.json("inspect", artifact, "--tensor", entries[0].name), "inspect")
     assert one["tensors"] == report["tensors"][:1] and one["total"] == report["total"]
 
@@ -163,8 +169,8 @@ def test_verify_prints_what_the_schema_says_of_sound_and_damaged_files(
     sound = assert_valid(cli.json("verify", artifact), "verify")
     header = oracle.read(data).header
     assert sound["sound"] and not sound["problems"]
-    assert sound["bytes"] == sum(p.bytes for e in header.tensors for p in e.planes)
-    assert sound["chunks"] == sum(len(p.crc32c) // 8 for e in header.tensors for p in e.planes)
+    assert sound["bytes"] == sum(p.bytes for _, p in oracle.contents(header))
+    assert sound["chunks"] == sum(len(p.crc32c) // 8 for _, p in oracle.contents(header))
     places = [(e, p) for e in header.tensors for p in e.planes if p.bytes]
     bad = bytearray(data)
     for _, p in places[:: len(places) // 5]:
@@ -176,6 +182,12 @@ def test_verify_prints_what_the_schema_says_of_sound_and_damaged_files(
     assert [(p["tensor"], p["plane"], p["chunk"], p["at"]) for p in report["problems"]] == [
         (e.name, p.plane, 0, p.offset) for e, p in places[:: len(places) // 5]
     ]
+    file = header.files[-1]
+    scratched = bytearray(data)
+    scratched[file.offset] ^= 1
+    damaged.write_bytes(scratched)
+    (found,) = assert_valid(cli.json("verify", damaged, code=1), "verify")["problems"]
+    assert (found["tensor"], found["plane"], found["file"], found["chunk"]) == (None, None, file.name, 0)
     last = header.tensors[-1].planes[-1]
     if last.bytes % 64:
         padded = bytearray(data)
@@ -219,6 +231,34 @@ def test_delta_and_materialize_print_what_the_schema_says(
     made = assert_valid(cli.json("materialize", "--base", artifact, "--delta", delta, "-o", out), "materialize")
     assert made["identity"] == report["result"] and made["tensors"] == len(source)
     assert made["file_bytes"] == out.stat().st_size
+
+
+def test_export_and_a_directory_print_what_the_schema_says(cli: Cli, tmp_path: Path, artifact: Path) -> None:
+    folder, back = tmp_path / "d", tmp_path / "b.tenpak"
+    plan = assert_valid(cli.json("export", artifact, "--to", "hf", "-o", folder, "--dry-run"), "export")
+    done = assert_valid(cli.json("export", artifact, "--to", "hf", "-o", folder), "export")
+    assert plan["files"] == done["files"] and plan["dry_run"] and not done["dry_run"]
+    assert done["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    back_report = assert_valid(cli.json("export", folder, "--to", "tenpak", "-o", back), "export")
+    assert back_report["bytes"] == artifact.stat().st_size and back.read_bytes() == artifact.read_bytes()
+    assert_valid(cli.json("verify", folder), "verify")
+    shown = assert_valid(cli.json("inspect", folder), "inspect")
+    assert shown["tensors"] == cli.json("inspect", artifact)["tensors"] and shown["file_bytes"] == done["bytes"]
+    shard = folder / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (problem,) = assert_valid(cli.json("verify", folder, code=1), "verify")["problems"]
+    assert problem["file"] == "model.safetensors" and problem["tensor"] is not None
+
+
+def test_compress_into_a_directory_prints_what_the_schema_says(cli: Cli, tmp_path: Path, sample_model: Path) -> None:
+    folder = tmp_path / "d"
+    plan = assert_valid(cli.json("compress", sample_model, "-o", folder, "--dry-run"), "compress")
+    done = assert_valid(cli.json("compress", sample_model, "-o", folder), "compress")
+    assert plan["files"] == done["files"] and plan["file_bytes"] == done["file_bytes"]
+    assert {Path(f["path"]): f["bytes"] for f in done["files"]} == {p: p.stat().st_size for p in folder.iterdir()}
+    assert done["file_bytes"] == sum(f["bytes"] for f in done["files"])
 
 
 def test_codecs_print_what_the_schema_says(cli: Cli) -> None:

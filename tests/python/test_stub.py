@@ -120,7 +120,7 @@ def test_docstrings_give_shapes_and_errors() -> None:
     for thing in (tenpak.encode, tenpak.Artifact.decode, tenpak.Artifact.planes):
         doc = inspect.getdoc(thing) or ""
         assert "shape" in doc and "Raises" in doc and "Returns" in doc, thing
-    verbs = (tenpak.compress, tenpak.decompress, tenpak.delta, tenpak.materialize, tenpak.verify, tenpak.open)
+    verbs = (tenpak.compress, tenpak.decompress, tenpak.delta, tenpak.export, tenpak.materialize, tenpak.verify, tenpak.open)
     for verb in verbs:
         doc = inspect.getdoc(verb) or ""
         for parameter in inspect.signature(verb).parameters:
@@ -129,7 +129,7 @@ def test_docstrings_give_shapes_and_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["compress", "decompress", "delta", "materialize", "verify", "encode", "decode", "open"]
+    "name", ["compress", "decompress", "delta", "export", "materialize", "verify", "encode", "decode", "open"]
 )
 def test_public_functions_are_annotated(name: str) -> None:
     signature = inspect.signature(getattr(tenpak, name))
@@ -142,6 +142,7 @@ def test_options_are_keywords() -> None:
         "compress": ["source", "output"],
         "decompress": ["artifact", "output"],
         "delta": ["base", "variant", "output"],
+        "export": ["artifact", "output", "to"],
         "materialize": ["base", "deltas", "output"],
         "verify": ["path"],
         "open": ["path"],

@@ -89,6 +89,13 @@ impl Probe {
                 Err(e) => return refused(e),
             }
         }
+        for file in artifact.files() {
+            match artifact.read_file(&file.name) {
+                Ok(_) => {}
+                Err(e) if problems.is_empty() => panic!("verified, but not read: {e}"),
+                Err(e) => return refused(e),
+            }
+        }
         problems.first().map_or(Outcome::Sound, |p| Outcome::Damaged(p.what.clone()))
     }
 }

@@ -70,6 +70,8 @@ pub struct Artifact {
     pub delta: Option<Delta>,
     pub identity: Option<String>,
     pub tensors: Vec<Entry>,
+    /// Attached files; `name` is that of the file.
+    pub files: Vec<Plane>,
 }
 
 /// What is printed, byte by byte.
@@ -92,7 +94,7 @@ impl Artifact {
         let recipe = tenpak::recipe::Recipe::new(&codecs::all()[0]).to_toml();
         let recipe = serde_json::to_string(&recipe).unwrap();
         let provenance = format!("{{\"tool\":\"a test\",\"recipe\":{recipe},\"nonfinite\":\"error\",\"sources\":[]}}");
-        Self { metadata: Vec::new(), provenance, delta: None, identity: None, tensors }
+        Self { metadata: Vec::new(), provenance, delta: None, identity: None, tensors, files: Vec::new() }
     }
 
     /// The identity of tensors, as *Identity* says.
@@ -133,7 +135,7 @@ impl Artifact {
                 let offset = p.offset.unwrap_or(64 + body.len() as u64);
                 body.extend(&p.bytes);
                 body.resize(body.len().next_multiple_of(64), 0);
-                planes.push(p.json(offset));
+                planes.push(p.json("plane", offset));
             }
             let transposed = if t.transposed { ",\"transposed\":true" } else { "" };
             let (shape, planes) = (serde_json::to_string(&t.shape).unwrap(), planes.join(","));
@@ -142,6 +144,14 @@ impl Artifact {
                 "{{\"name\":{name},\"dtype\":{dtype},\"shape\":{shape}{transposed},\"codec\":{codec},\"planes\":[{planes}]}}"
             ));
         }
+        let mut files = Vec::new();
+        for f in &self.files {
+            let offset = f.offset.unwrap_or(64 + body.len() as u64);
+            body.extend(&f.bytes);
+            body.resize(body.len().next_multiple_of(64), 0);
+            files.push(f.json("name", offset));
+        }
+        let files = if files.is_empty() { String::new() } else { format!(",\"files\":[{}]", files.join(",")) };
         let pair = |(k, v): &(String, String)| {
             format!("{}:{}", serde_json::to_string(k).unwrap(), serde_json::to_string(v).unwrap())
         };
@@ -155,7 +165,7 @@ impl Artifact {
         });
         let (provenance, identity, tensors) = (&self.provenance, self.identity(), tensors.join(","));
         let header = format!(
-            "{{{metadata}\"provenance\":{provenance},{delta}\"identity\":\"{identity}\",\"tensors\":[{tensors}]}}"
+            "{{{metadata}\"provenance\":{provenance},{delta}\"identity\":\"{identity}\",\"tensors\":[{tensors}]{files}}}"
         );
         File {
             magic: *b"\x89TNPK\r\n\x1a",
@@ -181,12 +191,12 @@ impl Plane {
         self.blake3.clone().unwrap_or_else(|| blake3::hash(&self.bytes).to_string())
     }
 
-    fn json(&self, offset: u64) -> String {
+    fn json(&self, kind: &str, offset: u64) -> String {
         let crcs = || self.bytes.chunks(4 << 20).map(|c| format!("{:08x}", crc32c::crc32c(c))).collect();
         let (name, crc32c) = (serde_json::to_string(&self.name).unwrap(), self.crc32c.clone().unwrap_or_else(crcs));
         let (bytes, digest) = (self.len.unwrap_or(self.bytes.len() as u64), self.digest());
         format!(
-            "{{\"plane\":{name},\"offset\":{offset},\"bytes\":{bytes},\"crc32c\":\"{crc32c}\",\"blake3\":\"{digest}\"}}"
+            "{{\"{kind}\":{name},\"offset\":{offset},\"bytes\":{bytes},\"crc32c\":\"{crc32c}\",\"blake3\":\"{digest}\"}}"
         )
     }
 }
@@ -236,6 +246,13 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     let found = tenpak::artifact::ArtifactFile::open(&path).unwrap();
     assert_eq!(found.header().identity().to_string(), artifact.identity());
     assert_eq!(found.tensors()[1].matrix(), (3, 8));
+
+    let config = Plane { name: "config.json".to_owned(), bytes: b"{}".to_vec(), ..Plane::default() };
+    artifact.files.push(config);
+    std::fs::write(&path, artifact.bytes()).unwrap();
+    let found = tenpak::artifact::ArtifactFile::open(&path).unwrap();
+    assert_eq!(*found.read_file("config.json").unwrap(), *b"{}");
+    assert_eq!(found.header().identity().to_string(), artifact.identity());
 
     artifact.delta = Some(Delta { base: artifact.identity(), result: artifact.identity(), runs: vec![(-1, 2)] });
     std::fs::write(&path, artifact.file().edit("a test", "a program").bytes()).unwrap();

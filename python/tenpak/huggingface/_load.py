@@ -46,7 +46,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
 
 def _from_artifact(artifact: Artifact, **options: Any) -> Any:
     """Load a model whose planes are views of an artifact."""
-    files = artifact.files  # type: ignore[attr-defined]
+    files = artifact.files
     if "config.json" not in files:
         raise InvalidError(
             f"artifact {artifact.path} carries no config.json, so nothing says what model it is; compress a Hugging "

@@ -11,7 +11,7 @@ use super::{Eight, Lanes, MAX_LANES};
 
 /// `N` lanes in an array.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Array<const N: usize>([f32; N]);
+pub(crate) struct Array<const N: usize>(pub(crate) [f32; N]);
 
 impl<const N: usize> Array<N> {
     #[inline(always)]

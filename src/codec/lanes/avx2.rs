@@ -10,7 +10,7 @@ use super::{Eight, Lanes, MAX_LANES, operators};
 
 /// Eight lanes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct F32x8(__m256);
+pub(crate) struct F32x8(pub(crate) __m256);
 
 operators!(F32x8: Add add _mm256_add_ps, Sub sub _mm256_sub_ps, Mul mul _mm256_mul_ps, Div div _mm256_div_ps);
 

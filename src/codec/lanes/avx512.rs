@@ -10,7 +10,7 @@ use super::{Lanes, MAX_LANES, operators};
 
 /// Sixteen lanes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct F32x16(__m512);
+pub(crate) struct F32x16(pub(crate) __m512);
 
 operators!(F32x16: Add add _mm512_add_ps, Sub sub _mm512_sub_ps, Mul mul _mm512_mul_ps, Div div _mm512_div_ps);
 

@@ -12,7 +12,7 @@ use super::{Lanes, MAX_LANES, operators};
 
 /// Four lanes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct F32x4(float32x4_t);
+pub(crate) struct F32x4(pub(crate) float32x4_t);
 
 operators!(F32x4: Add add vaddq_f32, Sub sub vsubq_f32, Mul mul vmulq_f32, Div div vdivq_f32);
 

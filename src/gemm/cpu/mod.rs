@@ -1,12 +1,10 @@
 //! The CPU: stored order is multiplied as it is, so loading costs nothing and planes may be those of a mapped file.
 //!
-//! [`mod@reference`] says what a product is.
+//! [`mod@reference`] says what a product is, [`float`] computes it in f32.
 
-#![forbid(unsafe_code)]
-
+pub mod float;
 pub mod reference;
-
-use rayon::prelude::*;
+mod tile;
 
 use super::{Act, Backend, Matrix, Weights, check_sizes};
 use crate::codec;
@@ -40,7 +38,11 @@ impl Matrix for Weights<'_> {
                 self.cols()
             )));
         }
-        codec::decode_planes(self.layout(), self.planes(), self.cols(), out);
+        if is_small(self.rows(), self.cols(), 1) {
+            codec::decode_rows(self.layout(), self.planes(), self.cols(), out);
+        } else {
+            codec::decode_planes(self.layout(), self.planes(), self.cols(), out);
+        }
         Ok(())
     }
 }
@@ -51,8 +53,41 @@ impl Matrix for Weights<'_> {
 /// [`Error::Invalid`] when `x` is not `m * k` or `y` not `m * n` numbers.
 pub fn multiply(weights: &Weights<'_>, x: &[f32], m: usize, act: Act, y: &mut [f32]) -> Result<()> {
     check_sizes(weights, x.len(), m, y.len())?;
-    reference::multiply(weights, x, m, act, y);
+    let small = is_small(weights.rows(), weights.cols(), m);
+    run(Product::list(*weights, x, m, y), act, small);
     Ok(())
+}
+
+/// One matrix and what it is multiplied with; none of its sizes is zero.
+struct Product<'a> {
+    weights: Weights<'a>,
+    x: &'a [f32],
+    m: usize,
+    y: &'a mut [f32],
+}
+
+impl<'a> Product<'a> {
+    /// A product by itself, or none where there is nothing to multiply: then all results are zero.
+    fn list(weights: Weights<'a>, x: &'a [f32], m: usize, y: &'a mut [f32]) -> Vec<Self> {
+        if x.is_empty() || y.is_empty() {
+            y.fill(0.0);
+            return Vec::new();
+        }
+        vec![Self { weights, x, m, y }]
+    }
+}
+
+/// Computes products in the arithmetic that is asked for; `small` ones without looking for other threads.
+fn run(products: Vec<Product<'_>>, act: Act, small: bool) {
+    match act {
+        Act::F32 => float::multiply(float::isa::best(), products, small),
+        Act::Bf16 | Act::Int8 => {
+            let rounded: Vec<Vec<f32>> =
+                products.iter().map(|p| reference::round_activations(act, p.x, p.weights.cols())).collect();
+            let products = products.into_iter().zip(&rounded).map(|(p, x)| Product { x, ..p });
+            float::multiply(float::isa::best(), products.collect(), small);
+        }
+    }
 }
 
 /// Whether a product is so small that waking other threads costs more than they save.
@@ -74,8 +109,13 @@ pub fn decode_rows(weights: &Weights<'_>, ids: &[usize], out: &mut [f32]) -> Res
         return Err(Error::invalid(format!("row {id} of a matrix of {rows} rows")));
     }
     if cols > 0 {
-        let tasks = out.par_chunks_mut(cols).with_min_len(codec::rows_per_task(cols)).zip(ids);
-        tasks.for_each(|(row, &id)| codec::decode_rows(weights.layout(), weights.slice(id, 1).planes(), cols, row));
+        let per_task = codec::rows_per_task(cols);
+        let tasks: Vec<_> = out.chunks_mut(per_task * cols).zip(ids.chunks(per_task)).collect();
+        tile::each(tasks, is_small(ids.len(), cols, 1), |(rows, ids)| {
+            for (row, &id) in rows.chunks_exact_mut(cols).zip(ids) {
+                codec::decode_rows(weights.layout(), weights.slice(id, 1).planes(), cols, row);
+            }
+        });
     }
     Ok(())
 }
@@ -104,9 +144,10 @@ pub fn multiply_grouped(stack: &Weights<'_>, x: &[f32], ends: &[usize], act: Act
     for (e, &end) in ends.iter().enumerate() {
         let (part, tail) = rest.split_at_mut((end - first) * rows);
         if end > first {
-            parts.push((stack.slice(e * rows, rows), &x[first * cols..end * cols], end - first, part));
+            parts.extend(Product::list(stack.slice(e * rows, rows), &x[first * cols..end * cols], end - first, part));
         }
         (first, rest) = (end, tail);
     }
-    parts.into_par_iter().try_for_each(|(weights, x, m, y)| multiply(&weights, x, m, act, y))
+    run(parts, act, is_small(stack.rows(), cols, m));
+    Ok(())
 }

@@ -4,11 +4,15 @@
 //! nameless ones); [`OutputFile::commit`] makes them durable and gives them the name in one step, replacing an older
 //! file atomically. Whatever goes wrong before, and a signal or a crash too, leaves the target as it was.
 
+mod tree;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+pub use tree::OutputDirectory;
+pub(crate) use tree::preflight;
 
 /// A file under way to its name.
 #[derive(Debug)]
@@ -57,6 +61,20 @@ impl OutputFile {
         Ok(Self { target, file, named: Some(path), force })
     }
 
+    /// Starts a file in `dir` that never gets a name and is gone with its handle.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory cannot be written.
+    pub(crate) fn nameless_in(dir: &Path) -> Result<Self> {
+        let file = nameless(dir).map_or_else(|| tempfile::tempfile_in(dir), Ok).map_err(|e| Error::io(dir, e))?;
+        Ok(Self { target: dir.to_owned(), file, named: None, force: false })
+    }
+
+    /// The file itself, without a name.
+    pub(crate) fn into_file(self) -> File {
+        self.file
+    }
+
     /// Where the file will be.
     #[must_use]
     pub fn target(&self) -> &Path {
@@ -68,16 +86,7 @@ impl OutputFile {
     /// # Errors
     /// [`Error::Io`] with the figures.
     pub fn preflight(&self, bytes: u64) -> Result<()> {
-        match free_bytes(directory(&self.target)) {
-            Some(free) if free < bytes => Err(Error::io(
-                &self.target,
-                io::Error::new(
-                    io::ErrorKind::StorageFull,
-                    format!("{bytes} bytes are needed, {free} are free; make room or choose another directory"),
-                ),
-            )),
-            _ => Ok(()),
-        }
+        preflight(&self.target, bytes)
     }
 
     /// Writes `bytes` at `offset`.
@@ -123,7 +132,8 @@ impl OutputFile {
     }
 }
 
-fn exists(target: &Path) -> Error {
+/// The error of an output that exists.
+pub(crate) fn exists(target: &Path) -> Error {
     Error::invalid(format!("output {} exists; choose another name or pass --force", target.display()))
 }
 
@@ -132,7 +142,7 @@ fn taken(target: &Path, e: io::Error) -> Error {
 }
 
 /// The directory of a file.
-fn directory(target: &Path) -> &Path {
+pub(crate) fn directory(target: &Path) -> &Path {
     target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -240,12 +250,18 @@ fn set_mode(file: &File, target: &Path) -> io::Result<()> {
         Ok(old) => file.set_permissions(old.permissions()),
         // A named temporary file is private; a nameless one already has the umask applied.
         Err(_) if file.metadata()?.permissions().mode() & 0o777 == 0o600 => {
-            let umask = rustix::process::umask(rustix::fs::Mode::empty());
-            rustix::process::umask(umask);
-            file.set_permissions(std::fs::Permissions::from_mode(0o666 & !umask.bits()))
+            file.set_permissions(std::fs::Permissions::from_mode(0o666 & !umask()))
         }
         Err(_) => Ok(()),
     }
+}
+
+/// The permissions that new files do not get.
+#[cfg(unix)]
+fn umask() -> u32 {
+    let umask = rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(umask);
+    umask.bits()
 }
 
 #[cfg(not(unix))]

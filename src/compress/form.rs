@@ -1,0 +1,104 @@
+//! The two forms of an artifact: one file where the output ends in `.tenpak`, otherwise a Hugging Face directory.
+//!
+//! Which shard holds what, and so the header of a shard, depends on the codec of every tensor, and one may change its
+//! codec while it is encoded. So the directory is made from a finished artifact, a nameless file beside the target: the
+//! way that [`export::convert`](crate::export::convert) goes, and with the same bytes.
+
+use std::path::Path;
+
+use super::{Options, Report, fill, plan, planned_header, reports};
+use crate::artifact::header::Header;
+use crate::artifact::{HEADER_FILE, Writer};
+use crate::compress::{OnProgress, Progress};
+use crate::error::{Error, Result};
+use crate::export::{To, card, hf};
+use crate::output::{self, OutputDirectory, preflight};
+use crate::source::{Kind, Source};
+
+/// What will be written at `target`, or, without one, as one file; see [`plan`].
+///
+/// # Errors
+/// Those of [`plan`], and those of [`compress_as`] that can be known without reading weights.
+pub fn plan_as(source: &Source, target: Option<&Path>, options: &Options, max_shard_bytes: u64) -> Result<Report> {
+    let Some(target) = target.filter(|target| To::of(target) == To::Hf) else { return plan(source, options) };
+    let tensors = reports(source, options)?;
+    let header = planned_header(source, options, &tensors)?;
+    let directory = Directory::of(source, max_shard_bytes)?;
+    Ok(directory.report(Report::new(tensors, &header, None), &directory.plan(&header)?, target))
+}
+
+/// Compresses a source into the form that the name of `target` asks for.
+///
+/// # Errors
+/// Those of [`compress`](super::compress); [`Error::Invalid`] when the names of planes collide in a directory, or the
+/// output is a directory that may not be replaced. Nothing is left behind.
+pub fn compress_as(
+    source: &Source,
+    target: &Path,
+    options: &Options,
+    max_shard_bytes: u64,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<Report> {
+    if To::of(target) == To::Tenpak {
+        return super::compress(source, target, options, on_progress);
+    }
+    OutputDirectory::check(target, options.force, HEADER_FILE, source.inputs())?;
+    let tensors = reports(source, options)?;
+    let header = planned_header(source, options, &tensors)?;
+    let directory = Directory::of(source, max_shard_bytes)?;
+    preflight(target, header.file_bytes() + directory.plan(&header)?.bytes())?;
+    let mut writer = Writer::nameless_in(output::directory(target))?;
+    let total = tensors.iter().map(|t| t.source_bytes).sum::<u64>();
+    let stored = header.content_bytes() - header.attached_bytes();
+    let (tensors, provenance) =
+        fill(source, tensors, options, &mut writer, &mut |p| on_progress(Progress { total: total + stored, ..p }))?;
+    let artifact = writer.reopen(source.metadata().clone(), provenance)?;
+    let plan = directory.plan(artifact.header())?;
+    let identity = artifact.header().identity();
+    let report = directory.report(Report::new(tensors, artifact.header(), Some(identity)), &plan, target);
+    plan.write(&artifact, target, &mut |p| {
+        on_progress(Progress { done: total + p.done, total: total + p.total, tensor: p.tensor })
+    })?;
+    Ok(report)
+}
+
+/// What a directory takes from its source.
+struct Directory {
+    config: Option<Vec<u8>>,
+    model: String,
+    max_shard_bytes: u64,
+}
+
+impl Directory {
+    fn of(source: &Source, max_shard_bytes: u64) -> Result<Self> {
+        let config = source.attached().iter().find(|f| f.name() == crate::artifact::config::CONFIG);
+        let config = match config {
+            Some(found) => {
+                let len = usize::try_from(found.file().len());
+                let len = len.map_err(|_| Error::invalid("config.json is larger than memory"))?;
+                Some(found.file().read(0, len)?.to_vec())
+            }
+            None => None,
+        };
+        let first = source.files().first().map(|f| f.file().path());
+        let path = match source.kind() {
+            Kind::HuggingFace => first.map(output::directory),
+            _ => first,
+        };
+        let model = card::model_name(config.as_deref(), path.unwrap_or(Path::new("model")));
+        Ok(Self { config, model, max_shard_bytes })
+    }
+
+    fn plan(&self, header: &Header) -> Result<hf::Plan> {
+        hf::Plan::new(header, self.config.as_deref(), &self.model, self.max_shard_bytes)
+    }
+
+    /// The report of the artifact, with the figures of the directory.
+    fn report(&self, mut report: Report, plan: &hf::Plan, target: &Path) -> Report {
+        report.file_bytes = plan.bytes();
+        report.weight_bytes = plan.weight_bytes();
+        report.files = plan.files().into_iter().map(|(name, bytes)| (target.join(name), bytes)).collect();
+        report.notes.extend_from_slice(&plan.notes);
+        report
+    }
+}

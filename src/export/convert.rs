@@ -1,0 +1,153 @@
+//! From one form of an artifact to another, its planes as they are: nothing is decoded, nothing is lost.
+
+use std::path::{Path, PathBuf};
+
+use super::{Exported, card, hf};
+use crate::artifact::{ArtifactFile, HEADER_FILE, Writer};
+use crate::compress::{OnProgress, Progress};
+use crate::error::{Error, Result};
+use crate::output::{self, OutputDirectory, preflight};
+
+/// What an artifact is converted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum To {
+    /// A Hugging Face directory of safetensors.
+    Hf,
+    /// One file.
+    Tenpak,
+}
+
+impl To {
+    /// Every target, with its name.
+    pub const ALL: &[(&'static str, Self)] = &[("hf", Self::Hf), ("tenpak", Self::Tenpak)];
+
+    /// The name in options and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, to)| *to == self).map_or("", |(name, _)| name)
+    }
+
+    /// The form that the name of an output asks for: a file where it ends in `.tenpak`, otherwise a directory.
+    #[must_use]
+    pub fn of(target: &Path) -> Self {
+        if target.extension().is_some_and(|e| e.eq_ignore_ascii_case("tenpak")) { Self::Tenpak } else { Self::Hf }
+    }
+}
+
+impl std::str::FromStr for To {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let known = || Self::ALL.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" or ");
+        let found = Self::ALL.iter().find(|(name, _)| *name == s).map(|(_, to)| *to);
+        found.ok_or_else(|| Error::invalid(format!("unknown export target '{s}', expected {}", known())))
+    }
+}
+
+/// How to convert.
+#[derive(Debug, Clone, Copy)]
+pub struct Conversion {
+    /// To which form.
+    pub to: To,
+    /// Replace an existing output.
+    pub force: bool,
+    /// Most bytes of one shard of a directory; a tensor's planes stay together.
+    pub max_shard_bytes: u64,
+}
+
+/// The files that [`convert`] would write, with their lengths.
+///
+/// # Errors
+/// Those of [`convert`] that can be known without reading planes.
+pub fn plan(artifact: &ArtifactFile, target: &Path, how: &Conversion) -> Result<Exported> {
+    refuse_delta(artifact)?;
+    match how.to {
+        To::Hf => {
+            let plan = directory(artifact, how)?;
+            let files = plan.files().into_iter().map(|(name, bytes)| (target.join(name), bytes)).collect();
+            Ok(Exported { files, notes: plan.notes })
+        }
+        To::Tenpak => {
+            check_name(target)?;
+            Ok(Exported { files: vec![(target.to_owned(), artifact.header().file_bytes())], notes: Vec::new() })
+        }
+    }
+}
+
+/// Writes an artifact in another form.
+///
+/// # Errors
+/// [`Error::Invalid`] for a delta, an output that exists or is an input, names that collide in a directory, or a file
+/// whose name does not end in `.tenpak`; [`Error::Corrupt`] when the artifact is damaged; [`Error::Io`]; and whatever
+/// `on_progress` returns. Nothing is left behind.
+pub fn convert(
+    artifact: &ArtifactFile,
+    target: &Path,
+    how: &Conversion,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<Exported> {
+    refuse_delta(artifact)?;
+    match how.to {
+        To::Hf => {
+            OutputDirectory::check(target, how.force, HEADER_FILE, artifact.inputs())?;
+            let mut plan = directory(artifact, how)?;
+            preflight(target, plan.bytes())?;
+            let notes = std::mem::take(&mut plan.notes);
+            Ok(Exported { files: plan.write(artifact, target, on_progress)?, notes })
+        }
+        To::Tenpak => {
+            check_name(target)?;
+            Ok(Exported { files: vec![file(artifact, target, how.force, on_progress)?], notes: Vec::new() })
+        }
+    }
+}
+
+/// What a directory of the artifact consists of.
+fn directory(artifact: &ArtifactFile, how: &Conversion) -> Result<hf::Plan> {
+    let config = card::config_index(artifact.header()).map(|index| artifact.attached(index)).transpose()?;
+    let model = card::model_name(config.as_deref(), artifact.path());
+    hf::Plan::new(artifact.header(), config.as_deref(), &model, how.max_shard_bytes)
+}
+
+/// Writes one file.
+fn file(
+    artifact: &ArtifactFile,
+    target: &Path,
+    force: bool,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<(PathBuf, u64)> {
+    output::refuse_input(target, artifact.inputs())?;
+    let header = artifact.header();
+    let mut writer = Writer::create(target, force)?;
+    writer.output().preflight(header.file_bytes())?;
+    let total = header.content_bytes() - header.attached_bytes();
+    let mut done = 0;
+    for (index, entry) in artifact.tensors().iter().enumerate() {
+        writer.copy(artifact, index, &mut |bytes| {
+            done += bytes;
+            on_progress(Progress { done, total, tensor: entry.info().name() })
+        })?;
+    }
+    writer.attach_all(artifact)?;
+    let written = writer.finish(header.metadata().clone(), header.provenance().clone(), None)?;
+    Ok((target.to_owned(), written.file_bytes))
+}
+
+fn refuse_delta(artifact: &ArtifactFile) -> Result<()> {
+    if artifact.header().delta().is_some() {
+        return Err(Error::invalid(format!(
+            "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
+            artifact.path().display()
+        )));
+    }
+    Ok(())
+}
+
+/// A file of another name would not be taken for one.
+fn check_name(target: &Path) -> Result<()> {
+    if To::of(target) == To::Tenpak {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("output {} does not end in .tenpak, as one file does", target.display())))
+}

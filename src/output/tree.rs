@@ -1,0 +1,201 @@
+//! A directory that appears under its name whole or not at all.
+//!
+//! Its files are written into a hidden directory beside the target; [`OutputDirectory::commit`] makes them durable and
+//! renames it, exchanging it with an older directory in one step where the system can. Whatever goes wrong before leaves
+//! the target as it was and nothing beside it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{directory, exists, free_bytes, taken};
+use crate::error::{Error, Result};
+use crate::file::InputFile;
+
+/// A directory under way to its name.
+#[derive(Debug)]
+pub struct OutputDirectory {
+    target: PathBuf,
+    temp: tempfile::TempDir,
+    replaces: bool,
+}
+
+impl OutputDirectory {
+    /// Checks that a directory can be called `target`, before any work.
+    ///
+    /// `force` replaces an empty directory, or one that has a file called `mark` and so is of the same kind: nobody
+    /// loses a home directory to a slip of the pen.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the target exists and may not be replaced, is no directory, holds one of `inputs`, or is a
+    /// symbolic link that points to nothing; [`Error::Io`].
+    pub fn check<'a>(
+        target: &Path,
+        force: bool,
+        mark: &str,
+        inputs: impl IntoIterator<Item = &'a InputFile>,
+    ) -> Result<()> {
+        let inputs: Vec<_> = inputs.into_iter().collect();
+        super::refuse_input(target, inputs.iter().copied())?;
+        match std::fs::metadata(target) {
+            Ok(found) if !found.is_dir() => {
+                return Err(Error::invalid(format!(
+                    "output {} exists and is not a directory; choose another name, which ends in .tenpak for one file",
+                    target.display()
+                )));
+            }
+            Ok(_) if !force => return Err(exists(target)),
+            Ok(_) => {}
+            Err(_) if std::fs::symlink_metadata(target).is_ok_and(|found| found.is_symlink()) => {
+                return Err(Error::invalid(format!(
+                    "output {} is a symbolic link that points to nothing; remove it or choose another name",
+                    target.display()
+                )));
+            }
+            Err(_) => return Ok(()),
+        }
+        let home = std::fs::canonicalize(target).map_err(|e| Error::io(target, e))?;
+        for input in inputs {
+            let lies = |path: &Path| path.canonicalize().is_ok_and(|path| path.starts_with(&home));
+            if lies(input.path()) || input.path().parent().is_some_and(lies) {
+                return Err(Error::invalid(format!(
+                    "output {} holds the input {}; writing it would destroy it, choose another name",
+                    target.display(),
+                    input.path().display()
+                )));
+            }
+        }
+        let mut entries = std::fs::read_dir(target).map_err(|e| Error::io(target, e))?;
+        if entries.next().is_some() && !target.join(mark).is_file() {
+            return Err(Error::invalid(format!(
+                "output {} has files but no {mark}, so --force does not replace it; remove it or choose another name",
+                target.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Starts a directory that will be called `target` and passed [`OutputDirectory::check`].
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory above it cannot be written.
+    pub fn create(target: &Path) -> Result<Self> {
+        // A symbolic link keeps pointing; what it points to is replaced.
+        let target = std::fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
+        let temp = tempfile::Builder::new()
+            .prefix(".tenpak-")
+            .suffix(".tmp")
+            .tempdir_in(directory(&target))
+            .map_err(|e| Error::io(&target, e))?;
+        let replaces = target.is_dir();
+        Ok(Self { target, temp, replaces })
+    }
+
+    /// Where the directory will be.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// A new file in it.
+    ///
+    /// # Errors
+    /// [`Error::Io`], also when there is one of this name.
+    pub fn file(&self, name: &str) -> Result<File> {
+        let path = self.temp.path().join(name);
+        OpenOptions::new().write(true).create_new(true).open(path).map_err(|e| Error::io(self.target.join(name), e))
+    }
+
+    /// Makes everything durable and gives the directory its name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses any step, [`Error::Invalid`] when someone else made the target meanwhile;
+    /// the target is then as it was.
+    pub fn commit(self) -> Result<()> {
+        let io = |e| Error::io(&self.target, e);
+        for entry in std::fs::read_dir(self.temp.path()).map_err(io)? {
+            File::open(entry.map_err(io)?.path()).and_then(|file| file.sync_all()).map_err(io)?;
+        }
+        set_mode(self.temp.path(), &self.target).map_err(io)?;
+        #[cfg(unix)]
+        File::open(self.temp.path()).and_then(|dir| dir.sync_all()).map_err(io)?;
+        if self.replaces {
+            replace(self.temp.path(), &self.target).map_err(io)?;
+        } else {
+            rename_new(self.temp.path(), &self.target).map_err(|e| taken(&self.target, e))?;
+        }
+        #[cfg(unix)]
+        File::open(directory(&self.target)).and_then(|dir| dir.sync_all()).map_err(io)?;
+        // What is left under the temporary name, if anything, is the older directory.
+        Ok(())
+    }
+}
+
+/// Refuses to start when the file system of `target` has less than `bytes` to give.
+///
+/// # Errors
+/// [`Error::Io`] with the figures.
+pub(crate) fn preflight(target: &Path, bytes: u64) -> Result<()> {
+    match free_bytes(directory(target)) {
+        Some(free) if free < bytes => Err(Error::io(
+            target,
+            io::Error::new(
+                io::ErrorKind::StorageFull,
+                format!("{bytes} bytes are needed, {free} are free; make room or choose another directory"),
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Gives a directory a name that nothing has.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            // A file system that does not know the flag.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+    if to.exists() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    std::fs::rename(from, to)
+}
+
+/// Puts a directory in the place of another, which ends up under the first one's name.
+fn replace(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, from, CWD, to, RenameFlags::EXCHANGE) {
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+    let aside = from.with_extension("old");
+    std::fs::rename(to, &aside)?;
+    if let Err(e) = std::fs::rename(from, to) {
+        std::fs::rename(&aside, to)?;
+        return Err(e);
+    }
+    std::fs::rename(aside, from)
+}
+
+/// The permissions of the directory that is replaced; those of a new one come from the umask.
+#[cfg(unix)]
+fn set_mode(temp: &Path, target: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let permissions = match std::fs::metadata(target) {
+        Ok(old) => old.permissions(),
+        Err(_) => std::fs::Permissions::from_mode(0o777 & !super::umask()),
+    };
+    std::fs::set_permissions(temp, permissions)
+}
+
+#[cfg(not(unix))]
+fn set_mode(_: &Path, _: &Path) -> io::Result<()> {
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! What a user asks for, by flags or keywords, made into a recipe: a codec or a text, then what is changed in it.
+
+use std::path::Path;
+
+use super::Recipe;
+use crate::codecs;
+use crate::error::Result;
+
+/// The wishes of a user, ids and roles still being names.
+#[derive(Debug, Clone, Default)]
+pub struct Request<'a> {
+    /// Id of the codec; of no effect beside `toml`.
+    pub codec: &'a str,
+    /// A recipe as TOML, and the file that it was read from, where there is one.
+    pub toml: Option<(&'a str, Option<&'a Path>)>,
+    /// Roles and the ids of their codecs.
+    pub roles: Vec<(&'a str, &'a str)>,
+    /// Patterns and the ids of their codecs, behind the rules of `toml`.
+    pub rules: Vec<(&'a str, &'a str)>,
+    /// Patterns of the tensors to quantize.
+    pub include: &'a [String],
+    /// Patterns of the tensors to keep as they are.
+    pub exclude: &'a [String],
+    /// Whether every float tensor gets the codec; `false` leaves it to `toml`.
+    pub all: bool,
+}
+
+impl Request<'_> {
+    /// The recipe that does what is asked for.
+    ///
+    /// # Errors
+    /// Those of [`Recipe::from_toml`], in the file that it was read from, of [`codecs::get`], [`Recipe::role`] and
+    /// [`Recipe::rule`].
+    pub fn recipe(&self) -> Result<Recipe> {
+        let mut recipe = match self.toml {
+            Some((text, None)) => Recipe::from_toml(text)?,
+            Some((text, Some(path))) => Recipe::from_toml(text).map_err(|e| e.in_file(path))?,
+            None => Recipe::new(codecs::get(self.codec)?),
+        };
+        for (role, id) in &self.roles {
+            recipe = recipe.role(role.parse()?, codecs::get(id)?)?;
+        }
+        for (pattern, id) in &self.rules {
+            recipe = recipe.rule(pattern, codecs::get(id)?)?;
+        }
+        recipe = recipe.narrow(self.include, self.exclude)?;
+        Ok(if self.all { recipe.all(true) } else { recipe })
+    }
+}
+
+impl Recipe {
+    /// The recipe with these patterns included and excluded.
+    ///
+    /// # Errors
+    /// Those of [`Recipe::include`].
+    pub fn narrow(mut self, include: &[String], exclude: &[String]) -> Result<Self> {
+        for pattern in include {
+            self = self.include(pattern)?;
+        }
+        for pattern in exclude {
+            self = self.exclude(pattern)?;
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,92 @@
+//! Side files: what stands beside the weights of a Hugging Face model and is needed to use them.
+//!
+//! Settings and tokenizers, by an explicit list. Never a program (`*.py`), which would run where the model is loaded,
+//! and never weights.
+
+use std::path::Path;
+
+use super::directory::member;
+use super::{Options, SourceFile};
+use crate::error::{Error, Result};
+use crate::file::InputFile;
+
+/// Whole names.
+const NAMES: &[&str] = &[
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+];
+
+/// Beginnings and ends of names.
+const PARTS: &[(&str, &str)] = &[
+    ("chat_template.", "jinja"),
+    ("chat_template.", "json"),
+    ("chat_template.", "txt"),
+    ("tokenizer", ".json"),
+    ("", ".tiktoken"),
+];
+
+/// Whether a file of this name is one.
+fn is_side_file(name: &str) -> bool {
+    let fits = |(start, end): &(&str, &str)| {
+        name.len() > end.len() && name.strip_suffix(end).is_some_and(|rest| rest.starts_with(start))
+    };
+    NAMES.contains(&name) || PARTS.iter().any(fits)
+}
+
+/// Opens the side files of a directory, by name.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Invalid`] for a link out of the directory.
+pub(crate) fn side_files(dir: &Path, options: &Options) -> Result<Vec<SourceFile>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
+        let name = entry.map_err(|e| Error::io(dir, e))?.file_name().into_string();
+        names.extend(name.ok().filter(|name| is_side_file(name)));
+    }
+    names.sort_unstable();
+    let mut files = Vec::new();
+    for name in names {
+        let Some(path) = member(dir, &name)? else { continue };
+        if !path.is_dir() {
+            let file = InputFile::open(&path, options.access)?;
+            files.push(SourceFile { name, file });
+        }
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::artifact::attached::ENDINGS;
+
+    #[test]
+    fn programs_and_weights_are_no_side_files() {
+        for name in ["tokenizer.json", "tokenizer_config.json", "qwen.tiktoken", "chat_template.jinja", "config.json"] {
+            assert!(is_side_file(name), "{name}");
+            assert!(ENDINGS.iter().any(|ending| name.ends_with(ending)), "{name} cannot be attached");
+        }
+        for name in [
+            "modeling_llama.py",
+            "tokenization_x.py",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.bin",
+            "chat_template.py",
+            ".tiktoken",
+            "README.md",
+            "config.json.bak",
+            "tenpak.json",
+        ] {
+            assert!(!is_side_file(name), "{name}");
+        }
+        assert!(NAMES.iter().all(|name| ENDINGS.iter().any(|ending| name.ends_with(ending))));
+    }
+}
