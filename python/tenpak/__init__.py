@@ -14,6 +14,7 @@ from . import _tenpak
 from ._artifact import Artifact, Path, Progress, Report, open
 from ._encoded import Encoded, decode, encode
 from ._errors import CorruptError, InvalidError, LimitError, NonfiniteError, TenpakError, UnsupportedError
+from ._huggingface import from_pretrained, watch
 from ._matmul import matmul
 from ._tenpak import DEFAULT_CODEC, Entry, __version__
 
@@ -35,6 +36,7 @@ __all__ = [
     "delta",
     "encode",
     "export",
+    "from_pretrained",
     "materialize",
     "matmul",
     "open",
@@ -327,3 +329,6 @@ def _report(text: str) -> Report:
     """Parse a report of the extension module."""
     report: Report = json.loads(text)
     return report
+
+
+watch()

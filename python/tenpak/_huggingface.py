@@ -1,0 +1,97 @@
+"""Makes transformers know tenpak's checkpoints, without importing it: nothing here is heavy, and nothing is decided.
+
+``import tenpak`` must be cheap and must not need transformers, yet afterwards ``from_pretrained`` should take a
+directory of planes, whichever of the two was imported first. So where transformers' table of quantizers is not loaded
+yet, a finder waits for it and adds the entry when it is.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+#: The module with transformers' table of quantizers.
+_TABLE = "transformers.quantizers.auto"
+
+
+def _register() -> None:
+    """Add the entry to transformers' table, which is loaded."""
+    try:
+        from .huggingface import _quantizer
+    except ImportError:
+        return  # transformers without PyTorch loads no models
+    _quantizer.register()
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads the table and adds the entry."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _register()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Waits for the table to be imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def watch() -> None:
+    """Add the entry now, where the table is loaded, or when it will be; a second call changes nothing."""
+    if _TABLE in sys.modules:
+        _register()
+    elif not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
+    """Load a compressed model for transformers, its weights as planes: no dense copy of them is ever made.
+
+    Parameters
+    ----------
+    path
+        An artifact that carries its model's ``config.json``, or a directory that ``compress`` or ``save_pretrained``
+        wrote; also the id of one on the Hub.
+    **options
+        As for transformers' ``from_pretrained``: ``dtype`` (of activations and of what is not quantized),
+        ``device_map``, ``attn_implementation`` …
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Of the class that the config names; planes of a single file are views of it.
+
+    Raises
+    ------
+    ImportError
+        PyTorch or transformers is not installed, or transformers is older than 5.
+    InvalidError
+        The artifact carries no config, or one whose classes transformers does not have.
+    CorruptError
+        Planes are missing or do not fit the config.
+    UnsupportedError
+        A codec or a module that this build does not know.
+    """
+    from .huggingface import from_pretrained as load
+
+    return load(path, **options)
