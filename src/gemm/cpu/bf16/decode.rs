@@ -50,6 +50,12 @@ fn decode_as<const BITS: usize, const KIND: u8>(
         for c in 0..len.div_ceil(CHUNK) {
             let at = (start + c * CHUNK) * BITS / 8;
             let bytes = &codes[at..codes.len().min(at + CHUNK * BITS / 8)];
+            for line in 0..BITS / 4 {
+                // The next run of this row is far from where the processor looks ahead.
+                let ahead = codes.as_ptr().wrapping_add(at + RUN * BITS / 8 + 64 * line);
+                // SAFETY: a prefetch never faults, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+            }
             let mut padded = [0; CHUNK];
             let bytes = if bytes.len() == CHUNK * BITS / 8 {
                 bytes
