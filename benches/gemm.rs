@@ -17,7 +17,9 @@ use tenpak::gemm::Weights;
 use tenpak::gemm::cpu::float::isa::{self, Isa};
 use tenpak::{Encoded, codecs};
 
-mod buffers;
+#[path = "buffers/weights.rs"]
+mod weights;
+use weights::weights;
 
 /// A goal of the design: packed bytes over read bandwidth with one row of activations.
 const GOAL: f64 = 0.85;
@@ -32,18 +34,20 @@ fn seconds(work: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-/// Adds up all words, with every thread of the pool, as fast as memory gives them.
-fn read(words: &[u64]) -> u64 {
-    let part = |words: &[u64]| {
+/// Adds up all bytes as words, with every thread of the pool, as fast as memory gives them.
+fn read(weights: &Weights<'_>) -> u64 {
+    let part = |bytes: &[u8]| {
         let mut sums = [0u64; 32];
-        for words in words.as_chunks::<32>().0 {
-            for (sum, word) in sums.iter_mut().zip(words) {
-                *sum = sum.wrapping_add(*word);
+        for bytes in bytes.as_chunks::<256>().0 {
+            for (sum, bytes) in sums.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                *sum = sum.wrapping_add(u64::from_le_bytes(*bytes));
             }
         }
         sums.iter().fold(0u64, |a, b| a.wrapping_add(*b))
     };
-    words.par_chunks(16_384).map(part).reduce(|| 0, u64::wrapping_add)
+    let planes = weights.planes();
+    let sum = |plane: &[u8]| plane.par_chunks(1 << 17).map(part).reduce(|| 0, u64::wrapping_add);
+    [planes.codes, planes.scales, planes.addends].into_iter().map(sum).fold(0, u64::wrapping_add)
 }
 
 /// Options of a run.
@@ -53,26 +57,29 @@ struct Plan {
     repeats: usize,
 }
 
-fn row(plan: &Plan, codec: &'static Codec, encoded: &Encoded, m: usize, words: &[u64]) {
-    let weights = Weights::from(encoded);
-    let x = buffers::weights(m * COLS);
-    let mut y = vec![1.0; m * weights.rows()];
+fn row(plan: &Plan, codec: &'static Codec, encoded: &Encoded, m: usize) {
+    let matrix = Weights::from(encoded);
+    let x = weights(m * COLS);
+    let mut y = vec![1.0; m * matrix.rows()];
     let (mut reading, mut time) = (f64::INFINITY, f64::INFINITY);
-    let rounds = (plan.bytes.min(8 << 20) / weights.bytes()).max(1);
-    let repeats = if m > 64 { plan.repeats.min(3) } else { plan.repeats };
-    for _ in 0..repeats {
+    let rounds = if m > 8 { 1 } else { (plan.bytes.min(1 << 20) / matrix.bytes()).max(1) };
+    let start = Instant::now();
+    for repeat in 0.. {
+        if repeat >= plan.repeats && (plan.repeats < 5 || start.elapsed().as_secs_f64() > 1.0) {
+            break;
+        }
         reading = reading.min(seconds(|| {
             (0..rounds).for_each(|_| {
-                black_box(read(black_box(words)));
+                black_box(read(black_box(&matrix)));
             });
         }));
         time = time.min(seconds(|| {
-            (0..rounds).for_each(|_| plan.isa.multiply(black_box(&weights), &x, m, &mut y).expect("sizes match"));
+            (0..rounds).for_each(|_| plan.isa.multiply(black_box(&matrix), &x, m, &mut y).expect("sizes match"));
         }));
     }
-    let bandwidth = (rounds * 8 * words.len()) as f64 / reading / 1e9;
-    let packed = (rounds * weights.bytes()) as f64 / time / 1e9;
-    let flops = 2.0 * (rounds * weights.rows() * COLS * m) as f64 / time / 1e9;
+    let bandwidth = (rounds * matrix.bytes()) as f64 / reading / 1e9;
+    let packed = (rounds * matrix.bytes()) as f64 / time / 1e9;
+    let flops = 2.0 * (rounds * matrix.rows() * COLS * m) as f64 / time / 1e9;
     let ratio = packed / bandwidth;
     println!(
         "{:<22} {:>7} {m:>5} {:>7} {packed:>9.2} {bandwidth:>9.2} {ratio:>6.2} {flops:>9.1}  {}",
@@ -100,9 +107,8 @@ fn main() {
     let isa = isa::available().into_iter().find(asked).unwrap_or(isa::best());
     let megabytes = if quick || flag("--cache") { 1 } else { 256 };
     let bytes = numbers("--megabytes=", &[megabytes])[0] << 20;
-    let plan = Plan { isa, bytes, repeats: if quick { 2 } else { (7 << 28) / bytes.clamp(1 << 22, 1 << 28) } };
+    let plan = Plan { isa, bytes, repeats: if quick { 2 } else { 5 } };
     let wanted: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
-    let words = vec![1u64; bytes / 8];
     println!("{} MiB of weights with {COLS} columns; GB/s of weights and of reading in the same run", bytes >> 20);
     println!("codec                      isa     m threads      GB/s      read  ratio   GFLOP/s  met");
     for codec in codecs::all().iter().filter(|codec| codec.grouped().is_ok()) {
@@ -110,14 +116,14 @@ fn main() {
             continue;
         }
         // One row encoded many times over is as good as a matrix: nothing depends on what the codes are.
-        let one = codec.encode(&buffers::weights(COLS), 1, COLS).expect("ordinary weights");
+        let one = codec.encode(&weights(COLS), 1, COLS).expect("ordinary weights");
         let rows = (bytes / Weights::from(&one).bytes()).max(64);
         let planes = one.planes().map(|(_, plane)| plane.repeat(rows)).collect();
         let encoded = Encoded::from_planes(codec, rows, COLS, planes).expect("planes of as many rows");
         for threads in numbers("--threads=", &[1, 2]) {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
             for m in numbers("--m=", if quick { &[1, 16] } else { &[1, 8] }) {
-                pool.install(|| row(&plan, codec, &encoded, m, &words));
+                pool.install(|| row(&plan, codec, &encoded, m));
             }
         }
     }
