@@ -181,11 +181,10 @@ impl Block<'_> {
             }
         }
         for g in self.groups.clone() {
-            for j in 0..PANELS {
-                let x = L::load(&self.x.sums(p + j)[g * L::N..]);
-                for i in 0..ROWS {
-                    let offset = L::splat(self.params.offsets(r + i)[g]);
-                    sums[i][j] = L::mul_add(offset, x, sums[i][j]);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let offset = L::splat(self.params.offsets(r + i)[g]);
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    *sum = L::mul_add(offset, L::load(&self.x.sums(p + j)[g * L::N..]), *sum);
                 }
             }
         }

@@ -20,7 +20,7 @@ impl Lanes for Vnni512 {
 
     #[inline(always)]
     fn prefetch(bytes: &[u8], ahead: usize) {
-        // SAFETY: a prefetch never faults, whatever the address.
+        // SAFETY: a prefetch of any address does nothing that a program can see.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
     }
 

@@ -5,7 +5,11 @@
 
 pub(super) mod array;
 #[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 
 /// The most words of any width.
 pub(super) const MAX_LANES: usize = 16;
