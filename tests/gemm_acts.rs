@@ -41,18 +41,18 @@ impl Kernel {
 
     fn supports(&self, layout: &Grouped) -> bool {
         match self {
-            Self::Int8(_) => int8::supports(layout),
+            Self::Int8(isa) => isa.supports(layout),
             #[cfg(target_arch = "x86_64")]
-            Self::Bf16(_) => bf16::supports(layout),
+            Self::Bf16(isa) => isa.supports(layout),
         }
     }
 
     fn multiply(&self, weights: &Weights<'_>, x: &[f32], m: usize) -> Vec<f32> {
         let mut y = vec![f32::NAN; m * weights.rows()];
         match self {
-            Self::Int8(isa) => int8::multiply(isa, weights, x, m, &mut y),
+            Self::Int8(isa) => isa.multiply(weights, x, m, &mut y).unwrap(),
             #[cfg(target_arch = "x86_64")]
-            Self::Bf16(isa) => bf16::multiply(isa, weights, x, m, &mut y),
+            Self::Bf16(isa) => isa.multiply(weights, x, m, &mut y).unwrap(),
         }
         y
     }

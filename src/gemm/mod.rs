@@ -25,7 +25,8 @@ pub enum Act {
     /// of at most 2^-8 for each product. A backend without such instructions computes in f32.
     Bf16,
     /// Activations rounded to integers: `x̂ = round(x / s) · s` with `s = max|x| / 127` over each [`ACT_BLOCK`] columns
-    /// of a row; the product with `x̂` is that of [`Act::F32`]. So the error adds at most `Σ |w| · s / 2`.
+    /// of a row; the product with `x̂` is that of [`Act::F32`]. So the error adds at most `Σ |w| · s / 2`. A number that
+    /// is not finite makes all results of its row NaN.
     Int8,
 }
 

@@ -86,13 +86,20 @@ impl<'a> Product<'a> {
 fn run(products: Vec<Product<'_>>, act: Act, small: bool) {
     match act {
         Act::F32 => float::multiply(float::isa::best(), products, small),
-        Act::Bf16 | Act::Int8 => {
-            let rounded: Vec<Vec<f32>> =
-                products.iter().map(|p| reference::round_activations(act, p.x, p.weights.cols())).collect();
-            let products = products.into_iter().zip(&rounded).map(|(p, x)| Product { x, ..p });
-            float::multiply(float::isa::best(), products.collect(), small);
-        }
+        #[cfg(target_arch = "x86_64")]
+        Act::Bf16 => rounded(bf16::take(products, small), act, small),
+        #[cfg(not(target_arch = "x86_64"))]
+        Act::Bf16 => rounded(products, act, small),
+        Act::Int8 => rounded(int8::take(products, small), act, small),
     }
+}
+
+/// Computes products with rounded activations in f32.
+fn rounded(products: Vec<Product<'_>>, act: Act, small: bool) {
+    let rounded: Vec<Vec<f32>> =
+        products.iter().map(|p| reference::round_activations(act, p.x, p.weights.cols())).collect();
+    let products = products.into_iter().zip(&rounded).map(|(p, x)| Product { x, ..p });
+    float::multiply(float::isa::best(), products.collect(), small);
 }
 
 /// Whether a product is so small that waking other threads costs more than they save.

@@ -41,7 +41,8 @@ pub fn round_activations(act: Act, x: &[f32], cols: usize) -> Vec<f32> {
         Act::Int8 => {
             let mut rounded = x.to_vec();
             for block in rounded.chunks_mut(cols.max(1)).flat_map(|row| row.chunks_mut(ACT_BLOCK)) {
-                let scale = block.iter().fold(0.0f32, |max, v| max.max(v.abs())) / 127.0;
+                let max = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
+                let scale = if block.iter().all(|v| v.is_finite()) { max / 127.0 } else { f32::NAN };
                 for v in block {
                     *v = int8(*v, scale) * scale;
                 }

@@ -50,6 +50,10 @@ fn decode_as<const BITS: usize, const KIND: u8>(
         for c in 0..len.div_ceil(CHUNK) {
             let at = (start + c * CHUNK) * BITS / 8;
             let bytes = &codes[at..codes.len().min(at + CHUNK * BITS / 8)];
+            for line in 0..BITS / 4 {
+                // The next run of this row is far from where the processor looks ahead.
+                prefetch(codes, at + RUN * BITS / 8 + 64 * line);
+            }
             let mut padded = [0; CHUNK];
             let bytes = if bytes.len() == CHUNK * BITS / 8 {
                 bytes
@@ -83,6 +87,13 @@ fn decode_as<const BITS: usize, const KIND: u8>(
             }
         }
     }
+}
+
+/// Asks for the cache line that is `ahead` bytes after the start of `bytes`, which may lie beyond all memory.
+#[inline(always)]
+fn prefetch(bytes: &[u8], ahead: usize) {
+    // SAFETY: a prefetch of any address does nothing that a program can see.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
 }
 
 /// For every lane the number that the index names.

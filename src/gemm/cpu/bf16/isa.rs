@@ -7,9 +7,12 @@ use std::sync::OnceLock;
 
 use super::kernel;
 use super::panels::Panels;
-use crate::gemm::Weights;
+use crate::error::{Error, Result};
 use crate::gemm::cpu::amx::Amx;
 use crate::gemm::cpu::tile::Tile;
+use crate::gemm::cpu::{Product, is_small};
+use crate::gemm::{Weights, check_sizes};
+use crate::layout::Grouped;
 
 /// The kernel for one instruction set.
 pub struct Isa {
@@ -61,7 +64,27 @@ impl Isa {
         self.name
     }
 
-    pub(super) fn multiply(&self, weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
+    /// Whether the kernels know a layout.
+    #[must_use]
+    pub fn supports(&self, layout: &Grouped) -> bool {
+        super::supports(layout)
+    }
+
+    /// [`crate::gemm::cpu::multiply`] in this arithmetic with this instruction set.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when `x` is not `m * k` or `y` not `m * n` numbers, or for a layout that is not supported.
+    pub fn multiply(&self, weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32]) -> Result<()> {
+        check_sizes(weights, x.len(), m, y.len())?;
+        if !self.supports(weights.layout()) {
+            return Err(Error::invalid("no kernel of this arithmetic knows the layout"));
+        }
+        super::multiply(self, Product::list(*weights, x, m, y), is_small(weights.rows(), weights.cols(), m));
+        Ok(())
+    }
+
+    /// Multiplies the rows `tile.n()` of a matrix with the rows `tile.m()` of activations.
+    pub(super) fn tile(&self, weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
         // SAFETY: tables leave this module only where their instruction set was detected.
         unsafe { (self.multiply)(weights, x, tile) }
     }

@@ -15,10 +15,9 @@ mod panels;
 use isa::Isa;
 use panels::Panels;
 
+use super::Product;
 use super::int8::Params;
 use super::tile::{self, Tile};
-use crate::gemm::Weights;
-use crate::gemm::cpu::is_small;
 use crate::layout::{Grouped, Levels, ROW};
 
 /// Columns whose order is a decoder's own affair.
@@ -31,36 +30,39 @@ const RUN: usize = 512;
 const TILE: (usize, usize) = (512, 256);
 
 /// From how many rows of activations on decoding to bf16 pays.
-pub const MANY_FROM: usize = 5;
+const MANY_FROM: usize = 5;
+
+/// Computes the products that are faster here than in f32, and returns the others.
+pub(super) fn take<'a>(products: Vec<Product<'a>>, small: bool) -> Vec<Product<'a>> {
+    let Some(isa) = isa::best() else { return products };
+    let pays = |product: &Product<'_>| product.m >= MANY_FROM && supports(product.weights.layout());
+    let (many, others) = products.into_iter().partition(pays);
+    multiply(isa, many, small);
+    others
+}
 
 /// Whether the decoder here knows a layout: eight columns never straddle two groups.
-#[must_use]
-pub fn supports(layout: &Grouped) -> bool {
+fn supports(layout: &Grouped) -> bool {
     let group = layout.group();
     let levels = layout.bits() == 4 || layout.levels() == Levels::Signed;
     levels && (group == ROW || (group.is_power_of_two() && group >= 8))
 }
 
-/// `y[m, n] = x[m, k] · w[n, k]ᵀ`, both rounded, with one instruction set.
-///
-/// # Panics
-/// When a size is wrong or the layout is not supported: bugs of the caller.
-pub fn multiply(isa: &Isa, weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32]) {
-    let (rows, cols) = (weights.rows(), weights.cols());
-    assert!(x.len() == m * cols && y.len() == m * rows && supports(weights.layout()), "the caller checks");
-    if cols == 0 || y.is_empty() {
-        return y.fill(0.0);
+/// Computes all products.
+fn multiply(isa: &Isa, products: Vec<Product<'_>>, small: bool) {
+    let panels: Vec<Panels> = products.iter().map(|p| Panels::new(p.x, p.m, p.weights.cols(), small)).collect();
+    let wanted = tile::wanted(small).div_ceil(products.len().max(1));
+    let mut tasks = Vec::new();
+    for (Product { weights, m, y, .. }, x) in products.into_iter().zip(&panels) {
+        let (height, width) = size(weights.rows(), m, wanted);
+        let tiles = Tile::cut(y, m, weights.rows(), height, width);
+        tasks.extend(tiles.into_iter().map(|tile| (weights.slice(tile.n().start, tile.n().len()), x, tile)));
     }
-    let small = is_small(rows, cols, m);
-    let panels = Panels::new(x, m, cols, small);
-    tile::each(cut(y, m, rows, small), small, |mut tile| {
-        isa.multiply(&weights.slice(tile.n().start, tile.n().len()), &panels, &mut tile);
-    });
+    tile::each(tasks, small, |(weights, x, mut tile)| isa.tile(&weights, x, &mut tile));
 }
 
-/// Tiles for all threads: whole panels of activations, and as many rows of weights as leave work for everyone.
-fn cut(y: &mut [f32], m: usize, n: usize, small: bool) -> Vec<Tile<'_>> {
-    let wanted = tile::wanted(small);
+/// Rows of activations and of weights of a task: whole panels, and so few that all threads have work.
+fn size(n: usize, m: usize, wanted: usize) -> (usize, usize) {
     let (mut height, mut width) = (TILE.0.min(m.next_multiple_of(panels::LANES)), TILE.1);
     while m.div_ceil(height) * n.div_ceil(width) < wanted && width > 2 * panels::LANES {
         width /= 2;
@@ -68,5 +70,5 @@ fn cut(y: &mut [f32], m: usize, n: usize, small: bool) -> Vec<Tile<'_>> {
     while m.div_ceil(height) * n.div_ceil(width) < wanted && height > 2 * panels::LANES {
         height = height.div_ceil(2).next_multiple_of(panels::LANES);
     }
-    Tile::cut(y, m, n, height, width)
+    (height, width)
 }

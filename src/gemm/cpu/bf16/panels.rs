@@ -1,9 +1,8 @@
 //! Activations in bf16: one row in each lane, a pair of columns in each word.
 
-use rayon::prelude::*;
-
 use super::{CHUNK, STEP};
 use crate::codec::isa;
+use crate::gemm::cpu::tile;
 
 /// Rows of a panel.
 pub(super) const LANES: usize = 16;
@@ -33,7 +32,8 @@ impl Panels {
         let mut words = vec![0; panels * panel + LANES];
         // Vectors that straddle two cache lines cost two loads.
         let first = words.as_ptr().align_offset(4 * LANES).min(LANES);
-        let fill = |(rows, words): (&[f32], &mut [u32])| {
+        let tasks = x.chunks(LANES * cols).zip(words[first..][..panels * panel].chunks_exact_mut(panel)).collect();
+        tile::each(tasks, small, |(rows, words): (&[f32], &mut [u32])| {
             let mut bytes = vec![0; 2 * chunks * CHUNK];
             for (l, row) in rows.chunks_exact(cols).enumerate() {
                 isa::best().f32_to_bf16(row, &mut bytes[..2 * cols]);
@@ -45,13 +45,7 @@ impl Panels {
                     }
                 }
             }
-        };
-        let tasks = x.chunks(LANES * cols).zip(words[first..][..panels * panel].chunks_exact_mut(panel));
-        if small {
-            tasks.for_each(fill);
-        } else {
-            tasks.collect::<Vec<_>>().into_par_iter().for_each(fill);
-        }
+        });
         Self { panel, words, first }
     }
 

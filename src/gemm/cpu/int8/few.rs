@@ -13,6 +13,9 @@ use crate::gemm::Weights;
 use crate::gemm::cpu::tile::Tile;
 use crate::layout::ROW;
 
+/// How far ahead codes are asked for: the processor's own prefetching stops at the end of a page. Rows follow each other.
+const AHEAD: usize = 4096;
+
 /// Multiplies `weights`, which are the rows `tile.n()`, with all rows of activations.
 #[inline(always)]
 pub(super) fn multiply<L: Lanes, const BITS: u32, const KIND: u8>(
@@ -121,6 +124,9 @@ impl Row<'_> {
         index: L::Index,
         totals: &mut [L::Floats; M],
     ) {
+        for line in (0..codes.len()).step_by(64) {
+            L::prefetch(codes, AHEAD + line);
+        }
         let [first, second] = if BITS == 4 { L::nibbles(codes) } else { L::octets(codes) };
         let group = (c * L::N) >> self.shift;
         let scales = L::spread(&self.scales[group..], index);

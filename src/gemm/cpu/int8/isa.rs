@@ -13,10 +13,12 @@ use super::panels::Panels;
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 use super::{CODES, SIGNED, ZERO_POINTS, few, many};
-use crate::gemm::Weights;
+use crate::error::{Error, Result};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm::cpu::amx::Amx;
 use crate::gemm::cpu::tile::Tile;
+use crate::gemm::cpu::{Product, is_small};
+use crate::gemm::{Weights, check_sizes};
 use crate::layout::{Grouped, Levels};
 
 type Few = unsafe fn(&Weights<'_>, &Records, &mut Tile<'_>);
@@ -90,6 +92,26 @@ macro_rules! stamp {
 }
 
 stamp!(portable, Words, crate::codec::lanes::array::Array<4>, 2 x 2, from 9);
+#[cfg(target_arch = "aarch64")]
+stamp!(neon, super::super::lanes::neon::Neon, crate::codec::lanes::neon::F32x4, 4 x 2, from 9);
+#[cfg(target_arch = "x86_64")]
+stamp!(
+    avx2,
+    super::super::lanes::avx2::Avx<false>,
+    crate::codec::lanes::avx2::F32x8,
+    2 x 2,
+    from 9,
+    "avx2,f16c,fma"
+);
+#[cfg(target_arch = "x86_64")]
+stamp!(
+    avxvnni,
+    super::super::lanes::avx2::Avx<true>,
+    crate::codec::lanes::avx2::F32x8,
+    2 x 2,
+    from 9,
+    "avx2,f16c,fma,avxvnni"
+);
 #[cfg(target_arch = "x86_64")]
 stamp!(
     avx512vnni,
@@ -108,9 +130,15 @@ const AMX: Isa = Isa { name: "amx", many_from: 9, many: tiles::multiply, ..avx51
 #[must_use]
 pub fn available() -> Vec<&'static Isa> {
     let mut found = vec![&portable::ISA];
+    #[cfg(target_arch = "aarch64")]
+    found.push(&neon::ISA);
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            found.push(&avx2::ISA);
+            if is_x86_feature_detected!("avxvnni") {
+                found.push(&avxvnni::ISA);
+            }
             if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
@@ -145,6 +173,25 @@ impl Isa {
     #[must_use]
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Whether the kernels know a layout.
+    #[must_use]
+    pub fn supports(&self, layout: &Grouped) -> bool {
+        super::supports(layout)
+    }
+
+    /// [`crate::gemm::cpu::multiply`] in this arithmetic with this instruction set.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when `x` is not `m * k` or `y` not `m * n` numbers, or for a layout that is not supported.
+    pub fn multiply(&self, weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32]) -> Result<()> {
+        check_sizes(weights, x.len(), m, y.len())?;
+        if !self.supports(weights.layout()) {
+            return Err(Error::invalid("no kernel of this arithmetic knows the layout"));
+        }
+        super::multiply(self, Product::list(*weights, x, m, y), is_small(weights.rows(), weights.cols(), m));
+        Ok(())
     }
 
     /// [`activations::round_row`]

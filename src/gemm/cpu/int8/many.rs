@@ -40,7 +40,7 @@ pub(super) fn multiply<L, T, const BITS: u32, const KIND: u8, const ROWS: usize,
     let mut totals = vec![0.0f32; rows * width];
     for start in (0..cols).step_by(RUN) {
         let len = RUN.min(cols - start);
-        unpack(weights, start, len, &mut codes);
+        unpack::<L>(weights, start, len, &mut codes);
         let records = start / x.step..((start + len).div_ceil(x.step)).min(x.records);
         let groups = group_range(weights.layout(), start, len);
         for p in (0..panels).step_by(PANELS) {
@@ -80,11 +80,15 @@ pub(super) fn group_range(layout: &Grouped, start: usize, len: usize) -> std::op
 
 /// Codes of the columns `start ..+ len` of every row as bytes, in rows of [`RUN`].
 #[inline(always)]
-pub(super) fn unpack(weights: &Weights<'_>, start: usize, len: usize, codes: &mut [u8]) {
+pub(super) fn unpack<L: Lanes>(weights: &Weights<'_>, start: usize, len: usize, codes: &mut [u8]) {
     let (bits, stride) = (weights.layout().bits() as usize, weights.layout().code_stride(weights.cols()));
     let bytes = start * bits / 8..((start + len) * bits).div_ceil(8);
     for (packed, codes) in weights.planes().codes.chunks_exact(stride).zip(codes.chunks_exact_mut(RUN)) {
         let packed = &packed[bytes.clone()];
+        // The next run of this row is far from where the processor looks ahead.
+        for line in (0..packed.len()).step_by(64) {
+            L::prefetch(packed, packed.len() + line);
+        }
         if bits == 8 {
             codes[..packed.len()].copy_from_slice(packed);
         } else {
@@ -177,11 +181,10 @@ impl Block<'_> {
             }
         }
         for g in self.groups.clone() {
-            for j in 0..PANELS {
-                let x = L::load(&self.x.sums(p + j)[g * L::N..]);
-                for i in 0..ROWS {
-                    let offset = L::splat(self.params.offsets(r + i)[g]);
-                    sums[i][j] = L::mul_add(offset, x, sums[i][j]);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let offset = L::splat(self.params.offsets(r + i)[g]);
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    *sum = L::mul_add(offset, L::load(&self.x.sums(p + j)[g * L::N..]), *sum);
                 }
             }
         }

@@ -7,6 +7,8 @@
 //!
 //! Few rows of activations are multiplied lane by lane as codes are stored ([`few`]), many after unpacking ([`many`]).
 //! A number that is not finite makes the scale of its block NaN, and so every result of its row.
+//!
+//! Levels of a table are no integers: there the product is one in f32 with the rounded activations.
 
 mod activations;
 mod few;
@@ -23,11 +25,10 @@ use isa::Isa;
 pub(super) use many::transpose;
 use panels::Panels;
 pub(super) use params::Params;
-use rayon::prelude::*;
 
-use super::is_small;
+use super::Product;
 use super::tile::{self, Tile};
-use crate::gemm::{ACT_BLOCK, Weights};
+use crate::gemm::ACT_BLOCK;
 use crate::layout::{Grouped, Levels, ROW};
 
 /// Levels are codes.
@@ -40,9 +41,21 @@ const ZERO_POINTS: u8 = 2;
 /// Rows of activations and of weights of a task with many of both.
 const TILE: (usize, usize) = (512, 64);
 
-/// Whether the kernels here know a layout: its levels are integers, and eight columns never straddle two groups.
-#[must_use]
-pub fn supports(layout: &Grouped) -> bool {
+/// Rounded activations, laid out.
+enum Prepared {
+    Few(Records),
+    Many(Panels),
+}
+
+/// Computes the products whose layouts the kernels here know, and returns the others.
+pub(super) fn take<'a>(products: Vec<Product<'a>>, small: bool) -> Vec<Product<'a>> {
+    let (known, others) = products.into_iter().partition(|product| supports(product.weights.layout()));
+    multiply(isa::best(), known, small);
+    others
+}
+
+/// Whether levels of a layout are integers, and eight columns never straddle two groups.
+fn supports(layout: &Grouped) -> bool {
     let group = layout.group();
     let levels = match layout.levels() {
         Levels::Unsigned | Levels::ZeroPoint => layout.bits() == 4,
@@ -52,45 +65,30 @@ pub fn supports(layout: &Grouped) -> bool {
     levels && (group == ROW || (group.is_power_of_two() && group >= 8))
 }
 
-/// Rounded activations, laid out.
-enum Prepared {
-    Few(Records),
-    Many(Panels),
-}
-
-/// `y[m, n] = x̂[m, k] · w[n, k]ᵀ` with one instruction set.
-///
-/// # Panics
-/// When a size is wrong or the layout is not supported: bugs of the caller.
-pub fn multiply(isa: &Isa, weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32]) {
-    let (rows, cols) = (weights.rows(), weights.cols());
-    assert!(x.len() == m * cols && y.len() == m * rows && supports(weights.layout()), "the caller checks");
-    if cols == 0 || y.is_empty() {
-        return y.fill(0.0);
+/// Computes all products.
+fn multiply(isa: &Isa, products: Vec<Product<'_>>, small: bool) {
+    let prepared: Vec<Prepared> = products.iter().map(|product| prepare(isa, product, small)).collect();
+    let wanted = tile::wanted(small).div_ceil(products.len().max(1));
+    let mut tasks = Vec::new();
+    for (Product { weights, m, y, .. }, x) in products.into_iter().zip(&prepared) {
+        let (height, width) = size(isa, weights.rows(), m, wanted);
+        let tiles = Tile::cut(y, m, weights.rows(), height, width);
+        tasks.extend(tiles.into_iter().map(|tile| (weights.slice(tile.n().start, tile.n().len()), x, tile)));
     }
-    let small = is_small(rows, cols, m);
-    let prepared = prepare(isa, weights, x, m, small);
-    tile::each(cut(isa, weights, y, m, small), small, |mut tile| {
-        let part = weights.slice(tile.n().start, tile.n().len());
-        match &prepared {
-            Prepared::Few(x) => isa.few(&part, x, &mut tile),
-            Prepared::Many(x) => isa.many(&part, x, &mut tile),
-        }
+    tile::each(tasks, small, |(weights, x, mut tile)| match x {
+        Prepared::Few(x) => isa.few(&weights, x, &mut tile),
+        Prepared::Many(x) => isa.many(&weights, x, &mut tile),
     });
 }
 
 /// Rounds the activations and lays them out for the kernel that takes them.
-fn prepare(isa: &Isa, weights: &Weights<'_>, x: &[f32], m: usize, small: bool) -> Prepared {
+fn prepare(isa: &Isa, product: &Product<'_>, small: bool) -> Prepared {
+    let (weights, m) = (&product.weights, product.m);
     let mut rounded = Rounded::new(m, weights.cols());
-    let rows =
-        rounded.codes.chunks_exact_mut(rounded.stride).zip(rounded.scales.chunks_exact_mut(rounded.stride / ACT_BLOCK));
-    let tasks: Vec<_> = x.chunks_exact(weights.cols()).zip(rows).collect();
-    let round = |(x, (codes, scales)): (&[f32], (&mut [i8], &mut [f32]))| isa.round_row(x, codes, scales);
-    if small {
-        tasks.into_iter().for_each(round);
-    } else {
-        tasks.into_par_iter().for_each(round);
-    }
+    let scales = rounded.scales.chunks_exact_mut(rounded.stride / ACT_BLOCK);
+    let rows = rounded.codes.chunks_exact_mut(rounded.stride).zip(scales);
+    let tasks: Vec<_> = product.x.chunks_exact(weights.cols()).zip(rows).collect();
+    tile::each(tasks, small || m == 1, |(x, (codes, scales))| isa.round_row(x, codes, scales));
     if m < isa.many_from {
         Prepared::Few(isa.records(&rounded, weights.layout()))
     } else {
@@ -98,19 +96,17 @@ fn prepare(isa: &Isa, weights: &Weights<'_>, x: &[f32], m: usize, small: bool) -
     }
 }
 
-/// Tiles for all threads: whole panels of activations, and as many rows of weights as leave work for everyone.
-fn cut<'a>(isa: &Isa, weights: &Weights<'_>, y: &'a mut [f32], m: usize, small: bool) -> Vec<Tile<'a>> {
-    let n = weights.rows();
-    let wanted = tile::wanted(small);
+/// Rows of activations and of weights of a task: whole panels, and so few that all threads have work.
+fn size(isa: &Isa, n: usize, m: usize, wanted: usize) -> (usize, usize) {
     if m < isa.many_from {
-        return Tile::cut(y, m, n, m, n.div_ceil(wanted));
+        return (m, n.div_ceil(wanted));
     }
     let (mut height, mut width) = (TILE.0.min(m.next_multiple_of(isa.lanes)), TILE.1.min(n));
     while m.div_ceil(height) * n.div_ceil(width) < wanted && width > 16 {
-        width = width.div_ceil(2).next_multiple_of(4);
+        width = width.div_ceil(2).next_multiple_of(16);
     }
     while m.div_ceil(height) * n.div_ceil(width) < wanted && height > isa.lanes {
         height = height.div_ceil(2).next_multiple_of(isa.lanes);
     }
-    Tile::cut(y, m, n, height, width)
+    (height, width)
 }

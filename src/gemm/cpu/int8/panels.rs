@@ -1,10 +1,9 @@
 //! Rounded activations for the kernels of many rows: one row in each lane, four columns in each word.
 
-use rayon::prelude::*;
-
 use super::activations::{Rounded, zero};
 use super::lanes::MAX_LANES;
 use crate::gemm::ACT_BLOCK;
+use crate::gemm::cpu::tile;
 use crate::layout::{Grouped, ROW};
 
 /// Activations in panels of as many rows as a vector has lanes. A panel is a row of records, one for each [`Panels::step`]
@@ -54,9 +53,10 @@ impl Panels {
         new.words = vec![0; panels * panel + MAX_LANES];
         // Vectors that straddle two cache lines cost two loads.
         new.first = new.words.as_ptr().align_offset(4 * MAX_LANES).min(MAX_LANES);
-        let words = new.words[new.first..][..panels * panel].chunks_mut(panel.max(1));
-        let sums = new.sums.chunks_mut((groups * lanes).max(1)).map(Some).chain(std::iter::repeat_with(|| None));
-        let fill = |(p, (words, sums)): (usize, (&mut [u32], Option<&mut [f32]>))| {
+        let words = new.words[new.first..][..panels * panel].chunks_exact_mut(panel);
+        let mut sums = new.sums.chunks_exact_mut((groups * lanes).max(1));
+        let tasks = words.enumerate().map(|(p, words)| (p, words, sums.next())).collect();
+        tile::each(tasks, small, |(p, words, sums): (usize, &mut [u32], Option<&mut [f32]>)| {
             let rows = p * lanes..x.m.min((p + 1) * lanes);
             fill_panel(x, rows.start, rows.len(), lanes, step, zero(layout), words);
             if let Some(sums) = sums {
@@ -68,13 +68,7 @@ impl Panels {
                     }
                 }
             }
-        };
-        let tasks = words.zip(sums).enumerate();
-        if small {
-            tasks.for_each(fill);
-        } else {
-            tasks.collect::<Vec<_>>().into_par_iter().for_each(fill);
-        }
+        });
         new
     }
 

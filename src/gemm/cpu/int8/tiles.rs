@@ -36,7 +36,7 @@ pub(super) fn multiply(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
     let group_len = if weights.layout().group() == ROW { usize::MAX } else { weights.layout().group() };
     for start in (0..cols).step_by(RUN) {
         let len = RUN.min(cols - start);
-        unpack(weights, start, len, &mut codes);
+        unpack::<Vectors>(weights, start, len, &mut codes);
         let levels = levels(weights, &params, start, &mut codes);
         let records = start / x.step..((start + len).div_ceil(x.step)).min(x.records);
         let groups = group_range(weights.layout(), start, len);
@@ -66,7 +66,7 @@ pub(super) fn multiply(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
                     words,
                     sums,
                     step: x.step,
-                    steps_per_group: group_len / x.step,
+                    steps_shift: (group_len / x.step).ilog2(),
                 };
                 block.add(&mut tiles, &mut totals[r * width + p * SIDE..], width);
             }
@@ -110,7 +110,8 @@ struct Block<'a> {
     words: &'a [u32],
     sums: &'a [f32],
     step: usize,
-    steps_per_group: usize,
+    /// How many bits of the number of a record tell records of a group apart.
+    steps_shift: u32,
 }
 
 impl Block<'_> {
@@ -133,7 +134,7 @@ impl Block<'_> {
                 self.issue(tiles, s + 2, count, record, next);
             }
             for (s, exact) in (s..count).zip(&now.0) {
-                let scales = &self.scales[s / self.steps_per_group * SIDE..][..SIDE];
+                let scales = &self.scales[(s >> self.steps_shift) * SIDE..][..SIDE];
                 let x_scale = Vectors::load_floats(&self.words[(s + 1) * record - 2 * SIDE..]);
                 for (i, sum) in sums.iter_mut().enumerate() {
                     let exact = Vectors::load_ints(bytemuck::cast_slice(&exact[i * SIDE..][..SIDE]));

@@ -16,6 +16,9 @@ impl Lanes for Words {
     type Index = u32;
 
     #[inline(always)]
+    fn prefetch(_bytes: &[u8], _ahead: usize) {}
+
+    #[inline(always)]
     fn nibbles(codes: &[u8]) -> [Bytes; 2] {
         let (mut even, mut odd) = (Bytes::default(), Bytes::default());
         for (l, codes) in codes[..16].as_chunks::<4>().0.iter().enumerate() {

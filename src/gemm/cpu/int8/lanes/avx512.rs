@@ -19,6 +19,12 @@ impl Lanes for Vnni512 {
     type Index = __m512i;
 
     #[inline(always)]
+    fn prefetch(bytes: &[u8], ahead: usize) {
+        // SAFETY: a prefetch of any address does nothing that a program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
+    }
+
+    #[inline(always)]
     fn nibbles(codes: &[u8]) -> [__m512i; 2] {
         let codes = &codes[..64];
         // SAFETY: the slice holds 64 bytes; only functions that enable AVX-512 name this type.

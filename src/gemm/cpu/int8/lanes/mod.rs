@@ -5,7 +5,11 @@
 
 pub(super) mod array;
 #[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 
 /// The most words of any width.
 pub(super) const MAX_LANES: usize = 16;
@@ -23,6 +27,8 @@ pub(super) trait Lanes {
     /// For every lane, which of the numbers that follow each other it takes.
     type Index: Copy;
 
+    /// Asks for the cache line that is `ahead` bytes after the start of `bytes`, which may lie beyond all memory.
+    fn prefetch(bytes: &[u8], ahead: usize);
     /// 4-bit codes `8l ..+ 8` in lane `l`: the even ones, then the odd ones.
     fn nibbles(codes: &[u8]) -> [Self::Bytes; 2];
     /// 8-bit codes `8l ..+ 8` in lane `l`: the first four, then the last four.
