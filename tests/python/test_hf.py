@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tenpak
 
@@ -51,6 +52,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
     "qwen3 moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4),
 }
+CONFIGS |= {
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=32),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=96, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    ),
+}  # fmt: skip
 #: Ends of the messages that transformers gives when it does not find what it looks for.
 COMPLAINTS = ("MISSING", "UNEXPECTED", "MISMATCH", "newly initialized", "not used")
 
@@ -190,6 +198,36 @@ def test_an_artifact_without_a_config_is_refused(made: Any, tmp_path: Path) -> N
     tenpak.compress(made("llama").source / "model.safetensors", tmp_path / "a.tenpak")
     with pytest.raises(tenpak.InvalidError, match="carries no config.json"):
         tenpak.from_pretrained(tmp_path / "a.tenpak")
+
+
+def test_fused_experts_are_stored_and_loaded_as_they_are(made: Any, tmp_path: Path) -> None:
+    dense = transformers.AutoModelForCausalLM.from_pretrained(made("mixtral").source)
+    dense.save_pretrained(tmp_path / "fused", save_original_format=False)
+    tenpak.compress(tmp_path / "fused", tmp_path / "planes")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tenpak.open(tmp_path / "planes")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "planes")
+    assert torch.equal(logits(model), logits(made("mixtral").load()))
+    model.save_pretrained(tmp_path / "saved")
+    again = tenpak.open(tmp_path / "saved")
+    assert {n: (e.codec, e.shape) for n, e in again.items()} == {
+        n: (e.codec, e.shape) for n, e in tenpak.open(tmp_path / "planes").items()
+    }
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_saved_is_an_artifact(kind: str, made: Any, tmp_path: Path) -> None:
+    made(kind).load().save_pretrained(tmp_path / "saved")
+    saved, source = tenpak.open(tmp_path / "saved"), tenpak.open(made(kind).file)
+    assert set(saved) == set(source) and not saved.verify()
+    assert all(np.array_equal(saved.decode(name), source.decode(name)) for name in source)
+
+
+def test_a_model_compiles_into_one_graph(made: Any) -> None:
+    torch._dynamo.reset()
+    model = made("mixtral").load()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model))
 
 
 def test_from_pretrained_takes_a_directory_too(made: Any) -> None:
@@ -388,8 +426,9 @@ def test_a_dense_checkpoint_is_not_quantized_while_it_loads(made: Any) -> None:
 ORDERS = {
     "tenpak first": "import tenpak, transformers",
     "transformers first": "import transformers, tenpak",
-    "transformers and its table first": "import transformers, transformers.quantizers.auto, tenpak",
-    "twice": "import tenpak, transformers, importlib; transformers.quantizers.auto; importlib.reload(tenpak)",
+    "its table first, and tenpak twice": (
+        "import transformers.quantizers.auto, tenpak, importlib; importlib.reload(tenpak)"
+    ),
 }
 
 
