@@ -94,7 +94,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         encoded = encode(layer.weight, codec)
         planes = {name: plane.copy() for name, plane in encoded.planes.items()}
         dtype = layer.weight.dtype if layer.weight.dtype in _ops.DTYPES else torch.float32
-        out = beside(layer, cls(*layer.weight.shape, layer.padding_idx, codec=codec, device="meta", dtype=dtype))
+        out = beside(layer, cls(encoded.rows, encoded.cols, layer.padding_idx, codec=codec, device="meta", dtype=dtype))
         out._set_planes(planes)
         out.train(layer.training)
         return out.to(layer.weight.device) if layer.weight.device.type != "cpu" else out
