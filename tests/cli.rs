@@ -310,11 +310,11 @@ fn a_signal_stops_the_work_at_once_and_leaves_nothing() {
     let shell = Shell::new();
     zeros(&shell.path("m.safetensors"), LONG);
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
-        for (existing, output) in [(None, "m.tenpak"), (Some("older"), "m.tenpak"), (None, "directory")] {
+        for (existing, target) in [(None, "m.tenpak"), (Some("older"), "m.tenpak"), (None, "directory")] {
             existing.iter().for_each(|bytes| drop(shell.0.write("m.tenpak", bytes)));
             let child = tenpak()
                 .current_dir(shell.path(""))
-                .args(["compress", "m.safetensors", "-o", output, "--force", "--codec", "int4_opt_v1"])
+                .args(["compress", "m.safetensors", "-o", target, "--force", "--codec", "int4_opt_v1"])
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
@@ -333,7 +333,7 @@ fn a_signal_stops_the_work_at_once_and_leaves_nothing() {
             assert!(sent.elapsed() < Duration::from_secs(5), "{signal} took {:?}", sent.elapsed());
             match existing {
                 Some(bytes) => assert_eq!(shell.bytes("m.tenpak"), bytes.as_bytes()),
-                None => assert!(!shell.path(output).exists()),
+                None => assert!(!shell.path(target).exists()),
             }
             assert!(shell.0.names().iter().all(|name| !name.starts_with('.')), "{:?}", shell.0.names());
             drop(fs::remove_file(shell.path("m.tenpak")));

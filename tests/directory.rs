@@ -270,6 +270,8 @@ fn a_directory_without_its_header_is_read_through_its_config() {
     assert_eq!(all(&found), expected);
     assert_eq!(verify::verify(&found, |_| Ok(())).unwrap().problems, []);
     assert_eq!(*found.read_file("config.json").unwrap(), *b"{\"model_type\": \"gpt2\"}");
+    let variant = delta::delta(&found, &open_source(&input), 0.0, &folder.path("d.tenpak"), false, &mut |_| Ok(()));
+    assert!(refusal(variant, "invalid").contains("does not say which recipe made it"));
     let (file, dir) = (folder.path("m.tenpak"), folder.path("again"));
     convert(&found, &file, &to(To::Tenpak, 0), &mut |_| Ok(())).unwrap();
     assert_eq!(all(&ArtifactFile::open(&file).unwrap()), expected);
@@ -284,6 +286,11 @@ fn a_directory_without_its_header_is_read_through_its_config() {
         ("int4_zp_g32_fp16_v1", "int3_v9", "unsupported", "unknown codec"),
         ("\"BF16\"", "\"I32\"", "invalid", "takes floats only"),
         ("[3, 70]", "[4, 70]", "corrupt", "expected U8 of [4, "),
+        ("[3, 70]", "[1099511627776, 1048576]", "corrupt", "expected U8 of [1099511627776, "),
+        ("[3, 70]", "[1099511627776, 4294967296]", "invalid", "larger than 2^63"),
+        ("[3, 70]", "[1, 1, 1, 1, 1, 1, 1, 1, 1]", "limit", "dimensions of a tensor"),
+        ("\"weight\": {", "\"\\u001b[2J\": {", "invalid", "control character"),
+        ("\"BF16\"", "\"\\u001b\"", "unsupported", "unknown dtype"),
         ("\"weight\": {", "\"other.weight\": {", "corrupt", "tensor 'other.codes' is missing"),
     ] {
         assert!(config.contains(from), "{from} is not in {config}");

@@ -190,7 +190,8 @@ fn mutate(artifact: &mut Artifact, random: &mut Random) {
         15 => artifact.tensors.truncate(at),
         16 => {
             let name = ["a.json", "config.json", "tokenizer.model", "../x.json", "x.py"][random.below(5)].to_owned();
-            let (offset, len) = (Some(edge).filter(|_| small % 2 == 0), Some(edge).filter(|_| small % 3 == 0));
+            let (offset, len) =
+                (Some(edge).filter(|_| small.is_multiple_of(2)), Some(edge).filter(|_| small.is_multiple_of(3)));
             artifact.files.push(Plane { name, bytes: vec![7; random.below(90)], offset, len, ..Plane::default() });
         }
         _ => {

@@ -57,6 +57,18 @@ fn the_figures_of_the_tour_are_those_that_bench_and_compress_give() {
 }
 
 #[test]
+fn the_directory_of_the_tour_has_the_files_that_export_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let [file, form] = ["tiny.tenpak", "tiny-hf"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    tenpak(&["compress", "tests/data/tiny-books", "-o", &file, "--codec", "int4_g32_fp16_v1"]);
+    let printed = tenpak(&["export", &file, "--to", "hf", "-o", &form]);
+    for line in printed.lines() {
+        let line = line.replace(dir.path().to_str().unwrap(), "target/tour");
+        assert!(README.contains(&line), "README.md lacks the line that export prints: {line}");
+    }
+}
+
+#[test]
 fn contributing_lists_the_commands_that_tests_run_runs() {
     let listed = CONTRIBUTING.split("```").nth(3).unwrap().trim();
     let run =

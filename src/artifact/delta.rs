@@ -62,6 +62,12 @@ pub fn delta(
     refuse_delta(base)?;
     output::refuse_input(target, variant.inputs().chain(base.inputs()))?;
     let provenance = base.header().provenance();
+    if provenance.recipe.is_empty() {
+        return Err(Error::invalid(format!(
+            "{} does not say which recipe made it, so a variant cannot be compressed alike; compress the base again",
+            base.path().display()
+        )));
+    }
     let options =
         Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, force };
     let planned = compress::plan(variant, &options)?;

@@ -158,7 +158,7 @@ fn described(path: &Path, file: &InputFile, options: &Options) -> Result<Artifac
 /// The content of an attached file: of `config.json`, what it was before it said how weights are quantized.
 fn content(name: &str, file: InputFile, limits: &Limits) -> Result<Content> {
     if name != CONFIG {
-        return Ok(Content::File(file));
+        return Ok(Content::File(Box::new(file)));
     }
     crate::limits::check("bytes of config.json", limits.header_bytes, file.len())
         .map_err(|e| e.in_file(file.path()))?;
@@ -166,7 +166,7 @@ fn content(name: &str, file: InputFile, limits: &Limits) -> Result<Content> {
     let path = file.path().to_owned();
     Ok(match config::restored(&text) {
         Some(bytes) => Content::Restored { path, bytes },
-        None => Content::File(file),
+        None => Content::File(Box::new(file)),
     })
 }
 
@@ -287,8 +287,8 @@ fn undescribed(path: &Path, options: &Options) -> Result<ArtifactFile> {
         .in_file(file.path()));
     }
     let source = source::open_shards(path, options)?;
-    let entries = entries(quantization.tensors, &source, limits).map_err(|e| e.in_file(file.path()))?;
-    let places = places(&entries, &source).map_err(|e| e.in_file(path))?;
+    let entries = entries(quantization.tensors, &source, limits).map_err(|e| e.printable().in_file(file.path()))?;
+    let places = places(&entries, &source).map_err(|e| e.printable().in_file(path))?;
     let (entries, end) = measured(entries, &places, &source)?;
     let (files, attached) = files(path, end, options)?;
     let metadata = source.metadata().iter().filter(|(key, _)| *key != HEADER_SUM);

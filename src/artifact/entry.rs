@@ -44,7 +44,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// An entry whose planes have not been placed yet: lengths known, offsets and checksums not.
+    /// An entry whose planes have not been placed yet: lengths known, offsets and checksums not. It takes no memory that
+    /// grows with the shape, which may be anyone's claim.
     ///
     /// # Errors
     /// [`Error::Invalid`] when the codec cannot hold the tensor: a lossy codec and integers, a transposed tensor that
@@ -58,7 +59,7 @@ impl Entry {
                 plane,
                 offset: 0,
                 bytes,
-                crc32c: vec![0; chunks(bytes)].into(),
+                crc32c: Box::default(),
                 blake3: Identity([0; 32]),
             })
             .collect();

@@ -54,7 +54,7 @@ impl ArtifactFile {
         }
         let file = InputFile::open(&path, access)?;
         let header = Header::read(&file, limits).map_err(|e| e.in_file(&path))?;
-        Ok(Self::new(Store::File(file), header))
+        Ok(Self::new(Store::File(Box::new(file)), header))
     }
 
     /// An artifact whose header has been checked against where its bytes lie.

@@ -23,7 +23,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) enum Content {
     /// The file itself.
-    File(InputFile),
+    File(Box<InputFile>),
     /// What stands in the file without what the directory form has put there.
     Restored { path: PathBuf, bytes: Vec<u8> },
 }
@@ -47,7 +47,7 @@ pub(super) struct Directory {
 #[derive(Debug)]
 pub(super) enum Store {
     /// At the offsets of the header.
-    File(InputFile),
+    File(Box<InputFile>),
     /// Elsewhere.
     Directory(Directory),
 }
@@ -63,11 +63,11 @@ impl Store {
     /// The files that are read.
     pub fn files(&self) -> impl Iterator<Item = &InputFile> {
         let (shards, attached) = match self {
-            Self::File(file) => (std::slice::from_ref(file), [].as_slice()),
+            Self::File(file) => (std::slice::from_ref(&**file), [].as_slice()),
             Self::Directory(directory) => (&*directory.shards, &*directory.attached),
         };
         let attached = attached.iter().filter_map(|content| match content {
-            Content::File(file) => Some(file),
+            Content::File(file) => Some(&**file),
             Content::Restored { .. } => None,
         });
         shards.iter().chain(attached)

@@ -44,7 +44,7 @@ pub struct Verified {
 /// `step` is told the bytes done so far after each chunk and may stop the work.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io), and whatever `step` returns. Damage is no error: it is the result.
+/// [`Error::Io`], and whatever `step` returns. Damage is no error: it is the result.
 pub fn verify(artifact: &ArtifactFile, mut step: impl FnMut(u64) -> Result<()>) -> Result<Verified> {
     let mut result = Verified { bytes: 0, chunks: 0, problems: Vec::new() };
     for (tensor, entry) in artifact.tensors().iter().enumerate() {

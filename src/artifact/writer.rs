@@ -9,7 +9,7 @@ use std::ops::Deref;
 use std::path::Path;
 
 use super::attached::AttachedFile;
-use super::checksum::Checksums;
+use super::checksum::{Checksums, chunks};
 use super::entry::{ALIGN, CHUNK, Entry, align};
 use super::header::{Delta, Header, MOST_BYTES, Provenance};
 use super::map::{ArtifactFile, decode_rows};
@@ -189,7 +189,8 @@ impl Writer {
     pub(crate) fn reopen(self, metadata: BTreeMap<String, String>, provenance: Provenance) -> Result<ArtifactFile> {
         let (out, Written { header, .. }) = self.seal(metadata, provenance, None)?;
         let path = out.target().to_owned();
-        Ok(ArtifactFile::new(Store::File(InputFile::from_file(&path, out.into_file(), Access::Read)?), header))
+        let file = InputFile::from_file(&path, out.into_file(), Access::Read)?;
+        Ok(ArtifactFile::new(Store::File(Box::new(file)), header))
     }
 
     /// Writes header and preamble.
@@ -252,7 +253,8 @@ pub(crate) fn planned<'a>(
     let mut end = ALIGN;
     let mut entries = Vec::new();
     for (info, codec, transposed) in tensors {
-        let entry = place(Entry::unplaced(info, codec, transposed)?, end)?;
+        let mut entry = place(Entry::unplaced(info, codec, transposed)?, end)?;
+        entry.planes_mut().iter_mut().for_each(|plane| plane.crc32c = vec![0; chunks(plane.bytes)].into());
         end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
         entries.push(entry);
     }

@@ -1,4 +1,5 @@
-//! Checkpoint in, artifact out: streams every tensor of a source through its codec into a new file.
+//! Checkpoint in, artifact out: streams every tensor of a source through its codec into a new file, or by way of one into a
+//! directory.
 //!
 //! A tensor goes by in blocks of rows, each about [`BLOCK_BYTES`] of source: read, widened to f32, encoded, decoded
 //! again for the error report, hashed and written, so memory does not grow with the model.

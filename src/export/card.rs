@@ -57,7 +57,7 @@ pub(super) fn text(name: &str, header: &Header) -> String {
     let mut out = format!(
         "---\nbase_model: {}\nbase_model_relation: quantized\nlibrary_name: transformers\ntags:\n- tenpak\n- quantized\n---\n\n\
          # {} in low-bit weights\n\n\
-         Quantized by {}. The weights decode to those of identity\n`{}`; `tenpak verify` checks every byte.\n\n\
+         Quantized by {}; `tenpak verify` checks every byte. Identity of the weights:\n`{}`\n\n\
          | codec | tensors | weights | bytes | bits/weight | x vs FP32 | x vs {half} |\n\
          |---|---:|---:|---:|---:|---:|---:|\n",
         json(name),

@@ -529,7 +529,9 @@ def _parse_file(value: object) -> File:
     out = _fields(value, "file", ["name", "offset", "bytes", "crc32c", "blake3"])
     name = _text(out["name"], "name of a file")
     require(not any(is_control(c) or c in "/\\:" for c in name), "a character that a file's name may not have")
-    require(1 <= len(name.encode("utf-8", "surrogatepass")) <= FILE_NAME_LIMIT, "a file's name is not of 1 to 255 bytes")
+    require(
+        1 <= len(name.encode("utf-8", "surrogatepass")) <= FILE_NAME_LIMIT, "a file's name is not of 1 to 255 bytes"
+    )
     ending = next((ending for ending in FILE_ENDINGS if name.endswith(ending)), None)
     require(ending is not None and name != ending, "a file's name has none of the endings")
     require(name != "tenpak.json" and not name.endswith(".safetensors.index.json"), "a name that is reserved")

@@ -96,8 +96,9 @@ def test_every_verb_returns_the_report_of_the_command_line(cli: Cli, tmp_path: P
         "materialize", "--base", theirs / "a.tenpak", "--delta", theirs / "d.tenpak", "-o", theirs / "r.tenpak",
     )  # fmt: skip
     assert tenpak.codecs() == cli.json("codecs")["codecs"]
-    for file in files(ours):
-        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+    for path in (path for path in ours.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (theirs / path.relative_to(ours)).read_bytes(), path
+    assert files(ours / "form") == files(theirs / "form") and files(ours / "hf") == files(theirs / "hf")
 
 
 def test_options_of_compress_choose_codecs(tmp_path: Path, sample_model: Path) -> None:

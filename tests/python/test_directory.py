@@ -42,7 +42,13 @@ def test_the_oracle_joins_what_compress_writes(cli: Cli, tmp_path: Path, rng: np
 
 @pytest.mark.parametrize(
     "config",
-    ["{}", ' { } \n', '{"a":1}', '{"a": [1, "}"],\n "b": {"quantization_config": 2}}\n', '{"quantization_config": {}, "z": 1}'],
+    [
+        "{}",
+        " { } \n",
+        '{"a":1}',
+        '{"a": [1, "}"],\n "b": {"quantization_config": 2}}\n',
+        '{"quantization_config": {}, "z": 1}',
+    ],
 )
 def test_any_config_comes_back_byte_for_byte(cli: Cli, tmp_path: Path, rng: np.random.Generator, config: str) -> None:
     model = gpt2(tmp_path / "m", rng, config)

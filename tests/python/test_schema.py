@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Cli, read_safetensors, write_safetensors
 
 SCHEMA = json.loads((ROOT / "src/cli/schema.json").read_text())
-VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs")
+VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs", "eval")
 
 
 def assert_valid(report: dict[str, Any], verb: str) -> dict[str, Any]:

@@ -120,7 +120,15 @@ def test_docstrings_give_shapes_and_errors() -> None:
     for thing in (tenpak.encode, tenpak.Artifact.decode, tenpak.Artifact.planes):
         doc = inspect.getdoc(thing) or ""
         assert "shape" in doc and "Raises" in doc and "Returns" in doc, thing
-    verbs = (tenpak.compress, tenpak.decompress, tenpak.delta, tenpak.export, tenpak.materialize, tenpak.verify, tenpak.open)
+    verbs = (
+        tenpak.compress,
+        tenpak.decompress,
+        tenpak.delta,
+        tenpak.export,
+        tenpak.materialize,
+        tenpak.verify,
+        tenpak.open,
+    )
     for verb in verbs:
         doc = inspect.getdoc(verb) or ""
         for parameter in inspect.signature(verb).parameters:

@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
         # Nobody reads on; the interpreter must not try again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (TenpakError, ImportError, OSError, ValueError, MemoryError) as error:
+    except (TenpakError, ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
         print(f"tenpak: {_message(error)}", file=sys.stderr)
         return 2
 

@@ -1,6 +1,7 @@
 """Loss against rate as a picture: KL divergence, logarithmic, over bits per weight of the quantized matrices."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def draw(evaluation: Evaluation, path: Path, peers: Peers | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 8.5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_yscale("log")
@@ -133,29 +134,49 @@ def draw(evaluation: Evaluation, path: Path, peers: Peers | None) -> None:
 
 
 def _label(axes: Any, renderer: Any, points: list[tuple[tuple[str, float, float], str]]) -> None:
-    """Write each point's name beside it, at the first of a few places that cover no other name or point."""
-    places = [(6, 0), (-6, 0), (0, 9), (0, -9), *((x, y) for y in (14, -14, 22, -22, 30, -30) for x in (6, -6))]
+    """Write each point's name where it covers no other name and no point, the nearest such place counting.
+
+    Places are tried in rings around the point; where none is free, the name stands beside the point.
+    """
     at = axes.transData.transform([(bits, kld) for (_, bits, kld), _ in points])
-    taken: list[Any] = []
-    for ((name, bits, kld), colour), here in zip(points, at, strict=True):
-        text = None
-        for x, y in places:
-            if text is not None:
-                text.remove()
-            text = axes.annotate(
-                name,
-                (bits, kld),
-                (x, y),
-                textcoords="offset points",
-                ha="center" if x == 0 else "left" if x > 0 else "right",
-                va="center",
-                fontsize=7,
-                color=colour,
-                arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour} if abs(y) > 9 else None,
-            )
-            box = text.get_window_extent(renderer)
-            if not any(box.overlaps(other) for other in taken) and not any(
-                box.contains(*other) for other in at if other is not here
+    pixels = renderer.points_to_pixels(1)
+    taken = [(x - 3 * pixels, y - 3 * pixels, x + 3 * pixels, y + 3 * pixels) for x, y in at]
+    for ((name, bits, kld), colour), (x, y) in zip(points, at, strict=True):
+        text = axes.annotate(
+            name,
+            (bits, kld),
+            (6, 0),
+            textcoords="offset points",
+            ha="left",
+            va="center",
+            fontsize=7,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 2},
+        )
+        extent = text.get_window_extent(renderer)
+        width, height = extent.width, extent.height
+        for dx, dy in _PLACES:
+            # The offset is that of the nearer end of the name.
+            left = x + dx * pixels - (0 if dx > 0 else width)
+            box = (left, y + dy * pixels - height / 2, left + width, y + dy * pixels + height / 2)
+            if (
+                axes.bbox.contains(*box[:2])
+                and axes.bbox.contains(*box[2:])
+                and not any(_overlap(box, t) for t in taken)
             ):
+                text.set_position((dx, dy))
+                text.set_horizontalalignment("left" if dx > 0 else "right")
+                taken.append(box)
                 break
-        taken.append(box)
+
+
+#: Offsets from a point, in points of 1/72 inch, the nearest first.
+_PLACES = [
+    (radius * math.cos(angle), radius * math.sin(angle))
+    for radius in (6, *range(12, 156, 12))
+    for angle in (math.radians(degrees) for degrees in (0, 180, 30, -30, 150, -150, 60, -60, 120, -120))
+]
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -56,23 +56,43 @@ def model_of(artifact: Artifact, source: Any, dtype: torch.dtype) -> Any:
     -------
     transformers.PreTrainedModel
         A model of its own, in evaluation mode.
+
+    Raises
+    ------
+    InvalidError
+        The artifact does not fill the model.
+    CorruptError, OSError
+        A tensor cannot be decoded.
     """
     cls, config = source
-    tensors = {name: _Decoded(artifact, name) for name in artifact}
-    model, info = cls.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, use_safetensors=True
-    )
+    failed: list[Exception] = []
+    tensors = {name: _Decoded(artifact, name, failed) for name in artifact}
+    try:
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:
+        # transformers reports what it could not convert, but not why.
+        if failed:
+            raise failed[0] from error
+        raise
+    if failed:
+        raise failed[0]
     return _ready(model, info, str(artifact.path))
 
 
 class _Decoded:
     """A tensor of an artifact that is decoded when it is sliced, as those of a safetensors file are read."""
 
-    def __init__(self, artifact: Artifact, name: str) -> None:
-        self._artifact, self._name = artifact, name
+    def __init__(self, artifact: Artifact, name: str, failed: list[Exception]) -> None:
+        self._artifact, self._name, self._failed = artifact, name, failed
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
-        return decode(self._artifact, self._name)[index]
+        try:
+            return decode(self._artifact, self._name)[index]
+        except Exception as error:
+            self._failed.append(error)
+            raise
 
 
 def decode(artifact: Artifact, name: str) -> torch.Tensor:

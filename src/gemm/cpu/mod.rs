@@ -2,7 +2,12 @@
 //!
 //! [`mod@reference`] says what a product is, [`float`] computes it in f32.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+pub mod bf16;
 pub mod float;
+pub mod int8;
 pub mod reference;
 mod tile;
 

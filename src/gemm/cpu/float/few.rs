@@ -6,9 +6,10 @@
 //! the sums of a block are multiplied by a vector of scales, one per lane, which a permutation takes from the scales of
 //! the row. What is added in each group leaves the loop as a product with the sums of its activations.
 
+use std::ops::Range;
+
 use super::params;
 use super::vector::{Kind, Vector, with_kind};
-use crate::codec::Planes;
 use crate::codec::lanes::{Eight, MAX_LANES};
 use crate::gemm::Weights;
 use crate::gemm::cpu::tile::Tile;
@@ -28,7 +29,7 @@ pub(super) struct Spread {
     /// `[m][group]`, the sum of the activations; empty where nothing is added.
     sums: Vec<f32>,
     /// The group of the first lane of every block.
-    first: Vec<u32>,
+    first: Vec<usize>,
     /// `[block][lane]`, its group less that of the first lane.
     indices: Vec<u32>,
 }
@@ -48,15 +49,21 @@ impl Spread {
         let groups = layout.groups(cols).next_multiple_of(lanes);
         let sums = if params::has_addends(layout) { m * groups } else { 0 };
         let group = layout.group_len(cols).max(1);
-        let narrow = |group: usize| u32::try_from(group).expect("a row has fewer than 2^32 groups");
-        let first_of = |block: usize| (block * lanes * codes / group).min(layout.groups(cols) - 1);
-        let first = (0..blocks).map(|block| narrow(first_of(block))).collect();
-        let index = |lane: usize| {
-            // Lanes beyond the last column have no group: their activations are zeros.
-            let own = (lane * codes / group).min(layout.groups(cols) - 1);
-            narrow(own - first_of(lane / lanes))
-        };
-        let indices = (0..blocks * lanes).map(index).collect();
+        let (mut first, mut indices) = (Vec::with_capacity(blocks), Vec::with_capacity(blocks * lanes));
+        // The group of the word at hand, and where the next one begins; there is none beyond the last column.
+        let (mut own, mut next) = (0, group);
+        for block in 0..blocks {
+            for lane in 0..lanes {
+                let column = (block * lanes + lane) * codes;
+                if column >= next && next < cols {
+                    (own, next) = (own + 1, next + group);
+                }
+                if lane == 0 {
+                    first.push(own);
+                }
+                indices.push(u32::try_from(own - first[block]).expect("fewer than lanes"));
+            }
+        }
         Self { stride, x: vec![0.0; m * stride], groups, sums: vec![0.0; sums], first, indices }
     }
 
@@ -97,138 +104,220 @@ pub(super) fn spread<V: Vector>(layout: &Grouped, x: &[f32], row: SpreadRow<'_>)
     }
 }
 
-/// Rows of weights that are multiplied side by side: they share the activations that are loaded.
-const ROWS: usize = 2;
-
 /// Fills a tile that has all rows of activations.
 #[inline(always)]
 pub(super) fn multiply<V: Vector, E: Eight>(weights: &Weights<'_>, spread: &Spread, tile: &mut Tile<'_>) {
     with_kind!(V, weights.layout(), kind => all_rows::<V, E, _>(kind, weights, spread, tile));
 }
 
+/// Numbers of scales or addends that are converted together, well before they are used: loading across what was just
+/// stored would wait for the store.
+const CONVERTED: usize = 2048;
+/// The most rows of weights in a batch, a multiple of those that are multiplied side by side.
+const BATCH: usize = 16;
+/// Activations that stay in the first-level cache while a batch goes by.
+const CACHED: usize = 8192;
+
 #[inline(always)]
 fn all_rows<V: Vector, E: Eight, K: Kind<V>>(kind: K, weights: &Weights<'_>, spread: &Spread, tile: &mut Tile<'_>) {
     let layout = weights.layout();
-    let (m, n) = (tile.m(), tile.n());
+    let n = tile.n();
     // Every vector of scales is read in whole, the last one may start at the last group.
     let stride = spread.groups + V::N;
-    let mut scales = vec![0.0; ROWS * stride];
-    let mut addends = vec![0.0; if spread.sums.is_empty() { 0 } else { ROWS * spread.groups }];
-    for first in n.clone().step_by(ROWS) {
-        // The last row may be taken twice.
-        let rows: [Planes<'_>; ROWS] =
-            [*weights.slice(first, 1).planes(), *weights.slice((first + 1).min(n.end - 1), 1).planes()];
-        for (r, row) in rows.iter().enumerate() {
-            let scales = &mut scales[r * stride..][..spread.groups];
-            params::scales::<V>(layout, row, 0, scales);
-            if !addends.is_empty() {
-                let addends = &mut addends[r * spread.groups..][..spread.groups];
-                params::addends::<V, E>(layout, row, 0, scales, addends);
-            }
-        }
-        let addends = addends.split_at(addends.len() / ROWS);
-        let scales = scales.split_at(stride);
-        let pair = Pair {
-            codes: [rows[0].codes, rows[1].codes],
-            scales: [scales.0, scales.1],
-            addends: [addends.0, addends.1],
-        };
+    let rows = (CONVERTED / stride).next_multiple_of(4).clamp(4, BATCH);
+    let mut batch = Batch {
+        weights: weights.slice(n.start, 0),
+        code_stride: layout.code_stride(weights.cols()),
+        spread,
+        stride,
+        scales: vec![0.0; rows * stride],
+        addends: vec![0.0; if spread.sums.is_empty() { 0 } else { rows * spread.groups }],
+    };
+    for first in n.clone().step_by(rows) {
+        batch.weights = weights.slice(first, rows.min(n.end - first));
+        batch.convert::<V, E>();
+        let m = tile.m();
         let mut i = m.start;
         while i < m.end {
-            i += match m.end - i {
-                1 => pair.multiply::<V, K, 1>(kind, spread, i, first, tile),
-                2 | 3 => pair.multiply::<V, K, 2>(kind, spread, i, first, tile),
-                _ => pair.multiply::<V, K, 4>(kind, spread, i, first, tile),
+            // As many rows side by side as the registers hold sums of.
+            i += match (m.end - i, V::REGISTERS >= 32) {
+                (1, true) => batch.multiply::<V, K, 4, 1>(kind, i, first, tile),
+                (1, false) => batch.multiply::<V, K, 2, 1>(kind, i, first, tile),
+                (2 | 3, true) => batch.multiply::<V, K, 4, 2>(kind, i, first, tile),
+                (2 | 3, false) => batch.multiply::<V, K, 2, 2>(kind, i, first, tile),
+                (_, true) => batch.multiply::<V, K, 2, 4>(kind, i, first, tile),
+                (_, false) => batch.multiply::<V, K, 1, 4>(kind, i, first, tile),
             };
         }
     }
 }
 
-/// Rows of weights, ready to be multiplied.
-struct Pair<'a> {
-    codes: [&'a [u8]; ROWS],
-    scales: [&'a [f32]; ROWS],
-    addends: [&'a [f32]; ROWS],
+/// A few rows of weights with their parameters converted.
+struct Batch<'a> {
+    weights: Weights<'a>,
+    code_stride: usize,
+    spread: &'a Spread,
+    /// Numbers in a row of `scales`, zeros after the last group.
+    stride: usize,
+    scales: Vec<f32>,
+    addends: Vec<f32>,
 }
 
-impl Pair<'_> {
-    /// Writes the results of `T` rows of activations from `i` on with row `n` of the weights and the next one, where
-    /// the tile has it; returns `T`.
+impl Batch<'_> {
     #[inline(always)]
-    fn multiply<V: Vector, K: Kind<V>, const T: usize>(
+    fn convert<V: Vector, E: Eight>(&mut self) {
+        let (rows, groups, planes) = (self.weights.rows(), self.spread.groups, *self.weights.planes());
+        for r in 0..rows {
+            let row = params::row(&planes, rows, r);
+            let scales = &mut self.scales[r * self.stride..][..groups];
+            params::scales::<V>(self.weights.layout(), &row, 0, scales);
+            // What the next batch converts.
+            for plane in [row.scales, row.addends] {
+                for at in (0..plane.len()).step_by(64) {
+                    V::prefetch(plane, rows * plane.len() + at);
+                }
+            }
+            if !self.addends.is_empty() {
+                let addends = &mut self.addends[r * groups..][..groups];
+                params::addends::<V, E>(self.weights.layout(), &row, 0, scales, addends);
+            }
+        }
+    }
+
+    /// Writes the results of `T` rows of activations from `i` on with all rows of the batch, of which the first is row
+    /// `n`; returns `T`.
+    #[inline(always)]
+    fn multiply<V: Vector, K: Kind<V>, const R: usize, const T: usize>(
         &self,
         kind: K,
-        spread: &Spread,
         i: usize,
         n: usize,
         tile: &mut Tile<'_>,
     ) -> usize {
-        let sums = self.sums::<V, K, T>(kind, spread, i);
+        let spread = self.spread;
+        let width = K::CODES * V::N;
+        let rows = self.weights.rows();
+        let mut x = [[].as_slice(); T];
+        for (t, x) in x.iter_mut().enumerate() {
+            *x = &spread.x[(i + t) * spread.stride..][..spread.stride];
+        }
+        // `[row][t][lane]`
+        let mut totals = [0.0; BATCH * 4 * MAX_LANES];
+        let step = CACHED / (T * width);
+        for start in (0..spread.first.len()).step_by(step) {
+            let blocks = start..spread.first.len().min(start + step);
+            for (r, totals) in (0..rows).step_by(R).zip(totals.chunks_exact_mut(R * T * V::N)) {
+                let mut sums = [[V::splat(0.0); T]; R];
+                for (sums, totals) in sums.iter_mut().zip(totals.chunks_exact(T * V::N)) {
+                    for (sum, total) in sums.iter_mut().zip(totals.chunks_exact(V::N)) {
+                        *sum = V::load(total);
+                    }
+                }
+                self.blocks::<V, K, R, T>(kind, r, &x, blocks.clone(), &mut sums);
+                for (sums, totals) in sums.iter().zip(totals.chunks_exact_mut(T * V::N)) {
+                    for (sum, total) in sums.iter().zip(totals.chunks_exact_mut(V::N)) {
+                        sum.store(total);
+                    }
+                }
+            }
+        }
         let at = n - tile.n().start;
         for t in 0..T {
-            let results = &mut tile.row(i + t)[at..];
-            results[0] = sums[0][t].sum();
-            if let Some(second) = results.get_mut(1) {
-                *second = sums[1][t].sum();
+            let sums = spread.sums.get((i + t) * spread.groups..).unwrap_or_default();
+            let results = &mut tile.row(i + t)[at..][..rows];
+            for (r, result) in results.iter_mut().enumerate() {
+                let mut total = V::load(&totals[(r * T + t) * V::N..]);
+                if !self.addends.is_empty() {
+                    let addends = self.addends[r * spread.groups..][..spread.groups].chunks_exact(V::N);
+                    for (addends, x) in addends.zip(sums.chunks_exact(V::N)) {
+                        total = total.add_product(V::load(addends), V::load(x));
+                    }
+                }
+                *result = total.sum();
             }
         }
         T
     }
 
+    /// Adds the products of some blocks of `R` rows of weights from `r` on; the last row stands in for missing ones.
     #[inline(always)]
-    fn sums<V: Vector, K: Kind<V>, const T: usize>(&self, kind: K, spread: &Spread, i: usize) -> [[V; T]; ROWS] {
+    fn blocks<V: Vector, K: Kind<V>, const R: usize, const T: usize>(
+        &self,
+        kind: K,
+        r: usize,
+        x: &[&[f32]; T],
+        blocks: Range<usize>,
+        sums: &mut [[V; T]; R],
+    ) {
+        let bytes = 4 * V::N;
+        let whole = self.code_stride / bytes;
+        let mut codes = [[].as_slice(); R];
+        let mut scales = [[].as_slice(); R];
+        for p in 0..R {
+            let r = (r + p).min(self.weights.rows() - 1);
+            codes[p] = &self.weights.planes().codes[r * self.code_stride..][..self.code_stride];
+            scales[p] = &self.scales[r * self.stride..][..self.stride];
+        }
+        let mut words = [V::words(&[0; 4 * MAX_LANES]); R];
+        for block in blocks.start..blocks.end.min(whole) {
+            for (words, codes) in words.iter_mut().zip(codes) {
+                *words = V::words(&codes[block * bytes..]);
+                // The rows that are next.
+                V::prefetch(codes, block * bytes + R * codes.len());
+            }
+            self.block::<V, K, R, T>(kind, words, block, &scales, x, sums);
+        }
+        if blocks.end > whole {
+            for (words, codes) in words.iter_mut().zip(codes) {
+                let rest = &codes[whole * bytes..];
+                let mut padded = [0; 4 * MAX_LANES];
+                padded[..rest.len()].copy_from_slice(rest);
+                *words = V::words(&padded);
+            }
+            self.block::<V, K, R, T>(kind, words, whole, &scales, x, sums);
+        }
+    }
+
+    /// Adds the products of a block.
+    #[inline(always)]
+    fn block<V: Vector, K: Kind<V>, const R: usize, const T: usize>(
+        &self,
+        kind: K,
+        mut words: [V::Words; R],
+        block: usize,
+        scales: &[&[f32]; R],
+        x: &[&[f32]; T],
+        sums: &mut [[V; T]; R],
+    ) {
         let width = K::CODES * V::N;
-        let mut x = [[].as_slice(); T];
-        for (t, x) in x.iter_mut().enumerate() {
-            *x = &spread.x[(i + t) * spread.stride..][..spread.stride];
+        for words in &mut words {
+            *words = kind.prepare(*words);
         }
-        let mut sums = [[V::splat(0.0); T]; ROWS];
-        let whole = self.codes[0].len() / (4 * V::N);
-        for block in 0..spread.first.len() {
-            let mut words = [kind.prepare(V::words(&[0; 4 * MAX_LANES])); ROWS];
-            for r in 0..ROWS {
-                let codes = &self.codes[r][block * 4 * V::N..];
-                words[r] = if block < whole {
-                    V::words(codes)
-                } else {
-                    let mut padded = [0; 4 * MAX_LANES];
-                    padded[..codes.len()].copy_from_slice(codes);
-                    V::words(&padded)
-                };
-                words[r] = kind.prepare(words[r]);
-            }
-            let mut parts = [[V::splat(0.0); T]; ROWS];
-            let mut numbers = [[].as_slice(); T];
+        let mut parts = [[V::splat(0.0); T]; R];
+        let mut numbers = [[].as_slice(); T];
+        for t in 0..T {
+            numbers[t] = &x[t][block * width..][..width];
+        }
+        for step in 0..K::CODES {
+            let index = u32::try_from(step).expect("fewer than 32");
+            let mut x = [V::splat(0.0); T];
             for t in 0..T {
-                numbers[t] = &x[t][block * width..][..width];
+                x[t] = V::load(&numbers[t][step * V::N..]);
             }
-            for step in 0..K::CODES {
-                let index = u32::try_from(step).expect("fewer than 32");
-                let levels = [kind.level(words[0], index), kind.level(words[1], index)];
+            for r in 0..R {
+                let level = kind.level(words[r], index);
                 for t in 0..T {
-                    let x = V::load(&numbers[t][step * V::N..]);
-                    parts[0][t] = parts[0][t].add_product(levels[0], x);
-                    parts[1][t] = parts[1][t].add_product(levels[1], x);
-                }
-            }
-            let first = spread.first[block] as usize;
-            let indices = &spread.indices[block * V::N..][..V::N];
-            for r in 0..ROWS {
-                let scales = V::pick(&self.scales[r][first..], indices);
-                for t in 0..T {
-                    sums[r][t] = sums[r][t].add_product(scales, parts[r][t]);
+                    parts[r][t] = parts[r][t].add_product(level, x[t]);
                 }
             }
         }
-        for (r, addends) in self.addends.iter().enumerate() {
-            for (g, addends) in addends.chunks_exact(V::N).enumerate() {
-                let addends = V::load(addends);
-                for t in 0..T {
-                    let x = V::load(&spread.sums[(i + t) * spread.groups + g * V::N..]);
-                    sums[r][t] = sums[r][t].add_product(addends, x);
-                }
+        let first = self.spread.first[block];
+        let indices = &self.spread.indices[block * V::N..][..V::N];
+        for r in 0..R {
+            let scales = V::pick(&scales[r][first..], indices);
+            for t in 0..T {
+                sums[r][t] = sums[r][t].add_product(scales, parts[r][t]);
             }
         }
-        sums
     }
 }

@@ -27,10 +27,10 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// Room for `m` rows in strips of at most `most` rows, all of about the same height.
+    /// Room for `m` rows in strips of at most `most` rows: as high as can be with the fewest rows missing in the last.
     pub(super) fn new(cols: usize, m: usize, most: usize) -> Self {
-        let strips = m.div_ceil(most);
-        let height = m.div_ceil(strips).next_multiple_of(2);
+        let heights = (2..=most).step_by(2).filter(|height| 2 * height >= most);
+        let height = heights.min_by_key(|&height| (m.next_multiple_of(height), most - height)).unwrap_or(2);
         Self { height, cols, x: vec![0.0; m.div_ceil(height) * height * cols] }
     }
 
@@ -186,7 +186,10 @@ impl Decoder {
         let padded = count.next_multiple_of(16);
         self.scales.fill(0.0);
         for r in 0..part.rows() {
-            let row = *part.slice(r, 1).planes();
+            // To the end of the plane, so that whole vectors can be read: what follows a row is not looked at.
+            let mut row = params::row(part.planes(), part.rows(), r);
+            row.scales = &part.planes().scales[r * row.scales.len()..];
+            row.addends = &part.planes().addends[r * row.addends.len()..];
             let scales = &mut self.scales[r * self.stride..][..padded];
             params::scales::<V>(layout, &row, first, scales);
             if params::has_addends(layout) {
@@ -219,12 +222,16 @@ impl Decoder {
         let mut out = panel.chunks_mut(2 * V::N);
         for column in (start..start + depth).step_by(8 * K::CODES) {
             let at = column / K::CODES * 4;
-            let held = 32.min(row_bytes - at);
             let mut words = [0.0; 8 * MAX_LANES];
-            for r in 0..part.rows() {
-                let codes = &part.planes().codes[r * row_bytes + at..][..held];
-                for (word, codes) in words[8 * r..].iter_mut().zip(codes.as_chunks::<4>().0) {
-                    *word = f32::from_bits(u32::from_le_bytes(*codes));
+            for (words, codes) in words.as_chunks_mut::<8>().0.iter_mut().zip(part.planes().codes.chunks(row_bytes)) {
+                if let Some(codes) = codes[at..].first_chunk::<32>() {
+                    for (word, codes) in words.iter_mut().zip(codes.as_chunks::<4>().0) {
+                        *word = f32::from_bits(u32::from_le_bytes(*codes));
+                    }
+                } else {
+                    for (word, codes) in words.iter_mut().zip(codes[at..].as_chunks::<4>().0) {
+                        *word = f32::from_bits(u32::from_le_bytes(*codes));
+                    }
                 }
             }
             for (j, words) in V::columns(&words[..8 * V::N], 8).into_iter().enumerate() {

@@ -7,6 +7,7 @@ impl<const N: usize> Vector for Array<N> {
     type Words = [u32; N];
     type Table = [f32; 16];
     const TABLES: bool = false;
+    const REGISTERS: usize = 16;
     const HEIGHT: usize = 4;
 
     /// Rounded twice: without an instruction for it, a fused product is a call into a library.

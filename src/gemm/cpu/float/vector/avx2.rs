@@ -11,6 +11,7 @@ impl Vector for F32x8 {
     type Words = __m256i;
     type Table = (__m256, __m256);
     const TABLES: bool = false;
+    const REGISTERS: usize = 16;
     const HEIGHT: usize = 6;
 
     #[inline(always)]
@@ -36,6 +37,12 @@ impl Vector for F32x8 {
         Self(unsafe {
             _mm256_permutevar8x32_ps(_mm256_loadu_ps(src.as_ptr()), _mm256_loadu_si256(indices.as_ptr().cast()))
         })
+    }
+
+    #[inline(always)]
+    fn prefetch(src: &[u8], at: usize) {
+        // SAFETY: a prefetch of any address does nothing that a program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(src.as_ptr().wrapping_add(at).cast()) }
     }
 
     #[inline(always)]

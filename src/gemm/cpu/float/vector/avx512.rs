@@ -11,6 +11,7 @@ impl Vector for F32x16 {
     type Words = __m512i;
     type Table = __m512;
     const TABLES: bool = true;
+    const REGISTERS: usize = 32;
     const HEIGHT: usize = 14;
 
     #[inline(always)]
@@ -32,6 +33,12 @@ impl Vector for F32x16 {
         Self(unsafe {
             _mm512_permutexvar_ps(_mm512_loadu_si512(indices.as_ptr().cast()), _mm512_loadu_ps(src.as_ptr()))
         })
+    }
+
+    #[inline(always)]
+    fn prefetch(src: &[u8], at: usize) {
+        // SAFETY: a prefetch of any address does nothing that a program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(src.as_ptr().wrapping_add(at).cast()) }
     }
 
     #[inline(always)]

@@ -23,6 +23,8 @@ pub(super) trait Vector: Lanes {
     type Table: Copy;
     /// Whether a permutation finds all sixteen levels, which makes every 4-bit layout a table.
     const TABLES: bool;
+    /// Vectors that the machine holds.
+    const REGISTERS: usize;
     /// Rows of activations that the registers hold sums of, beside two vectors of weights.
     const HEIGHT: usize;
 
@@ -32,6 +34,10 @@ pub(super) trait Vector: Lanes {
     fn sum(self) -> f32;
     /// `src[indices[lane]]`, with indices below `N`.
     fn pick(src: &[f32], indices: &[u32]) -> Self;
+
+    /// Asks for the cache line of byte `at`, which may lie past the end; nothing where there is no such instruction.
+    #[inline(always)]
+    fn prefetch(_src: &[u8], _at: usize) {}
 
     /// The first `N` little-endian words.
     fn words(src: &[u8]) -> Self::Words;
@@ -137,7 +143,7 @@ pub(super) fn levels_of_nibbles(levels: Levels) -> [f32; 16] {
 
 /// What is taken off a code with a zero point before it is multiplied: the middle of the codes, so that products are as
 /// small as those of signed levels, and the rest of the zero point leaves the loop as an offset does.
-pub(super) fn centre(bits: u32) -> f32 {
+pub(super) fn centre(bits: usize) -> f32 {
     if bits == 4 { 8.0 } else { 128.0 }
 }
 

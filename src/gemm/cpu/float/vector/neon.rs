@@ -11,6 +11,7 @@ impl Vector for F32x4 {
     type Words = uint32x4_t;
     type Table = uint8x16x4_t;
     const TABLES: bool = false;
+    const REGISTERS: usize = 32;
     const HEIGHT: usize = 8;
 
     #[inline(always)]

@@ -1,0 +1,173 @@
+//! The instruction sets: one table of functions for each, the best of this machine chosen once.
+//!
+//! Integer sums are exact, so tables differ only in the order in which floats are added.
+
+#![expect(unsafe_code, reason = "functions that enable an instruction set are unsafe to call without it")]
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use super::activations::{self, Records, Rounded};
+use super::lanes::array::Words;
+use super::panels::Panels;
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
+use super::{CODES, SIGNED, ZERO_POINTS, few, many};
+use crate::gemm::Weights;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::cpu::amx::Amx;
+use crate::gemm::cpu::tile::Tile;
+use crate::layout::{Grouped, Levels};
+
+type Few = unsafe fn(&Weights<'_>, &Records, &mut Tile<'_>);
+type Many = unsafe fn(&Weights<'_>, &Panels, &mut Tile<'_>);
+
+/// The kernels for one instruction set.
+pub struct Isa {
+    name: &'static str,
+    /// Rows of activations that share a panel.
+    pub(super) lanes: usize,
+    /// From how many rows of activations on panels pay.
+    pub(super) many_from: usize,
+    round: unsafe fn(&[f32], &mut [i8], &mut [f32]),
+    records: unsafe fn(&Rounded, &Grouped) -> Records,
+    few: Few,
+    many: Many,
+}
+
+/// Stamps the generic code into a module with a table of its functions.
+macro_rules! stamp {
+    ($module:ident, $lanes:ty, $transposer:ty, $n:literal x $m:literal, from $from:literal $(, $features:literal)?) => {
+        mod $module {
+            use super::*;
+            use super::super::lanes::Lanes as _;
+
+            $(#[target_feature(enable = $features)])?
+            fn round(x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
+                activations::round_row(x, codes, scales);
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn records(x: &Rounded, layout: &Grouped) -> Records {
+                Records::new::<$lanes>(x, layout)
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn few(weights: &Weights<'_>, x: &Records, tile: &mut Tile<'_>) {
+                match (weights.layout().levels(), weights.layout().bits()) {
+                    (Levels::Unsigned, 4) => few::multiply::<$lanes, 4, CODES>(weights, x, tile),
+                    (Levels::Signed, 4) => few::multiply::<$lanes, 4, SIGNED>(weights, x, tile),
+                    (Levels::ZeroPoint, 4) => few::multiply::<$lanes, 4, ZERO_POINTS>(weights, x, tile),
+                    (Levels::Signed, 8) => few::multiply::<$lanes, 8, SIGNED>(weights, x, tile),
+                    _ => unreachable!("checked by supports()"),
+                }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn many(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
+                match (weights.layout().levels(), weights.layout().bits()) {
+                    (Levels::Unsigned, 4) => many::multiply::<$lanes, $transposer, 4, CODES, $n, $m>(weights, x, tile),
+                    (Levels::Signed, 4) => many::multiply::<$lanes, $transposer, 4, SIGNED, $n, $m>(weights, x, tile),
+                    (Levels::ZeroPoint, 4) => {
+                        many::multiply::<$lanes, $transposer, 4, ZERO_POINTS, $n, $m>(weights, x, tile);
+                    }
+                    (Levels::Signed, 8) => many::multiply::<$lanes, $transposer, 8, SIGNED, $n, $m>(weights, x, tile),
+                    _ => unreachable!("checked by supports()"),
+                }
+            }
+
+            pub(super) const ISA: Isa = Isa {
+                name: stringify!($module),
+                lanes: <$lanes>::N,
+                many_from: $from,
+                round,
+                records,
+                few,
+                many,
+            };
+        }
+    };
+}
+
+stamp!(portable, Words, crate::codec::lanes::array::Array<4>, 2 x 2, from 9);
+#[cfg(target_arch = "x86_64")]
+stamp!(
+    avx512vnni,
+    super::super::lanes::avx512::Vnni512,
+    crate::codec::lanes::avx512::F32x16,
+    4 x 2,
+    from 9,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,f16c,fma"
+);
+
+/// [`avx512vnni`] with the kernel of tiles.
+#[cfg(target_arch = "x86_64")]
+const AMX: Isa = Isa { name: "amx", many_from: 9, many: tiles::multiply, ..avx512vnni::ISA };
+
+/// The instruction sets of this machine, the best one last.
+#[must_use]
+pub fn available() -> Vec<&'static Isa> {
+    let mut found = vec![&portable::ISA];
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+            {
+                found.push(&avx512vnni::ISA);
+                if Amx::int8().is_some() {
+                    found.push(&AMX);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The best instruction set of this machine.
+#[must_use]
+pub fn best() -> &'static Isa {
+    static BEST: OnceLock<&'static Isa> = OnceLock::new();
+    BEST.get_or_init(|| available().last().copied().unwrap_or(&portable::ISA))
+}
+
+impl fmt::Debug for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl Isa {
+    /// The name of the instruction set.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// [`activations::round_row`]
+    pub(super) fn round_row(&self, x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
+        // SAFETY: tables leave this module only where their instruction set was detected.
+        unsafe { (self.round)(x, codes, scales) }
+    }
+
+    /// [`Records::new`]
+    pub(super) fn records(&self, x: &Rounded, layout: &Grouped) -> Records {
+        // SAFETY: tables leave this module only where their instruction set was detected.
+        unsafe { (self.records)(x, layout) }
+    }
+
+    /// [`few::multiply`]
+    pub(super) fn few(&self, weights: &Weights<'_>, x: &Records, tile: &mut Tile<'_>) {
+        // SAFETY: tables leave this module only where their instruction set was detected.
+        unsafe { (self.few)(weights, x, tile) }
+    }
+
+    /// [`many::multiply`]
+    pub(super) fn many(&self, weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
+        // SAFETY: tables leave this module only where their instruction set was detected.
+        unsafe { (self.many)(weights, x, tile) }
+    }
+}
