@@ -5,13 +5,8 @@ directory of planes, whichever of the two was imported first. So where transform
 yet, a finder waits for it and adds the entry when it is.
 """
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 #: The module with transformers' table of quantizers.
@@ -27,32 +22,32 @@ def _register() -> None:
     _quantizer.register()
 
 
-class _Loader(importlib.abc.Loader):
-    """Loads the table and adds the entry."""
+class _Loader:
+    """Loads the table and adds the entry; a loader by its methods, since the base classes take time to import."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: Any) -> Any:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module: Any) -> None:
         self._loader.exec_module(module)
         _register()
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Waits for the table to be imported."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != _TABLE:
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
         return spec
 
 

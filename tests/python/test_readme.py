@@ -39,7 +39,16 @@ def test_the_commands_of_a_checkpoint_s_life_work_in_order(folder: Path) -> None
 
 
 def test_the_python_snippet_works(folder: Path) -> None:
-    (snippet,) = blocks("python")
+    snippet, _ = blocks("python")
     done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 3
+
+
+def test_the_snippet_of_transformers_works(folder: Path) -> None:
+    for module in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(module, reason=f"{module} is not installed; pip install 'tenpak[torch,hf]'")
+    _, snippet = blocks("python")
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "codec=int4_g32_fp16_v1, 5.000 bits/weight" in done.stdout

@@ -152,6 +152,35 @@ def test_an_embedding_decodes_the_rows_it_looks_up(codec: str) -> None:
         layer(torch.tensor([1.0]))
 
 
+class Scaled(nn.Embedding):
+    """An embedding that does something to what it looks up."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input + 1) * self.factor
+
+
+class Direct(nn.Embedding):
+    """An embedding that reads its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.weight[input]
+
+
+def test_an_embedding_of_a_derived_class_keeps_its_forward() -> None:
+    dense = Scaled(50, 64)
+    dense.register_buffer("factor", torch.tensor(3.0), persistent=False)
+    layer = tt.QuantizedEmbedding.from_embedding(dense)
+    ids = torch.tensor([0, 4])
+    assert isinstance(layer, Scaled) and isinstance(layer, tt.QuantizedEmbedding)
+    assert torch.equal(layer(ids), layer.decode()[ids + 1] * 3) and "weight" not in dict(layer.named_parameters())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is type(layer) and torch.equal(other(ids), layer(ids))
+        assert other.codes.data_ptr() != layer.codes.data_ptr()
+    assert set(layer.state_dict()) == {"codes", "scales", "_extra_state"}
+    with pytest.raises(tenpak.InvalidError, match="Direct looks rows up by itself"):
+        tt.QuantizedEmbedding.from_embedding(Direct(50, 64))
+
+
 def test_what_cannot_be_multiplied_is_refused() -> None:
     layer = linear()
     with pytest.raises(tenpak.InvalidError, match=r"\(3, 95\).*40 x 96, expected \[\.\.\., 96\]"):

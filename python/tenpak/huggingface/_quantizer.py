@@ -9,7 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._errors import CorruptError, InvalidError, UnsupportedError
-from ..torch._embedding import QuantizedEmbedding
+from ..torch._embedding import QuantizedEmbedding, beside, hindrance_of
 from ..torch._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ..torch._linear import QuantizedLinear
 from ..torch._planes import Quantized
@@ -171,17 +171,21 @@ class TenpakQuantizer(HfQuantizer):
 
     def _replace_tied(self, model: Any, direct: dict[str, str], dtype: Any) -> None:
         """Replace the modules that share a parameter with a replaced one; they will use its planes."""
-        for target, source in list(model.all_tied_weights_keys.items()):
-            if target in direct and source in direct:
-                # Both are stored, so they are not what the config says.
-                _untie(model, {target})
-            elif target in direct or source in direct:
-                owner, follower = (target, source) if target in direct else (source, target)
-                self._replace(model, follower, direct[owner], dtype)
-                _untie(model, {target})
-                modules = [model.get_submodule(name.rpartition(".")[0]) for name in (follower, owner)]
-                modules[0].follow(modules[1])
-                self._followers.append((modules[0], modules[1]))
+        groups: dict[str, list[str]] = {}
+        for target, source in model.all_tied_weights_keys.items():
+            groups.setdefault(source, [source]).append(target)
+        for names in groups.values():
+            stored = [name for name in names if name in direct]
+            if not stored:
+                continue
+            owner = model.get_submodule(stored[0].rpartition(".")[0])
+            # Several may be stored: then they are not tied, whatever the config says.
+            for name in set(names) - set(stored):
+                self._replace(model, name, direct[stored[0]], dtype)
+                follower = model.get_submodule(name.rpartition(".")[0])
+                follower.follow(owner)
+                self._followers.append((follower, owner))
+            _untie(model, set(names))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Add, for each conversion that merges experts, copies that merge their planes."""
@@ -310,9 +314,9 @@ def _quantized(module: Any, parameter: str, entry: Entry, dtype: Any, name: str)
     conv1d = kind.__name__ == "Conv1D" and hasattr(module, "nf")
     plain = parameter == "weight" and transposed == conv1d
     codec, place = entry["codec"], _place(module._parameters[parameter], dtype)
-    if plain and isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward and module.max_norm is None:
+    if plain and isinstance(module, nn.Embedding) and hindrance_of(module) is None:
         size = (module.num_embeddings, module.embedding_dim, module.padding_idx)
-        return QuantizedEmbedding(*size, codec=codec, **place)
+        return beside(module, QuantizedEmbedding(*size, codec=codec, **place))
     if plain and (conv1d or (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward)):
         outputs, inputs = (module.nf, module.nx) if conv1d else (module.out_features, module.in_features)
         new = QuantizedLinear(inputs, outputs, bias=False, codec=codec, **place)

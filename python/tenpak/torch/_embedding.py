@@ -1,5 +1,6 @@
 """Embeddings on planes: rows are decoded when they are looked up."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,8 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         Parameters
         ----------
         layer
-            ``torch.nn.Embedding`` without ``max_norm``, which would change rows as they are looked up.
+            ``torch.nn.Embedding`` without ``max_norm``, which would change rows as they are looked up; or an object of
+            a class derived from it whose ``forward`` uses that of ``nn.Embedding``: then so is what is returned.
         codec
             Id of a codec.
 
@@ -80,20 +82,20 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         Raises
         ------
         InvalidError
-            The layer has ``max_norm``, or scales leave the range of their stored type.
+            The layer has ``max_norm`` or looks rows up by itself, or scales leave the range of their stored type.
         NonfiniteError
             A weight is NaN or infinite.
         UnsupportedError
             There is no such codec.
         """
-        if layer.max_norm is not None:
-            raise InvalidError(
-                f"the embedding has max_norm={layer.max_norm}, expected None: codes cannot be renormalized"
-            )
+        hindrance = hindrance_of(layer)
+        if hindrance is not None:
+            raise InvalidError(hindrance)
         encoded = encode(layer.weight, codec)
         planes = {name: plane.copy() for name, plane in encoded.planes.items()}
         dtype = layer.weight.dtype if layer.weight.dtype in _ops.DTYPES else torch.float32
-        out = cls.from_planes(codec, encoded.rows, encoded.cols, planes, padding_idx=layer.padding_idx, dtype=dtype)
+        out = beside(layer, cls(encoded.rows, encoded.cols, layer.padding_idx, codec=codec, device="meta", dtype=dtype))
+        out._set_planes(planes)
         out.train(layer.training)
         return out.to(layer.weight.device) if layer.weight.device.type != "cpu" else out
 
@@ -249,3 +251,43 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         if self.padding_idx is not None:
             text += f", padding_idx={self.padding_idx}"
         return f"{text}, codec={self.codec}, {self.bits_per_weight:.3f} bits/weight"
+
+
+def hindrance_of(layer: nn.Embedding) -> str | None:
+    """Return why an embedding has no quantized form, or None where it has one."""
+    forward = type(layer).forward
+    if layer.max_norm is not None:
+        return f"an embedding with max_norm={layer.max_norm} changes its rows, which codes do not allow"
+    if forward is not nn.Embedding.forward and "super" not in forward.__code__.co_names:
+        return f"a {type(layer).__name__} looks rows up by itself, expected it to use nn.Embedding.forward"
+    return None
+
+
+def beside(layer: nn.Embedding, table: QuantizedEmbedding) -> QuantizedEmbedding:
+    """Return a table that does to rows what ``layer`` does: scale them, shift ids."""
+    if type(layer).forward is nn.Embedding.forward:
+        return table
+    out: QuantizedEmbedding = _made(type(layer))
+    out.__dict__.update(layer.__dict__ | table.__dict__)
+    out._parameters = {name: param for name, param in layer._parameters.items() if name != "weight"}
+    out._buffers = {**layer._buffers, **table._buffers}
+    out._modules = dict(layer._modules)
+    out._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+    return out
+
+
+@functools.cache
+def _derived(kind: Any) -> Any:
+    """Return the class whose ``forward`` is that of ``kind`` and whose rows come from planes."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _made, (kind,), self.__dict__
+
+    members = {"__reduce_ex__": reduce, "__doc__": f"A :class:`{kind.__name__}` whose rows are decoded from planes."}
+    return type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), members)
+
+
+def _made(kind: Any) -> Any:
+    """Return an empty object of a derived class; pickles call it."""
+    derived = _derived(kind)
+    return derived.__new__(derived)

@@ -16,7 +16,7 @@ from .. import codecs, compress
 from .._artifact import Report
 from .._errors import InvalidError, NonfiniteError
 from .._tenpak import DEFAULT_CODEC
-from ._embedding import QuantizedEmbedding
+from ._embedding import QuantizedEmbedding, beside, hindrance_of
 from ._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ._linear import QuantizedLinear
 from ._ops import DTYPES
@@ -43,10 +43,8 @@ class _Owner:
             conv1d = cls.__name__ == "Conv1D" and hasattr(module, "nf")
             if conv1d or (isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward and not _is_read(module)):
                 return "linear"
-            if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward:
-                if module.max_norm is None:
-                    return "embedding"
-                return "an embedding with max_norm changes its rows"
+            if isinstance(module, nn.Embedding):
+                return hindrance_of(module) or "embedding"
         if _hooked(module):
             return f"a module with hooks ({cls.__name__}) cannot be replaced"
         return f"parameter '{self.name}' of {cls.__name__}, which has no quantized form"
@@ -273,7 +271,8 @@ def _beside(owner: _Owner, quantized: Quantized, act: str | None) -> Quantized:
     planes, dtype = quantized.planes, quantized.dtype
     other: Quantized
     if owner.kind == "embedding":
-        other = QuantizedEmbedding.from_planes(codec, rows, cols, planes, padding_idx=module.padding_idx, dtype=dtype)
+        table = QuantizedEmbedding.from_planes(codec, rows, cols, planes, padding_idx=module.padding_idx, dtype=dtype)
+        other = beside(module, table)
     else:
         other = QuantizedLinear.from_planes(codec, rows, cols, planes, bias=module.bias, act=act, dtype=dtype)
     other.train(module.training)
