@@ -98,9 +98,9 @@ class Row:
     matrices
         Size of the planes of the quantized tensors; None where nothing is quantized.
     file
-        Size of the whole artifact, everything counted.
+        Size of the whole artifact, header counted, settings and tokenizer that it carries along not.
     overhead_bytes
-        Bytes of the file that belong to no tensor: header, checksums, padding.
+        Those of its bytes that belong to no tensor: header, checksums, padding.
     nmse
         Squared error over squared weights, summed over all quantized tensors; None where nothing is quantized.
     fidelity

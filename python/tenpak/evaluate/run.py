@@ -225,7 +225,7 @@ def _row(candidate: Candidate, here: _Here, base: Scores, progress: Callable[[in
     artifact = _artifact.open(path, mmap=plan.mmap)
     entries = weights.quantized(artifact)
     stored = sum(entry.stored_bytes for entry in artifact.values())
-    everything = sum(map(_elements, artifact.values()))
+    everything = Sizes(sum(map(_elements, artifact.values())), weights.weight_bytes(artifact))
 
     started = time.perf_counter()
     model = weights.model_of(artifact, here.source, setting.dtype)
@@ -243,8 +243,8 @@ def _row(candidate: Candidate, here: _Here, base: Scores, progress: Callable[[in
         kind=candidate.kind,
         codecs=dict(sorted(Counter(entry.codec for entry in entries).items())),
         matrices=Sizes(sum(map(_elements, entries)), sum(e.stored_bytes for e in entries)) if entries else None,
-        file=Sizes(everything, artifact.file_bytes),
-        overhead_bytes=artifact.file_bytes - stored,
+        file=everything,
+        overhead_bytes=everything.bytes - stored,
         nmse=weights.nmse(artifact, plan.model),
         fidelity=fidelity(scores, base.nll),
         memory_bytes=weights.memory_bytes(model),

@@ -128,6 +128,19 @@ def memory_bytes(model: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def weight_bytes(artifact: Artifact) -> int:
+    """Return the bytes of weights and header: all of an artifact but the files that it carries along.
+
+    In a file they stand behind each other on multiples of 64 bytes; in a directory they are files of their own.
+    """
+    folder = Path(artifact.path)
+    if not folder.is_dir():
+        return artifact.file_bytes - sum(-(-len(content) // 64) * 64 for content in artifact.files.values())
+    header = folder / "tenpak.json"
+    files = [*folder.glob("*.safetensors"), *([header] if header.exists() else [])]
+    return sum(file.stat().st_size for file in files)
+
+
 def quantized(artifact: Artifact) -> list[Entry]:
     """Return the entries that are not stored as they were."""
     return [entry for entry in artifact.values() if entry.codec != "raw_v1"]
