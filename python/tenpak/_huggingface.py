@@ -32,6 +32,8 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
+        # From here on the module is what it would have been without us, for whoever looks at its source.
+        module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _register()
 

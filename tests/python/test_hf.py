@@ -435,9 +435,10 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_transformers_knows_the_quantizer_whichever_is_imported_first(order: str) -> None:
     code = f"{ORDERS[order]}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
-    code += (
-        "print(table['tenpak'].__name__)\nfrom tenpak.huggingface._quantizer import register\nregister(); register()"
-    )
+    code += "import inspect, transformers.quantizers.auto as auto\n"
+    code += "assert 'AUTO_QUANTIZER_MAPPING' in inspect.getsource(auto) and auto.__loader__.name == auto.__name__\n"
+    code += "print(table['tenpak'].__name__)\n"
+    code += "from tenpak.huggingface._quantizer import register\nregister(); register()"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["TenpakQuantizer"] and not done.stderr
 
