@@ -117,11 +117,9 @@ class Tenpak:
     def act(self, act: str) -> None:
         """Choose the arithmetic of every quantized layer."""
         import torch
-        from tenpak.torch import QuantizedLinear
+        from tenpak.torch import set_act
 
-        for module in self._model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.act = act
+        set_act(self._model, act)
         self._model.to(torch.bfloat16 if act == "bfloat16" else torch.float32)
 
     def prompt(self, tokens: list[int]) -> None:

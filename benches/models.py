@@ -30,7 +30,6 @@ def main() -> int:
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import tenpak
     import torch
-    from tenpak.torch import QuantizedLinear
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(args.threads)
@@ -45,15 +44,12 @@ def main() -> int:
             ("checkpoint bfloat16", args.model, torch.bfloat16),
             ("decoded float32", decoded, torch.float32),
         ):
-            rows.append((name, AutoModelForCausalLM.from_pretrained(path, dtype=dtype), None))
+            rows.append((name, AutoModelForCausalLM.from_pretrained(path, dtype=dtype)))
         for act, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.float32)):
-            rows.append((f"packed {act}", tenpak.from_pretrained(artifact, dtype=dtype), act))
+            rows.append((f"packed {act}", tenpak.from_pretrained(artifact, dtype=dtype, act=act)))
     texts, best = {}, {}
     for _ in range(args.rounds):
-        for name, model, act in rows:
-            for module in model.modules():
-                if isinstance(module, QuantizedLinear):
-                    module.act = act
+        for name, model in rows:
             start = time.perf_counter()
             texts[name] = model.generate(
                 prompt, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False, pad_token_id=0
@@ -61,9 +57,9 @@ def main() -> int:
             best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
     print(f"{args.model.name}, {args.codec}, {args.tokens} tokens, {args.threads} threads")
     print(f"{'weights':<22}{'bytes in memory':>16}{'x float32':>11}{'tokens/s':>10}  same tokens as decoded")
-    sizes = {name: memory(model) for name, model, _ in rows}
+    sizes = {name: memory(model) for name, model in rows}
     reference = texts["decoded float32"]
-    for name, _, _ in rows:
+    for name, _ in rows:
         same = next((i for i, (a, b) in enumerate(zip(texts[name], reference, strict=True)) if a != b), args.tokens)
         print(
             f"{name:<22}{sizes[name]:>16,}{sizes['checkpoint float32'] / sizes[name]:>11.2f}"

@@ -61,7 +61,7 @@ def watch() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
+def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **options: Any) -> Any:
     """Load a compressed model for transformers, its weights as planes: no dense copy of them is ever made.
 
     Parameters
@@ -69,6 +69,9 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
     path
         An artifact that carries its model's ``config.json``, or a directory that ``compress`` or ``save_pretrained``
         wrote; also the id of one on the Hub.
+    act
+        Arithmetic of products: ``"float32"``, ``"bfloat16"`` or ``"int8"``, see :func:`tenpak.matmul`; by default the
+        one that goes with the dtype of activations.
     **options
         As for transformers' ``from_pretrained``: ``dtype`` (of activations and of what is not quantized),
         ``device_map``, ``attn_implementation`` …
@@ -83,7 +86,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
     ImportError
         PyTorch or transformers is not installed, or transformers is older than 5.
     InvalidError
-        The artifact carries no config, or one whose classes transformers does not have.
+        There is no such arithmetic, or the artifact carries no config or one whose classes transformers does not have.
     CorruptError
         Planes are missing or do not fit the config.
     UnsupportedError
@@ -91,4 +94,4 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
     """
     from .huggingface import from_pretrained as load
 
-    return load(path, **options)
+    return load(path, act=act, **options)

@@ -39,6 +39,7 @@ def evaluate(
     context: int | None = None,
     window_batch: int = 0,
     dtype: str = "float32",
+    compute: str = "decoded",
     threads: int = 0,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     mmap: bool = True,
@@ -72,6 +73,10 @@ def evaluate(
     dtype
         ``float32``, ``bfloat16`` or ``float16``, of weights and forward pass. 16-bit logits have a floor of their own
         (near 5e-4 nats): figures to be compared are float32.
+    compute
+        ``decoded``: quantized weights are decoded for the forward pass. Or the arithmetic in which
+        :mod:`tenpak.torch` multiplies them without that: ``float32``, ``bfloat16`` or ``int8``, see
+        :func:`tenpak.matmul`; memory is then that of the planes.
     threads
         Threads; 0 for the libraries' own choice.
     cache_bytes
@@ -98,6 +103,8 @@ def evaluate(
     """
     if dtype not in _plan.DTYPES:
         raise InvalidError(f"dtype {dtype!r}, expected one of {', '.join(_plan.DTYPES)}")
+    if compute not in _plan.COMPUTES:
+        raise InvalidError(f"compute {compute!r}, expected one of {', '.join(_plan.COMPUTES)}")
     for name, value, least in (
         ("tokens", tokens, 1),
         ("context", context, 2),
@@ -115,7 +122,7 @@ def evaluate(
     from .run import run
 
     plan = _plan.Plan(
-        folder, path, text_bytes, size, found, tokens, context, window_batch, dtype, threads, cache_bytes, mmap
+        folder, path, text_bytes, size, found, tokens, context, window_batch, dtype, compute, threads, cache_bytes, mmap
     )
     return run(plan, progress)
 

@@ -12,7 +12,7 @@ from types import FrameType
 
 from .._errors import InvalidError, TenpakError
 from . import DEFAULT_CACHE_BYTES, DEFAULT_TOKENS, evaluate, plot
-from .plan import DTYPES
+from .plan import COMPUTES, DTYPES
 
 SUMMARY = "Measure what quantization costs a model on a text: KL divergence, perplexity, bits/weight"
 
@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--window-batch", metavar="N", type=int, default=0, help="windows per forward pass; 0 to choose [default: 0]")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and forward pass [default: float32]")
     add(
+        "--compute",
+        choices=COMPUTES,
+        default="decoded",
+        help="multiply decoded weights, or planes as they are stored, in this arithmetic [default: decoded]",
+    )
+    add(
         "--cache-bytes",
         metavar="N",
         type=int,
@@ -117,6 +123,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             context=options.context,
             window_batch=options.window_batch,
             dtype=options.dtype,
+            compute=options.compute,
             threads=options.threads,
             cache_bytes=options.cache_bytes,
             mmap=not options.no_mmap,

@@ -11,6 +11,8 @@ from .._errors import InvalidError
 from .report import Sizes
 
 DTYPES = ("float32", "bfloat16", "float16")
+#: Weights decoded for the forward pass, or the arithmetic in which they are multiplied without that.
+COMPUTES = ("decoded", "float32", "bfloat16", "int8")
 
 #: Only the matrices inside the decoder's layers: modules of a numbered list, not those of towers for other senses.
 _RECIPE = r"""
@@ -59,7 +61,7 @@ class Plan:
         Size of the checkpoint's files.
     candidates
         The rows.
-    tokens, context, window_batch, dtype, threads, cache_bytes, mmap
+    tokens, context, window_batch, dtype, compute, threads, cache_bytes, mmap
         As they were given.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     context: int | None
     window_batch: int
     dtype: str
+    compute: str
     threads: int
     cache_bytes: int
     mmap: bool

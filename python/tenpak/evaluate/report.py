@@ -201,7 +201,8 @@ class Evaluation:
     dtype
         Dtype of the forward pass; measures are float64 from float32 logits.
     compute
-        How the quantized matrices were multiplied: ``decoded`` to the forward pass's dtype first.
+        How the quantized matrices were multiplied: ``decoded`` to the forward pass's dtype first, or as they are stored
+        in the arithmetic ``float32``, ``bfloat16`` or ``int8``.
     threads, window_batch
         Threads of PyTorch and windows per forward pass.
     base_logits
@@ -244,11 +245,12 @@ class Evaluation:
     def to_text(self) -> str:
         """Return the report as lines of text: the protocol, one table, and what each row quantizes."""
         base = self.baseline
+        how = "weights decoded" if self.compute == "decoded" else f"weights packed, products in {self.compute}"
         floor = "exactly 0" if base.noise_floor == 0 else f"up to {_scientific(base.noise_floor, 1)} nats"
         lines = [
             f"{self.model} on {self.text}: {self.windows:,} windows of {self.context:,} tokens, {self.scored:,} tokens "
             f"scored (the first of a window is not), {self.dtype}",
-            f"base logits {self.base_logits} ({self.base_logits_bytes / 1e6:,.0f} MB), weights {self.compute}, "
+            f"base logits {self.base_logits} ({self.base_logits_bytes / 1e6:,.0f} MB), {how}, "
             f"{self.threads} threads; KL in nats, ± one standard error over windows",
             f"noise floor: KL of the source with itself is {floor}",
             "",

@@ -190,7 +190,7 @@ def _run(plan: Plan, folder: Path, stack: contextlib.ExitStack, progress: Progre
         scored=count * (context - 1),
         vocabulary=setting.vocabulary,
         dtype=plan.dtype,
-        compute="decoded",
+        compute=plan.compute,
         threads=torch.get_num_threads(),
         window_batch=setting.batch,
         base_logits="kept" if logits.kept else "recomputed",
@@ -228,7 +228,10 @@ def _row(candidate: Candidate, here: _Here, base: Scores, progress: Callable[[in
     everything = Sizes(sum(map(_elements, artifact.values())), weights.weight_bytes(artifact))
 
     started = time.perf_counter()
-    model = weights.model_of(artifact, here.source, setting.dtype)
+    if plan.compute == "decoded":
+        model = weights.model_of(artifact, here.source, setting.dtype)
+    else:
+        model = weights.packed_model_of(path, setting.dtype, plan.compute)
     load_seconds = time.perf_counter() - started
 
     started = time.perf_counter()

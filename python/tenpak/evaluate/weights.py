@@ -13,6 +13,7 @@ import transformers
 
 from .._artifact import Artifact
 from .._errors import InvalidError
+from .._huggingface import from_pretrained
 from .._tenpak import Entry
 from .plan import some
 
@@ -79,6 +80,33 @@ def model_of(artifact: Artifact, source: Any, dtype: torch.dtype) -> Any:
     if failed:
         raise failed[0]
     return _ready(model, info, str(artifact.path))
+
+
+def packed_model_of(path: Path, dtype: torch.dtype, act: str) -> Any:
+    """Load the model that an artifact holds, with its planes as they are stored.
+
+    Parameters
+    ----------
+    path
+        The artifact, which carries the model's config.
+    dtype
+        Dtype of the forward pass.
+    act
+        Arithmetic of the products; see :func:`tenpak.matmul`.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        A model in evaluation mode.
+
+    Raises
+    ------
+    InvalidError
+        The artifact carries no config or does not fill the model.
+    CorruptError, OSError
+        A plane is damaged or cannot be read.
+    """
+    return from_pretrained(path, dtype=dtype, act=act).eval()
 
 
 class _Decoded:

@@ -12,6 +12,7 @@ import transformers
 from .._artifact import Artifact
 from .._artifact import open as open_artifact
 from .._errors import InvalidError
+from ..torch import set_act
 from ..torch._planes import Quantized, as_tensor, mark_mapped
 from ._quantizer import FORMAT, METHOD, register
 
@@ -34,14 +35,18 @@ _DTYPES = {
 }
 
 
-def from_pretrained(path: str | os.PathLike[str], **options: Any) -> Any:
+def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **options: Any) -> Any:
     """Load a compressed model; see :func:`tenpak.from_pretrained`."""
     register()
     place = os.fspath(path)
     if os.path.isfile(place):
-        return _from_artifact(open_artifact(place), **options)
-    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(place)
-    return _class(config).from_pretrained(place, config=config, **options)
+        model = _from_artifact(open_artifact(place), **options)
+    else:
+        config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(place)
+        model = _class(config).from_pretrained(place, config=config, **options)
+    if act is not None:
+        set_act(model, act)
+    return model
 
 
 def _from_artifact(artifact: Artifact, **options: Any) -> Any:

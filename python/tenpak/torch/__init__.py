@@ -15,7 +15,7 @@ except ImportError as error:
 from ._embedding import QuantizedEmbedding
 from ._experts import QuantizedStack
 from ._linear import G8Linear, QuantizedLinear, QuantizedLinearInt4
-from ._model import quantize_model
+from ._model import quantize_model, set_act
 
 __all__ = [
     "G8Linear",
@@ -24,4 +24,5 @@ __all__ = [
     "QuantizedLinearInt4",
     "QuantizedStack",
     "quantize_model",
+    "set_act",
 ]

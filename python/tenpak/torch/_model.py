@@ -152,6 +152,27 @@ def quantize_model(
     }
 
 
+def set_act(model: nn.Module, act: str | None) -> None:
+    """Choose the arithmetic of all quantized layers of a model.
+
+    Parameters
+    ----------
+    model
+        A model with quantized layers.
+    act
+        ``"float32"``, ``"bfloat16"`` or ``"int8"``, see :func:`tenpak.matmul`; None for ``"bfloat16"`` with bfloat16
+        activations and ``"float32"`` with others.
+
+    Raises
+    ------
+    InvalidError
+        Another arithmetic.
+    """
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.set_act(act)
+
+
 def plan(
     tensors: Mapping[str, tuple[str, Sequence[int]]],
     codec: str,

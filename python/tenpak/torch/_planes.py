@@ -99,12 +99,11 @@ class Quantized(nn.Module):
         self, codec: str, rows: int, cols: int, act: str | None, dtype: torch.dtype | None, device: Any
     ) -> None:
         """Check and set the attributes, and register planes of zeros."""
-        if act is not None and act not in ACTS:
-            raise InvalidError(f"unknown arithmetic of activations {act!r}, expected None or one of {', '.join(ACTS)}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
             raise InvalidError(f"modules cannot compute in {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        self.codec, self.rows, self.cols, self.act = codec, rows, cols, act
+        self.codec, self.rows, self.cols = codec, rows, cols
+        self.set_act(act)
         self.dtype = dtype
         #: Dtype of the source, as safetensors names it.
         self.source = DTYPES[dtype]
@@ -114,6 +113,12 @@ class Quantized(nn.Module):
             self.register_buffer(name, torch.zeros((rows, width), dtype=kind, device=device))
         self._names = tuple(row_planes(codec, cols))
         self._addends = self._names[2] if len(self._names) > 2 else None
+
+    def set_act(self, act: str | None) -> None:
+        """Choose the arithmetic of products; see :func:`tenpak.torch.set_act`."""
+        if act is not None and act not in ACTS:
+            raise InvalidError(f"unknown arithmetic of activations {act!r}, expected None or one of {', '.join(ACTS)}")
+        self.act = act
 
     @property
     def plane_names(self) -> tuple[str, ...]:

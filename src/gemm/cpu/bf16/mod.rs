@@ -2,8 +2,8 @@
 //!
 //! Machines that multiply pairs of bf16 in one instruction do so many times faster than f32; others have nothing to gain
 //! here, and neither has a product with few rows of activations, which waits for memory. Weights are decoded a block at
-//! a time ([`decode`]), each to the nearest bf16 of what the specification says, and multiplied with panels of 16 rows of
-//! activations ([`panels`]). The order of columns within 128 is whatever costs a decoder least; both sides keep to it.
+//! a time (`decode`), each to the nearest bf16 of what the specification says, and multiplied with panels of 16 rows of
+//! activations (`panels`). The order of columns within 128 is whatever costs a decoder least; both sides keep to it.
 //!
 //! The instructions take subnormal numbers as zero.
 

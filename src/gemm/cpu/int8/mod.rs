@@ -5,7 +5,7 @@
 //!
 //! `y = Σ_g scale_g · Σ_b s_b · (level · x)_gb + offset_g · Σ_b s_b · x_gb`, with `s_b` the scale of a block of activations.
 //!
-//! Few rows of activations are multiplied lane by lane as codes are stored ([`few`]), many after unpacking ([`many`]).
+//! Few rows of activations are multiplied lane by lane as codes are stored (`few`), many after unpacking (`many`).
 //! A number that is not finite makes the scale of its block NaN, and so every result of its row.
 //!
 //! Levels of a table are no integers: there the product is one in f32 with the rounded activations.
