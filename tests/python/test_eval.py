@@ -378,6 +378,23 @@ def test_figures_do_not_depend_on_the_batch(tiny: Path, small: Evaluation) -> No
         assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(want), rel=2e-4)
 
 
+def test_planes_multiplied_as_they_are_stored_cost_what_their_decoded_weights_cost(
+    tiny: Path, small: Evaluation
+) -> None:
+    packed = evaluate(tiny, EXCERPT, codecs=[CODEC], compute="float32", **SMALL)
+    rounded = evaluate(tiny, EXCERPT, codecs=[CODEC], compute="int8", **SMALL)
+    got, want, int8 = packed.rows[0], small.rows[1], rounded.rows[0]
+    # Products sum in another order, in float32; the divergence itself is a hundred times that noise.
+    assert got.fidelity.kld == pytest.approx(want.fidelity.kld, rel=1e-3)
+    assert got.fidelity.ppl == pytest.approx(want.fidelity.ppl, rel=1e-5)
+    assert int8.fidelity.kld != got.fidelity.kld
+    assert int8.fidelity.ppl == pytest.approx(want.fidelity.ppl, rel=2e-2)
+    assert got.memory_bytes < 0.5 * want.memory_bytes
+    assert packed.compute == "float32" and "weights packed, products in int8" in rounded.to_text()
+    with pytest.raises(tenpak.InvalidError, match="compute 'fast'"):
+        evaluate(tiny, EXCERPT, codecs=[CODEC], compute="fast", **SMALL)
+
+
 def test_kept_and_recomputed_base_logits_give_the_same_figures(tiny: Path, small: Evaluation) -> None:
     again = evaluate(tiny, EXCERPT, codecs=["raw_v1", CODEC], cache_bytes=small.base_logits_bytes - 1, **SMALL)
     assert (small.base_logits, again.base_logits) == ("kept", "recomputed")
