@@ -52,7 +52,7 @@ fn ordinary(stream: &mut Stream) -> f32 {
 /// Zeros, subnormals, and numbers from one end of the range of a half to the other, of either sign.
 fn extreme(stream: &mut Stream) -> f32 {
     let magnitude = [0.0, 1e-7, 3e-5, 1.0, 300.0, 65_504.0][usize::try_from(stream.next() % 6).unwrap()];
-    if stream.next() % 2 == 0 { magnitude } else { -magnitude }
+    if stream.next().is_multiple_of(2) { magnitude } else { -magnitude }
 }
 
 /// A random matrix; every plane ends where its allocation does.
@@ -194,8 +194,8 @@ fn extreme_scales_and_activations_are_no_exception() {
     let seed = seed();
     let mut stream = Stream(seed);
     let numbers: [Draw; 4] = [
-        |stream| if stream.next() % 3 == 0 { stream.normal() } else { 0.0 },
-        |stream| if stream.next() % 2 == 0 { f32::from_bits(stream.bits() & 0x807f_ffff) } else { -0.0 },
+        |stream| if stream.next().is_multiple_of(3) { stream.normal() } else { 0.0 },
+        |stream| if stream.next().is_multiple_of(2) { f32::from_bits(stream.bits() & 0x807f_ffff) } else { -0.0 },
         |stream| stream.normal() * [1e-30, 1e-3, 1.0, 1e5, 1e25][usize::try_from(stream.next() % 5).unwrap()],
         |_| 0.0,
     ];

@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use super::aligned::Aligned;
 use super::params;
 use super::vector::{Kind, Vector, with_kind};
 use crate::codec::lanes::{Eight, MAX_LANES};
@@ -23,11 +24,11 @@ pub(super) struct Spread {
     /// Numbers in a row of `x`.
     stride: usize,
     /// `[m][block][step][lane]`, zeros beyond the last column.
-    x: Vec<f32>,
+    x: Aligned,
     /// Numbers in a row of `sums`, whole vectors.
     groups: usize,
     /// `[m][group]`, the sum of the activations; empty where nothing is added.
-    sums: Vec<f32>,
+    sums: Aligned,
     /// The group of the first lane of every block.
     first: Vec<usize>,
     /// `[block][lane]`, its group less that of the first lane.
@@ -64,7 +65,7 @@ impl Spread {
                 indices.push(u32::try_from(own - first[block]).expect("fewer than lanes"));
             }
         }
-        Self { stride, x: vec![0.0; m * stride], groups, sums: vec![0.0; sums], first, indices }
+        Self { stride, x: Aligned::zeros(m * stride), groups, sums: Aligned::zeros(sums), first, indices }
     }
 
     /// The rows, each a task of its own.
@@ -201,42 +202,66 @@ impl Batch<'_> {
         for (t, x) in x.iter_mut().enumerate() {
             *x = &spread.x[(i + t) * spread.stride..][..spread.stride];
         }
-        // `[row][t][lane]`
+        // `[row][t][lane]`, between the activations of one cacheful and the next.
         let mut totals = [0.0; BATCH * 4 * MAX_LANES];
-        let step = CACHED / (T * width);
-        for start in (0..spread.first.len()).step_by(step) {
-            let blocks = start..spread.first.len().min(start + step);
+        let (blocks, step) = (spread.first.len(), CACHED / (T * width));
+        for start in (0..blocks).step_by(step) {
+            let end = blocks.min(start + step);
             for (r, totals) in (0..rows).step_by(R).zip(totals.chunks_exact_mut(R * T * V::N)) {
                 let mut sums = [[V::splat(0.0); T]; R];
-                for (sums, totals) in sums.iter_mut().zip(totals.chunks_exact(T * V::N)) {
-                    for (sum, total) in sums.iter_mut().zip(totals.chunks_exact(V::N)) {
-                        *sum = V::load(total);
+                for p in 0..R {
+                    for t in 0..T {
+                        sums[p][t] = V::load(&totals[(p * T + t) * V::N..]);
                     }
                 }
-                self.blocks::<V, K, R, T>(kind, r, &x, blocks.clone(), &mut sums);
-                for (sums, totals) in sums.iter().zip(totals.chunks_exact_mut(T * V::N)) {
-                    for (sum, total) in sums.iter().zip(totals.chunks_exact_mut(V::N)) {
-                        sum.store(total);
+                self.blocks::<V, K, R, T>(kind, r, &x, start..end, &mut sums);
+                if end < blocks {
+                    for p in 0..R {
+                        for t in 0..T {
+                            sums[p][t].store(&mut totals[(p * T + t) * V::N..]);
+                        }
+                    }
+                    continue;
+                }
+                self.add_addends::<V, R, T>(r, i, &mut sums);
+                let at = n - tile.n().start + r;
+                for (p, sums) in sums.iter().enumerate().take(rows - r) {
+                    for (t, sum) in sums.iter().enumerate() {
+                        tile.row(i + t)[at + p] = sum.sum();
                     }
                 }
-            }
-        }
-        let at = n - tile.n().start;
-        for t in 0..T {
-            let sums = spread.sums.get((i + t) * spread.groups..).unwrap_or_default();
-            let results = &mut tile.row(i + t)[at..][..rows];
-            for (r, result) in results.iter_mut().enumerate() {
-                let mut total = V::load(&totals[(r * T + t) * V::N..]);
-                if !self.addends.is_empty() {
-                    let addends = self.addends[r * spread.groups..][..spread.groups].chunks_exact(V::N);
-                    for (addends, x) in addends.zip(sums.chunks_exact(V::N)) {
-                        total = total.add_product(V::load(addends), V::load(x));
-                    }
-                }
-                *result = total.sum();
             }
         }
         T
+    }
+
+    /// Adds what leaves the loop over codes: addends of groups times sums of activations.
+    #[inline(always)]
+    fn add_addends<V: Vector, const R: usize, const T: usize>(&self, r: usize, i: usize, sums: &mut [[V; T]; R]) {
+        let groups = self.spread.groups;
+        if self.addends.is_empty() {
+            return;
+        }
+        let mut addends = [[].as_slice(); R];
+        for (p, addends) in addends.iter_mut().enumerate() {
+            *addends = &self.addends[(r + p).min(self.weights.rows() - 1) * groups..][..groups];
+        }
+        let mut x = [[].as_slice(); T];
+        for (t, x) in x.iter_mut().enumerate() {
+            *x = &self.spread.sums[(i + t) * groups..][..groups];
+        }
+        for g in (0..groups).step_by(V::N) {
+            let mut vectors = [V::splat(0.0); T];
+            for t in 0..T {
+                vectors[t] = V::load(&x[t][g..]);
+            }
+            for p in 0..R {
+                let addends = V::load(&addends[p][g..]);
+                for t in 0..T {
+                    sums[p][t] = sums[p][t].add_product(addends, vectors[t]);
+                }
+            }
+        }
     }
 
     /// Adds the products of some blocks of `R` rows of weights from `r` on; the last row stands in for missing ones.

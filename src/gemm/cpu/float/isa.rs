@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use super::few::{self, Spread, SpreadRow};
-use super::many::{self, Packed};
+use super::many::{self, Packed, PackedPanel};
 use super::vector::Vector;
 use super::{Arranged, Product, Tile};
 use crate::codec::lanes::array::Array;
@@ -23,6 +23,7 @@ pub struct Isa {
     lanes: usize,
     height: usize,
     spread: unsafe fn(&Grouped, &[f32], SpreadRow<'_>),
+    pack: unsafe fn(&[f32], usize, PackedPanel<'_>),
     few: unsafe fn(&Weights<'_>, &Spread, &mut Tile<'_>),
     many: unsafe fn(&Weights<'_>, &Packed, &mut Tile<'_>),
 }
@@ -36,6 +37,11 @@ macro_rules! stamp {
             $(#[target_feature(enable = $features)])?
             fn spread(layout: &Grouped, x: &[f32], row: SpreadRow<'_>) {
                 few::spread::<$lanes>(layout, x, row);
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn pack(x: &[f32], cols: usize, panel: PackedPanel<'_>) {
+                many::pack::<$lanes>(x, cols, panel);
             }
 
             $(#[target_feature(enable = $features)])?
@@ -53,6 +59,7 @@ macro_rules! stamp {
                 lanes: <$lanes as crate::codec::lanes::Lanes>::N,
                 height: <$lanes as Vector>::HEIGHT,
                 spread,
+                pack,
                 few,
                 many,
             };
@@ -143,6 +150,12 @@ impl Isa {
     pub(super) fn spread(&self, layout: &Grouped, x: &[f32], row: SpreadRow<'_>) {
         // SAFETY: tables leave this module only where their instruction set was detected.
         unsafe { (self.spread)(layout, x, row) }
+    }
+
+    /// Packs some columns of rows of activations.
+    pub(super) fn pack(&self, x: &[f32], cols: usize, panel: PackedPanel<'_>) {
+        // SAFETY: tables leave this module only where their instruction set was detected.
+        unsafe { (self.pack)(x, cols, panel) }
     }
 
     /// Fills a tile that has all rows of activations, at most [`few::MOST`].

@@ -8,6 +8,7 @@
 //!
 //! A result is the sum of its products column by column within a panel, then of the panels, whatever the tiles are.
 
+use super::aligned::Aligned;
 use super::params;
 use super::vector::{Kind, Vector, with_kind};
 use crate::codec::lanes::{Eight, MAX_LANES};
@@ -21,17 +22,19 @@ const DEPTH: usize = 256;
 pub(super) struct Packed {
     /// Rows of a strip.
     height: usize,
-    cols: usize,
-    /// `[strip][column][row]`, zeros beyond the last row.
-    x: Vec<f32>,
+    strips: usize,
+    /// `[panel of columns][strip][column][row]`, zeros beyond the last row.
+    x: Aligned,
 }
 
 impl Packed {
-    /// Room for `m` rows in strips of at most `most` rows: as high as can be with the fewest rows missing in the last.
+    /// Room for `m` rows in strips of at most `most` rows.
     pub(super) fn new(cols: usize, m: usize, most: usize) -> Self {
-        let heights = (2..=most).step_by(2).filter(|height| 2 * height >= most);
-        let height = heights.min_by_key(|&height| (m.next_multiple_of(height), most - height)).unwrap_or(2);
-        Self { height, cols, x: vec![0.0; m.div_ceil(height) * height * cols] }
+        // A step of a strip costs as much as its rows, missing ones too, and one more.
+        let heights = (2..=most).step_by(2);
+        let height = heights.min_by_key(|&height| m.div_ceil(height) * (height + 1)).unwrap_or(2);
+        let strips = m.div_ceil(height);
+        Self { height, strips, x: Aligned::zeros(strips * height * cols) }
     }
 
     /// Rows of a strip.
@@ -39,18 +42,43 @@ impl Packed {
         self.height
     }
 
-    /// The strips, each a task of its own.
-    pub(super) fn strips(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        self.x.chunks_mut((self.height * self.cols).max(1))
+    /// The panels of columns, each a task of its own.
+    pub(super) fn panels(&mut self) -> impl Iterator<Item = PackedPanel<'_>> {
+        let (height, panel) = (self.height, self.strips * self.height * DEPTH);
+        self.x.chunks_mut(panel.max(1)).enumerate().map(move |(p, x)| PackedPanel { height, start: p * DEPTH, x })
     }
 }
 
-/// Packs rows of activations into a strip.
-pub(super) fn pack(x: &[f32], cols: usize, strip: &mut [f32]) {
-    let height = strip.len() / cols;
-    for (i, row) in x.chunks_exact(cols).enumerate() {
-        for (out, &x) in strip[i..].iter_mut().step_by(height).zip(row) {
-            *out = x;
+/// Some columns of [`Packed`] activations that are still to be filled.
+pub(super) struct PackedPanel<'a> {
+    height: usize,
+    start: usize,
+    x: &'a mut [f32],
+}
+
+/// Packs the columns of a panel, eight of them at a time: transposed in registers, because numbers that are written one
+/// by one cost more than many products of theirs.
+#[inline(always)]
+pub(super) fn pack<V: Vector>(x: &[f32], cols: usize, panel: PackedPanel<'_>) {
+    let PackedPanel { height, start, x: out } = panel;
+    let depth = DEPTH.min(cols - start);
+    for (rows, strip) in x.chunks(height * cols).zip(out.chunks_exact_mut(height * depth)) {
+        for (column, out) in (start..start + depth).step_by(8).zip(strip.chunks_mut(8 * height)) {
+            let mut eights = [0.0; 8 * MAX_LANES];
+            for (eight, row) in eights.as_chunks_mut::<8>().0.iter_mut().zip(rows.chunks_exact(cols)) {
+                match row[column..].first_chunk::<8>() {
+                    Some(numbers) => *eight = *numbers,
+                    None => eight[..cols - column].copy_from_slice(&row[column..]),
+                }
+            }
+            // A vector may reach into the first rows of the next column, which are written after it.
+            let mut packed = [0.0; 9 * MAX_LANES];
+            for lane in (0..height).step_by(V::N).rev() {
+                for (j, numbers) in V::columns(&eights[8 * lane..], 8).into_iter().enumerate() {
+                    numbers.store(&mut packed[j * height + lane..]);
+                }
+            }
+            out.copy_from_slice(&packed[..out.len()]);
         }
     }
 }
@@ -60,23 +88,19 @@ pub(super) fn pack(x: &[f32], cols: usize, strip: &mut [f32]) {
 pub(super) fn multiply<V: Vector, E: Eight>(weights: &Weights<'_>, packed: &Packed, tile: &mut Tile<'_>) {
     let cols = weights.cols();
     let width = 2 * V::N;
-    let panels = tile.n().len().div_ceil(width);
     let mut decoder = Decoder::new::<V>(weights);
-    let mut decoded = vec![0.0; panels * width * DEPTH];
+    let mut panel = Aligned::zeros(width * DEPTH);
+    let (height, m) = (packed.height, tile.m());
     for start in (0..cols).step_by(DEPTH) {
         let depth = DEPTH.min(cols - start);
-        for (p, panel) in decoded.chunks_exact_mut(width * DEPTH).enumerate() {
-            let first = tile.n().start + p * width;
-            let rows = width.min(tile.n().end - first);
-            decoder.panel::<V, E>(weights, first, rows, start, depth, panel);
-        }
-        let (top, height) = (tile.m().start, packed.height);
-        for i in (top..tile.m().end).step_by(height) {
-            let strip = &packed.x[i * cols..][start * height..][..depth * height];
-            let rows = height.min(tile.m().end - i);
-            for (p, panel) in decoded.chunks_exact(width * DEPTH).enumerate() {
-                let panel = &panel[..depth * width];
-                let target = Target { tile, first_row: i, rows, at: p * width, add: start > 0 };
+        let strips = &packed.x[start * packed.strips * height..][m.start * depth..];
+        for at in (0..tile.n().len()).step_by(width) {
+            let rows = width.min(tile.n().len() - at);
+            decoder.panel::<V, E>(weights, tile.n().start + at, rows, start, depth, &mut panel);
+            let panel = &panel[..depth * width];
+            for (i, strip) in m.clone().step_by(height).zip(strips.chunks_exact(depth * height)) {
+                let rows = height.min(m.end - i);
+                let target = Target { tile, first_row: i, rows, at, add: start > 0 };
                 match height {
                     2 => block::<V, 2>(strip, panel, target),
                     4 => block::<V, 4>(strip, panel, target),
@@ -137,11 +161,11 @@ struct Decoder {
     /// Groups of a row in a panel, at most, rounded up to whole vectors.
     stride: usize,
     /// `[row][group]`
-    scales: Vec<f32>,
-    addends: Vec<f32>,
+    scales: Aligned,
+    addends: Aligned,
     /// `[group][row]`
-    scales_across: Vec<f32>,
-    addends_across: Vec<f32>,
+    scales_across: Aligned,
+    addends_across: Aligned,
 }
 
 impl Decoder {
@@ -149,7 +173,7 @@ impl Decoder {
         // One more than fits, because a panel may begin inside a group, and another, because it begins at an even one.
         let groups = DEPTH / weights.layout().group_len(weights.cols()).max(1) + 3;
         let stride = groups.next_multiple_of(16);
-        let room = || vec![0.0; stride * V::N];
+        let room = || Aligned::zeros(stride * V::N);
         Self { stride, scales: room(), addends: room(), scales_across: room(), addends_across: room() }
     }
 

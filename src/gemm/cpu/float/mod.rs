@@ -3,6 +3,7 @@
 //! Both are generic over [`vector::Vector`] and stamped for every instruction set by [`isa`]. Which one runs depends on
 //! the number of rows alone, and how a product is divided among threads changes no bit of it.
 
+mod aligned;
 mod few;
 pub mod isa;
 mod many;
@@ -13,9 +14,9 @@ use self::isa::Isa;
 use super::Product;
 use super::tile::{self, Tile};
 
-/// Rows of activations of a task where there are many.
+/// Rows of activations of a task where there are many: those of a panel of columns fit the second-level cache.
 const TALL: usize = 512;
-/// Rows of weights of a task where there are many rows of activations: decoded panels of them fit the second-level cache.
+/// Rows of weights of a task where there are many rows of activations.
 const WIDE: usize = 128;
 /// Bytes of weights of a task where there are few rows of activations.
 const TASK_BYTES: usize = 128 << 10;
@@ -38,14 +39,13 @@ pub(super) fn multiply(isa: &Isa, products: Vec<Product<'_>>, small: bool) {
                 }
             }
             Arranged::Many(packed) => {
-                let rows = product.x.chunks(packed.height() * product.weights.cols());
-                tasks.extend(packed.strips().zip(rows).map(|(strip, x)| Arrange::Strip(product, x, strip)));
+                tasks.extend(packed.panels().map(|panel| Arrange::Panel(product, panel)));
             }
         }
     }
     tile::each(tasks, small, |task| match task {
         Arrange::Row(product, x, row) => isa.spread(product.weights.layout(), x, row),
-        Arrange::Strip(product, x, strip) => many::pack(x, product.weights.cols(), strip),
+        Arrange::Panel(product, panel) => isa.pack(product.x, product.weights.cols(), panel),
     });
 
     let mut tasks = Vec::new();
@@ -77,5 +77,5 @@ pub(super) fn multiply(isa: &Isa, products: Vec<Product<'_>>, small: bool) {
 /// A part of the activations to be brought into order.
 enum Arrange<'a, 'p> {
     Row(&'a Product<'p>, &'a [f32], few::SpreadRow<'a>),
-    Strip(&'a Product<'p>, &'a [f32], &'a mut [f32]),
+    Panel(&'a Product<'p>, many::PackedPanel<'a>),
 }
