@@ -174,7 +174,7 @@ impl Tiles {
         steps: usize,
         a: [&[u32]; 2],
         b: [&[u32]; PANELS],
-        mut sums: [&mut [f32]; PANELS],
+        sums: [&mut [f32]; PANELS],
     ) {
         assert!(self.depth == 64 && steps > 0, "pairs fill the rows of a tile");
         assert!(a.iter().chain(&b).all(|factor| factor.len() >= steps * WORDS), "whole tiles");
