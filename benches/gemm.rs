@@ -3,8 +3,8 @@
 //! Reading and multiplying take turns, and the best of each is compared, because only a ratio means anything on a machine
 //! that is shared. Few rows of activations are bound by memory: `ratio` is packed bytes a second over the read bandwidth.
 //! Weights are as large as `--megabytes` (256) says, `--cache` makes them 1; `--m=1,8,512` are the rows of activations,
-//! `--threads=1,2` the threads, `--avx2` and so on another instruction set than the best, `--quick` small matrices; a
-//! word that is no flag selects the codecs whose id contains it.
+//! `--threads=1,2` the threads, `--avx2` and so on another instruction set than the best for f32, `--act=int8` and so on
+//! another arithmetic, `--quick` small matrices; a word that is no flag selects the codecs whose id contains it.
 
 #![expect(clippy::print_stdout, reason = "the table is what this program is for")]
 
@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use tenpak::codec::Codec;
-use tenpak::gemm::Weights;
 use tenpak::gemm::cpu::float::isa::{self, Isa};
+use tenpak::gemm::{Act, Weights, cpu};
 use tenpak::{Encoded, codecs};
 
 #[path = "buffers/weights.rs"]
@@ -59,6 +59,7 @@ fn read(weights: &Weights<'_>) -> u64 {
 /// Options of a run.
 struct Plan {
     isa: &'static Isa,
+    act: Act,
     bytes: usize,
     repeats: usize,
 }
@@ -80,7 +81,13 @@ fn row(plan: &Plan, codec: &'static Codec, encoded: &Encoded, m: usize) {
             });
         }));
         time = time.min(seconds(|| {
-            (0..rounds).for_each(|_| plan.isa.multiply(black_box(&matrix), &x, m, &mut y).expect("sizes match"));
+            (0..rounds).for_each(|_| {
+                let result = match plan.act {
+                    Act::F32 => plan.isa.multiply(black_box(&matrix), &x, m, &mut y),
+                    act => cpu::multiply(black_box(&matrix), &x, m, act, &mut y),
+                };
+                result.expect("sizes match");
+            });
         }));
     }
     let bandwidth = (rounds * matrix.bytes()) as f64 / reading / 1e9;
@@ -88,9 +95,9 @@ fn row(plan: &Plan, codec: &'static Codec, encoded: &Encoded, m: usize) {
     let flops = 2.0 * (rounds * matrix.rows() * COLS * m) as f64 / time / 1e9;
     let ratio = packed / bandwidth;
     println!(
-        "{:<22} {:>7} {m:>5} {:>7} {packed:>9.2} {bandwidth:>9.2} {ratio:>6.2} {flops:>9.1}  {}",
+        "{:<22} {:>8} {m:>5} {:>7} {packed:>9.2} {bandwidth:>9.2} {ratio:>6.2} {flops:>9.1}  {}",
         codec.id,
-        plan.isa.name(),
+        if plan.act == Act::F32 { plan.isa.name() } else { plan.act.name() },
         rayon::current_num_threads(),
         match m {
             1 if ratio >= GOAL => "yes",
@@ -113,10 +120,12 @@ fn main() {
     let isa = isa::available().into_iter().find(asked).unwrap_or(isa::best());
     let megabytes = if quick || flag("--cache") { 1 } else { 256 };
     let bytes = numbers("--megabytes=", &[megabytes])[0] << 20;
-    let plan = Plan { isa, bytes, repeats: if quick { 2 } else { 5 } };
+    let act = args.iter().find_map(|arg| arg.strip_prefix("--act=")).unwrap_or("float32");
+    let act = act.parse().expect("float32, bfloat16 or int8");
+    let plan = Plan { isa, act, bytes, repeats: if quick { 2 } else { 5 } };
     let wanted: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
     println!("{} MiB of weights with {COLS} columns; GB/s of weights and of reading in the same run", bytes >> 20);
-    println!("codec                      isa     m threads      GB/s      read  ratio   GFLOP/s  met");
+    println!("codec                       isa     m threads      GB/s      read  ratio   GFLOP/s  met");
     for codec in codecs::all().iter().filter(|codec| codec.grouped().is_ok()) {
         if !wanted.is_empty() && !wanted.iter().any(|word| codec.id.contains(word.as_str())) {
             continue;

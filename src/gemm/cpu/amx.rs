@@ -165,31 +165,28 @@ impl Tiles {
         }
     }
 
-    /// Adds `a · b` to 32 x 16 or 32 x 32 sums, whose rows are `width` apart, over `steps` tiles of each factor: `a` are
-    /// 32 rows, in two runs of tiles of 16, `b` panels of 16 columns. All are pairs of bf16.
+    /// Adds `a · b` to 32 x 16 sums for each panel, over `steps` tiles of each factor: `a` are 32 rows, in two runs of tiles
+    /// of 16, `b` panels of 16 columns. All are pairs of bf16. A tile of sums is contiguous: rows as far apart as those
+    /// of a matrix would fall into the same few sets of the cache.
     #[inline(always)]
     pub(super) fn add_bf16<const PANELS: usize>(
         &mut self,
         steps: usize,
         a: [&[u32]; 2],
         b: [&[u32]; PANELS],
-        sums: &mut [f32],
-        width: usize,
+        sums: [&mut [f32]; PANELS],
     ) {
         assert!(self.depth == 64 && steps > 0, "pairs fill the rows of a tile");
         assert!(a.iter().chain(&b).all(|factor| factor.len() >= steps * WORDS), "whole tiles");
-        assert!(sums.len() >= (2 * SIDE - 1) * width + PANELS * SIDE && width >= PANELS * SIDE, "whole tiles of sums");
-        let low = sums.as_mut_ptr();
-        // SAFETY: row 16 is one of the sums, as asserted above.
-        let high = unsafe { low.add(SIDE * width) };
+        assert!(sums.iter().all(|sums| sums.len() >= 2 * WORDS), "two tiles of sums");
         if PANELS == 2 {
-            // SAFETY: the loop reads `steps` tiles of each factor and the tiles of sums lie in their slice, as asserted above.
+            // SAFETY: the loop reads `steps` tiles of each factor and the tiles of sums lie in their slices, as asserted above.
             unsafe {
                 asm!(
-                    "tileloadd tmm0, [{low} + {width}]",
-                    "tileloadd tmm1, [{low} + {width} + 64]",
-                    "tileloadd tmm2, [{high} + {width}]",
-                    "tileloadd tmm3, [{high} + {width} + 64]",
+                    "tileloadd tmm0, [{c0} + {row}]",
+                    "tileloadd tmm1, [{c1} + {row}]",
+                    "tileloadd tmm2, [{c0} + {row} + 1024]",
+                    "tileloadd tmm3, [{c1} + {row} + 1024]",
                     "2:",
                     "tileloadd tmm4, [{a0} + {row}]",
                     "tileloadd tmm6, [{b0} + {row}]",
@@ -205,17 +202,16 @@ impl Tiles {
                     "add {b1}, 1024",
                     "dec {steps}",
                     "jnz 2b",
-                    "tilestored [{low} + {width}], tmm0",
-                    "tilestored [{low} + {width} + 64], tmm1",
-                    "tilestored [{high} + {width}], tmm2",
-                    "tilestored [{high} + {width} + 64], tmm3",
+                    "tilestored [{c0} + {row}], tmm0",
+                    "tilestored [{c1} + {row}], tmm1",
+                    "tilestored [{c0} + {row} + 1024], tmm2",
+                    "tilestored [{c1} + {row} + 1024], tmm3",
                     a0 = inout(reg) a[0].as_ptr() => _,
                     a1 = inout(reg) a[1].as_ptr() => _,
                     b0 = inout(reg) b[0].as_ptr() => _,
                     b1 = inout(reg) b[1].as_ptr() => _,
-                    low = in(reg) low,
-                    high = in(reg) high,
-                    width = in(reg) 4 * width,
+                    c0 = in(reg) sums[0].as_mut_ptr(),
+                    c1 = in(reg) sums[1].as_mut_ptr(),
                     row = in(reg) 64usize,
                     steps = inout(reg) steps => _,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -228,8 +224,8 @@ impl Tiles {
             // SAFETY: the loop reads `steps` tiles of each factor and the tiles of sums lie in their slice, as asserted above.
             unsafe {
                 asm!(
-                    "tileloadd tmm0, [{low} + {width}]",
-                    "tileloadd tmm2, [{high} + {width}]",
+                    "tileloadd tmm0, [{c0} + {row}]",
+                    "tileloadd tmm2, [{c0} + {row} + 1024]",
                     "2:",
                     "tileloadd tmm4, [{a0} + {row}]",
                     "tileloadd tmm6, [{b0} + {row}]",
@@ -241,14 +237,12 @@ impl Tiles {
                     "add {b0}, 1024",
                     "dec {steps}",
                     "jnz 2b",
-                    "tilestored [{low} + {width}], tmm0",
-                    "tilestored [{high} + {width}], tmm2",
+                    "tilestored [{c0} + {row}], tmm0",
+                    "tilestored [{c0} + {row} + 1024], tmm2",
                     a0 = inout(reg) a[0].as_ptr() => _,
                     a1 = inout(reg) a[1].as_ptr() => _,
                     b0 = inout(reg) b[0].as_ptr() => _,
-                    low = in(reg) low,
-                    high = in(reg) high,
-                    width = in(reg) 4 * width,
+                    c0 = in(reg) sums[0].as_mut_ptr(),
                     row = in(reg) 64usize,
                     steps = inout(reg) steps => _,
                     out("tmm0") _, out("tmm2") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,

@@ -18,7 +18,7 @@ use crate::gemm::cpu::tile::Tile;
 /// Rows of weights that are multiplied at once: two tiles.
 const ROWS: usize = 2 * SIDE;
 
-/// Adds the products of 32 rows of weights and one or two panels to sums whose rows are `width` apart.
+/// Adds the products of 32 rows of weights and one or two panels to sums, 32 vectors for each panel.
 trait Multiplier {
     /// As many panels as there are in `b`, over `steps` of 32 columns.
     fn add<const PANELS: usize>(
@@ -26,8 +26,7 @@ trait Multiplier {
         steps: usize,
         a: [&[u32]; 2],
         b: [&[u32]; PANELS],
-        sums: &mut [f32],
-        width: usize,
+        sums: [&mut [f32]; PANELS],
     );
 }
 
@@ -38,10 +37,9 @@ impl Multiplier for Tiles {
         steps: usize,
         a: [&[u32]; 2],
         b: [&[u32]; PANELS],
-        sums: &mut [f32],
-        width: usize,
+        sums: [&mut [f32]; PANELS],
     ) {
-        self.add_bf16(steps, a, b, sums, width);
+        self.add_bf16(steps, a, b, sums);
     }
 }
 
@@ -55,12 +53,10 @@ impl Multiplier for Vectors {
         steps: usize,
         a: [&[u32]; 2],
         b: [&[u32]; PANELS],
-        sums: &mut [f32],
-        width: usize,
+        mut sums: [&mut [f32]; PANELS],
     ) {
         for r in (0..ROWS).step_by(4) {
             let a = &a[r / SIDE][r % SIDE * SIDE..];
-            let sums = &mut sums[r * width..];
             // SAFETY: this type is used only in functions that enable AVX-512 with BF16; the slices of sixteen words are
             // checked where they are made.
             unsafe {
@@ -78,8 +74,8 @@ impl Multiplier for Vectors {
                     }
                 }
                 for (i, totals) in totals.into_iter().enumerate() {
-                    for (j, total) in totals.into_iter().enumerate() {
-                        let sums = &mut sums[i * width + j * SIDE..][..SIDE];
+                    for (sums, total) in sums.iter_mut().zip(totals) {
+                        let sums = &mut sums[(r + i) * SIDE..][..SIDE];
                         let total = _mm512_add_ps(total, _mm512_loadu_ps(sums.as_ptr()));
                         _mm512_storeu_ps(sums.as_mut_ptr(), total);
                     }
@@ -109,30 +105,33 @@ fn multiply(multiplier: &mut impl Multiplier, weights: &Weights<'_>, x: &Panels,
     let cols = weights.cols();
     let rows = weights.rows().next_multiple_of(ROWS);
     let (first_panel, panels) = (tile.m().start / SIDE, tile.m().len().div_ceil(SIDE));
-    let width = panels * SIDE;
     let mut params = Params::new(weights, weights.rows());
     params.load(weights);
     let part = RUN / STEP * WORDS;
     // Rows that fill up the last tile stay zero.
     let mut decoded = vec![0u32; rows / SIDE * part];
-    let mut totals = vec![0.0f32; rows * width];
+    let mut totals = vec![0.0f32; panels * rows * SIDE];
     for start in (0..cols).step_by(RUN) {
         let len = RUN.min(cols - start);
         let steps = len.div_ceil(CHUNK) * (CHUNK / STEP);
         decode::decode(weights, &params, start, len, &mut decoded);
-        for p in (0..panels).step_by(2) {
+        for (pair, totals) in totals.chunks_mut(2 * rows * SIDE).enumerate() {
+            let p = first_panel + 2 * pair;
+            let (first, second) = totals.split_at_mut(rows * SIDE);
             for r in (0..rows).step_by(ROWS) {
                 let (low, high) = decoded[r / SIDE * part..][..2 * part].split_at(part);
-                let totals = &mut totals[r * width + p * SIDE..];
-                let first = x.words(first_panel + p, start);
-                if p + 1 < panels {
-                    let b = [first, x.words(first_panel + p + 1, start)];
-                    multiplier.add(steps, [low, high], b, totals, width);
+                let first = &mut first[r * SIDE..][..ROWS * SIDE];
+                if second.is_empty() {
+                    multiplier.add(steps, [low, high], [x.words(p, start)], [first]);
                 } else {
-                    multiplier.add(steps, [low, high], [first], totals, width);
+                    let b = [x.words(p, start), x.words(p + 1, start)];
+                    multiplier.add(steps, [low, high], b, [first, &mut second[r * SIDE..][..ROWS * SIDE]]);
                 }
             }
         }
     }
-    transpose::<F32x16>(&totals, width, tile);
+    for (p, totals) in totals.chunks_exact(rows * SIDE).enumerate() {
+        let m = tile.m().start + p * SIDE;
+        transpose::<F32x16>(totals, SIDE, tile, m..tile.m().end.min(m + SIDE));
+    }
 }

@@ -5,6 +5,8 @@
 //! the first-level cache; panels; rows of weights, a few at a time, whose sums stay in registers. Results wait in a
 //! scratch of `rows of weights x rows of activations` in the second-level cache, and are transposed at the end.
 
+use std::ops::Range;
+
 use super::few::lanes_shift;
 use super::lanes::Lanes;
 use super::panels::Panels;
@@ -64,11 +66,11 @@ pub(super) fn multiply<L, T, const BITS: u32, const KIND: u8, const ROWS: usize,
             }
         }
     }
-    transpose::<T>(&totals, width, tile);
+    transpose::<T>(&totals, width, tile, tile.m());
 }
 
 /// The groups whose first column is one of `start ..+ len`.
-pub(super) fn group_range(layout: &Grouped, start: usize, len: usize) -> std::ops::Range<usize> {
+pub(super) fn group_range(layout: &Grouped, start: usize, len: usize) -> Range<usize> {
     if layout.offset().is_none() {
         0..0
     } else if layout.group() == ROW {
@@ -104,8 +106,8 @@ struct Block<'a> {
     x: &'a Panels,
     params: &'a Params,
     codes: &'a [u8],
-    records: std::ops::Range<usize>,
-    groups: std::ops::Range<usize>,
+    records: Range<usize>,
+    groups: Range<usize>,
     shift: u32,
 }
 
@@ -196,10 +198,10 @@ impl Block<'_> {
     }
 }
 
-/// Writes the columns of `totals`, whose rows are `width` apart, as the rows of the tile.
+/// Writes the columns of `totals`, whose rows are `width` apart, as the rows `m` of a tile.
 #[inline(always)]
-pub(in super::super) fn transpose<T: Transposer>(totals: &[f32], width: usize, tile: &mut Tile<'_>) {
-    let (m, n) = (tile.m(), tile.n().len());
+pub(in super::super) fn transpose<T: Transposer>(totals: &[f32], width: usize, tile: &mut Tile<'_>, m: Range<usize>) {
+    let n = tile.n().len();
     for r in (0..n).step_by(T::N) {
         for i in (0..m.len()).step_by(8) {
             let totals = &totals[r * width + i..];

@@ -22,8 +22,10 @@ mod tiles;
 
 use activations::{Records, Rounded};
 use isa::Isa;
+#[cfg(target_arch = "x86_64")]
 pub(super) use many::transpose;
 use panels::Panels;
+#[cfg(target_arch = "x86_64")]
 pub(super) use params::Params;
 
 use super::Product;

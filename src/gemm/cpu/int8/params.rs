@@ -68,6 +68,7 @@ impl Params {
     }
 
     /// The offsets from those of row `r` on, a vector more than it has; empty where there are none.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(in super::super) fn offsets_padded(&self, r: usize) -> &[f32] {
         if self.offsets.is_empty() { &[] } else { &self.offsets[r * self.groups..][..self.groups + MAX_LANES] }

@@ -28,11 +28,10 @@ pub(super) fn multiply(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
     let cols = weights.cols();
     let rows = weights.rows().next_multiple_of(SIDE);
     let (first_panel, panels) = (tile.m().start / SIDE, tile.m().len().div_ceil(SIDE));
-    let width = panels * SIDE;
     let mut params = Params::new(weights, weights.rows());
     params.load(weights);
     let mut codes = vec![0u8; rows * RUN];
-    let mut totals = vec![0.0f32; rows * width];
+    let mut totals = vec![0.0f32; panels * rows * SIDE];
     let group_len = if weights.layout().group() == ROW { usize::MAX } else { weights.layout().group() };
     for start in (0..cols).step_by(RUN) {
         let len = RUN.min(cols - start);
@@ -68,11 +67,14 @@ pub(super) fn multiply(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
                     step: x.step,
                     steps_shift: (group_len / x.step).ilog2(),
                 };
-                block.add(&mut tiles, &mut totals[r * width + p * SIDE..], width);
+                block.add(&mut tiles, &mut totals[(p * rows + r) * SIDE..][..WORDS]);
             }
         }
     }
-    transpose::<F32x16>(&totals, width, tile);
+    for (p, totals) in totals.chunks_exact(rows * SIDE).enumerate() {
+        let m = tile.m().start + p * SIDE;
+        transpose::<F32x16>(totals, SIDE, tile, m..tile.m().end.min(m + SIDE));
+    }
 }
 
 /// Turns codes into levels in place: signed bytes.
@@ -115,15 +117,15 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// Adds the products to rows of `totals`, `width` apart.
+    /// Adds the products to 16 rows of `totals`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,f16c,fma")]
-    fn add(&self, tiles: &mut Tiles, totals: &mut [f32], width: usize) {
+    fn add(&self, tiles: &mut Tiles, totals: &mut [f32]) {
         let record = (self.step / 4 + 2) * SIDE;
         let count = self.words.len() / record;
         let mut sums = [Vectors::splat(0.0); SIDE];
         for (i, sum) in sums.iter_mut().enumerate() {
-            *sum = Vectors::load(&totals[i * width..]);
+            *sum = Vectors::load(&totals[i * SIDE..]);
         }
         let mut pairs = [const { Pair([[0; WORDS]; 2]) }; 2];
         self.issue(tiles, 0, count, record, &mut pairs[0]);
@@ -150,7 +152,7 @@ impl Block<'_> {
             }
         }
         for (i, sum) in sums.into_iter().enumerate() {
-            Vectors::store(sum, &mut totals[i * width..]);
+            Vectors::store(sum, &mut totals[i * SIDE..]);
         }
     }
 
