@@ -559,14 +559,23 @@ def test_a_signal_stops_it_and_leaves_nothing(tiny: Path, tmp_path: Path, number
     folder.mkdir()
     command = [sys.executable, "-m", "tenpak.cli", "eval", tiny, "--text", text, "--tokens", "all", "--codec", "all"]
     child = subprocess.Popen(
-        command, env={**os.environ, "TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not any(p.stat().st_size for p in folder.glob("tenpak-eval-*/logits")):
-        time.sleep(0.02)
-    assert child.poll() is None, "it was done before it could be stopped"
-    child.send_signal(number)
-    stdout, stderr = child.communicate(timeout=120)
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not any(p.stat().st_size for p in folder.glob("tenpak-eval-*/logits")):
+            time.sleep(0.02)
+        assert child.poll() is None, "it was done before it could be stopped"
+        child.send_signal(number)
+        stdout, stderr = child.communicate(timeout=120)
+    finally:
+        child.kill()
     assert (child.returncode, stdout, stderr) == (128 + number, "", "")
     assert not list(folder.glob("tenpak-eval-*"))
 
