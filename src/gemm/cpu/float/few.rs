@@ -141,13 +141,19 @@ fn all_rows<V: Vector, E: Eight, K: Kind<V>>(kind: K, weights: &Weights<'_>, spr
         let mut i = m.start;
         while i < m.end {
             // As many rows side by side as the registers hold sums of.
-            i += match (m.end - i, V::REGISTERS >= 32) {
-                (1, true) => batch.multiply::<V, K, 4, 1>(kind, i, first, tile),
-                (1, false) => batch.multiply::<V, K, 2, 1>(kind, i, first, tile),
-                (2 | 3, true) => batch.multiply::<V, K, 4, 2>(kind, i, first, tile),
-                (2 | 3, false) => batch.multiply::<V, K, 2, 2>(kind, i, first, tile),
-                (_, true) => batch.multiply::<V, K, 2, 4>(kind, i, first, tile),
-                (_, false) => batch.multiply::<V, K, 1, 4>(kind, i, first, tile),
+            let left = m.end - i;
+            i += if V::REGISTERS >= 32 {
+                match left {
+                    1 => batch.multiply::<V, K, 4, 1>(kind, i, first, tile),
+                    2 | 3 => batch.multiply::<V, K, 4, 2>(kind, i, first, tile),
+                    _ => batch.multiply::<V, K, 2, 4>(kind, i, first, tile),
+                }
+            } else {
+                match left {
+                    1 => batch.multiply::<V, K, 2, 1>(kind, i, first, tile),
+                    2 | 3 => batch.multiply::<V, K, 2, 2>(kind, i, first, tile),
+                    _ => batch.multiply::<V, K, 1, 4>(kind, i, first, tile),
+                }
             };
         }
     }

@@ -153,26 +153,32 @@ macro_rules! with_kind {
         use crate::gemm::cpu::float::vector::{Signed, Table, Unsigned, levels_of_nibbles};
         use crate::layout::Levels;
         let layout = $layout;
-        match (layout.levels(), layout.bits()) {
-            (levels, 4) if <$vector>::TABLES || matches!(levels, Levels::Table(_)) => {
-                let $kind = Table::<$vector>::new(&levels_of_nibbles(levels));
-                $body
-            }
-            (Levels::Unsigned, 4) => {
-                let $kind = Unsigned::<4>;
-                $body
-            }
-            (Levels::Unsigned, _) => {
+        // By `if`, whose branch the compiler drops before it generates code where the vector decides it.
+        if layout.bits() == 8 {
+            if layout.levels() == Levels::Unsigned {
                 let $kind = Unsigned::<8>;
                 $body
-            }
-            (_, 4) => {
-                let $kind = Signed::<4>;
-                $body
-            }
-            _ => {
+            } else {
                 let $kind = Signed::<8>;
                 $body
+            }
+        } else if <$vector>::TABLES {
+            let $kind = Table::<$vector>::new(&levels_of_nibbles(layout.levels()));
+            $body
+        } else {
+            match layout.levels() {
+                levels @ Levels::Table(_) => {
+                    let $kind = Table::<$vector>::new(&levels_of_nibbles(levels));
+                    $body
+                }
+                Levels::Unsigned => {
+                    let $kind = Unsigned::<4>;
+                    $body
+                }
+                _ => {
+                    let $kind = Signed::<4>;
+                    $body
+                }
             }
         }
     }};
