@@ -1,6 +1,6 @@
-//! Products in f32: [`few`] rows of activations at the speed of memory, [`many`] at that of arithmetic.
+//! Products in f32: `few` rows of activations at the speed of memory, `many` at that of arithmetic.
 //!
-//! Both are generic over [`vector::Vector`] and stamped for every instruction set by [`isa`]. Which one runs depends on
+//! Both are generic over `vector::Vector` and stamped for every instruction set by [`isa`]. Which one runs depends on
 //! the number of rows alone, and how a product is divided among threads changes no bit of it.
 
 mod aligned;
