@@ -62,9 +62,13 @@ pub(super) struct PackedPanel<'a> {
 pub(super) fn pack<V: Vector>(x: &[f32], cols: usize, panel: PackedPanel<'_>) {
     let PackedPanel { height, start, x: out } = panel;
     let depth = DEPTH.min(cols - start);
+    // `[row][column]`, of which rows that are missing stay zero, and `[column][row]`.
+    let (mut eights, mut packed) = ([0.0; 8 * MAX_LANES], [0.0; 9 * MAX_LANES]);
     for (rows, strip) in x.chunks(height * cols).zip(out.chunks_exact_mut(height * depth)) {
+        if rows.len() < height * cols {
+            eights.fill(0.0);
+        }
         for (column, out) in (start..start + depth).step_by(8).zip(strip.chunks_mut(8 * height)) {
-            let mut eights = [0.0; 8 * MAX_LANES];
             for (eight, row) in eights.as_chunks_mut::<8>().0.iter_mut().zip(rows.chunks_exact(cols)) {
                 match row[column..].first_chunk::<8>() {
                     Some(numbers) => *eight = *numbers,
@@ -72,13 +76,16 @@ pub(super) fn pack<V: Vector>(x: &[f32], cols: usize, panel: PackedPanel<'_>) {
                 }
             }
             // A vector may reach into the first rows of the next column, which are written after it.
-            let mut packed = [0.0; 9 * MAX_LANES];
             for lane in (0..height).step_by(V::N).rev() {
                 for (j, numbers) in V::columns(&eights[8 * lane..], 8).into_iter().enumerate() {
                     numbers.store(&mut packed[j * height + lane..]);
                 }
             }
-            out.copy_from_slice(&packed[..out.len()]);
+            let (end, whole) = (out.len(), out.len() / V::N * V::N);
+            for at in (0..whole).step_by(V::N) {
+                V::load(&packed[at..]).store(&mut out[at..]);
+            }
+            out[whole..].copy_from_slice(&packed[whole..end]);
         }
     }
 }
