@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "memory whose address and length the caller vouches for")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 
 use pyo3::prelude::*;
 
@@ -15,6 +16,7 @@ use super::run;
 use crate::Encoded;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::gemm::cpu::team::OpenMp;
 use crate::gemm::{Act, Weights, cpu};
 use crate::tensor::{DType, to_f32};
 
@@ -45,9 +47,31 @@ unsafe fn bytes_mut<'a>((address, len): Memory) -> &'a mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), len) }
 }
 
-/// Runs `work` without the GIL: here where it is small, in the pool otherwise.
+/// The OpenMP library of this process, once Python has found one, and the process: a forked child has none of its threads,
+/// and waiting for them would never end.
+static OPENMP: OnceLock<(u32, OpenMp)> = OnceLock::new();
+
+/// Lets products run on the threads of the OpenMP library with these functions; see [`crate::gemm::cpu::team`].
+///
+/// The addresses are those of `GOMP_parallel` and `omp_get_max_threads`, from `python/tenpak/torch/_threads.py`. The
+/// first library stays: a second call changes nothing.
+#[pyfunction]
+pub(super) fn use_openmp(parallel: usize, max_threads: usize) {
+    let [parallel, max_threads] = [parallel, max_threads].map(std::ptr::with_exposed_provenance);
+    // SAFETY: the caller named above looks the functions up in a library that it never unloads.
+    if let Some(library) = unsafe { OpenMp::new(parallel, max_threads) } {
+        OPENMP.get_or_init(|| (std::process::id(), library));
+    }
+}
+
+/// Runs `work` without the GIL: here where it is small, on the OpenMP library's threads where there is one, in the pool
+/// otherwise.
 fn computed(py: Python<'_>, small: bool, work: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
-    let run = || if small { work() } else { run::pool(0)?.install(work) };
+    let run = || match OPENMP.get() {
+        _ if small => work(),
+        Some((process, library)) if *process == std::process::id() => library.install(work),
+        _ => run::pool(0)?.install(work),
+    };
     match py.detach(|| catch_unwind(AssertUnwindSafe(run))) {
         Ok(result) => result.map_err(|e| run::raise(py, e)),
         Err(panic) => Err(run::panicked(py, panic.as_ref())),

@@ -300,5 +300,6 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(encode, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::multiply, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::decode_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(gemm::use_openmp, module)?)?;
     Ok(())
 }

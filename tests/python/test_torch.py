@@ -95,6 +95,34 @@ def test_the_arithmetic_can_be_chosen(act: str, dtype: torch.dtype) -> None:
     assert exact.act == "float32"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="shares OpenMP on Linux only")
+def test_products_run_on_the_threads_of_pytorch(tmp_path: Path) -> None:
+    from tenpak.torch._threads import share_threads
+
+    assert share_threads()
+    path = tmp_path / "layer.pickle"
+    path.write_bytes(pickle.dumps(tt.QuantizedLinear.from_linear(nn.Linear(1024, 1024), "int4_g32_fp16_v1")))
+    # In a process that has encoded nothing: a large product starts no threads besides PyTorch's.
+    code = """
+import os, pickle, sys, torch
+torch.set_num_threads(2)
+layer = pickle.load(open(sys.argv[1], "rb"))
+torch.ones(1 << 20).sum()
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+with torch.inference_mode():
+    layer(torch.ones(1, 1024))
+assert threads() == before, (before, threads())
+pid = os.fork()  # the child has no team: it must not wait for one
+if pid == 0:
+    with torch.inference_mode():
+        layer(torch.ones(1, 1024))
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], check=True, timeout=120)
+
+
 def test_activations_need_not_be_contiguous() -> None:
     layer = linear()
     x = torch.randn(96, 7, 3)

@@ -16,6 +16,9 @@ from ._embedding import QuantizedEmbedding
 from ._experts import QuantizedStack
 from ._linear import G8Linear, QuantizedLinear, QuantizedLinearInt4
 from ._model import quantize_model, set_act
+from ._threads import share_threads as _share_threads
+
+_share_threads()
 
 __all__ = [
     "G8Linear",

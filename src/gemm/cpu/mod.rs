@@ -9,6 +9,7 @@ pub mod bf16;
 pub mod float;
 pub mod int8;
 pub mod reference;
+pub mod team;
 mod tile;
 
 use super::{Act, Backend, Matrix, Weights, check_sizes};

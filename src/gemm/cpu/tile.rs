@@ -7,8 +7,11 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
+
+use super::team::{self, OpenMp};
 
 /// Some rows and columns of the results of a product, of which no other task has any.
 #[derive(Debug)]
@@ -61,11 +64,20 @@ impl<'a> Tile<'a> {
     }
 }
 
-/// Runs every task, on the threads of the current pool if there is enough to do: `small` work stays on this thread and
-/// never looks for a pool.
+/// Runs every task, on the threads of the current team or pool if there is enough to do: `small` work stays on this
+/// thread and never looks for others.
 pub(super) fn each<T: Send>(tasks: Vec<T>, small: bool, work: impl Fn(T) + Send + Sync) {
     if small || tasks.len() < 2 {
         tasks.into_iter().for_each(work);
+    } else if let Some(team) = team::current() {
+        let tasks = Mutex::new(tasks.into_iter());
+        // The lock is held for the taking only: the guard is gone before `work` begins.
+        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+        team.run(|| {
+            while let Some(task) = next() {
+                work(task);
+            }
+        });
     } else {
         tasks.into_par_iter().with_max_len(1).for_each(work);
     }
@@ -73,5 +85,5 @@ pub(super) fn each<T: Send>(tasks: Vec<T>, small: bool, work: impl Fn(T) + Send 
 
 /// Tasks that a large product is divided into: several for each thread, so that none waits long for the last one.
 pub(super) fn wanted(small: bool) -> usize {
-    if small { 1 } else { 4 * rayon::current_num_threads() }
+    if small { 1 } else { 4 * team::current().map_or_else(rayon::current_num_threads, OpenMp::threads) }
 }
