@@ -118,7 +118,7 @@ def evaluate(
     text_bytes = _plan.read_text(path)
     _plan.check_model(folder)
     found, size = _plan.candidates(map(_Path, artifacts), codecs, map(_Path, recipes), folder, mmap)
-    _check_libraries()
+    check_libraries("tenpak eval")
     from .run import run
 
     plan = _plan.Plan(
@@ -127,14 +127,14 @@ def evaluate(
     return run(plan, progress)
 
 
-def _check_libraries() -> None:
-    """Import what the forward pass needs, or say how to get it."""
+def check_libraries(verb: str) -> None:
+    """Import what the forward pass of a verb needs, or raise the ImportError that says how to get it."""
     remedy = 'install it with: pip install "tenpak[eval]"'
     try:
         import safetensors  # noqa: F401
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ImportError(f"tenpak eval needs PyTorch and transformers: {error}; {remedy}") from error
+        raise ImportError(f"{verb} needs PyTorch and transformers: {error}; {remedy}") from error
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ImportError(f"transformers is {transformers.__version__}, expected 5 or later; {remedy}")

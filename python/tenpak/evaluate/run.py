@@ -19,7 +19,7 @@ import transformers
 
 from .. import _artifact, _tenpak, compress
 from .._errors import InvalidError
-from . import weights
+from . import session, weights
 from .fidelity import Scores, fidelity, perplexity
 from .plan import Candidate, Plan
 from .report import Baseline, Evaluation, Row, Sizes
@@ -125,8 +125,8 @@ class BaseLogits:
 def run(plan: Plan, progress: Progress | None) -> Evaluation:
     """Carry out a plan that has been checked; see :func:`tenpak.evaluate.evaluate`."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet_transformers())
-        stack.enter_context(_threads(plan.threads))
+        stack.enter_context(session.quiet_transformers())
+        stack.enter_context(session.threads(plan.threads))
         stack.enter_context(torch.inference_mode())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tenpak-eval-")))
         return _run(plan, folder, stack, progress or (lambda done, total, name: None))
@@ -278,30 +278,3 @@ def _setting(plan: Plan, windows: Windows, model: Any, dtype: torch.dtype) -> Se
     vocabulary = model(input_ids=windows.ids[:1, :1], use_cache=False).logits.shape[-1]
     fits = _BATCH_BYTES // (4 * windows.ids.shape[1] * vocabulary)
     return Setting(windows, plan.window_batch or max(1, min(_BATCH_WINDOWS, fits)), vocabulary, dtype)
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Let PyTorch use so many threads, 0 for its own choice."""
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and advice off the terminal: one bar is drawn here, and errors are raised."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
