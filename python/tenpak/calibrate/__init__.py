@@ -1,8 +1,8 @@
 """What flows into every linear layer of a model on a text: the statistics file that ``compress --stats`` reads.
 
-The forward pass is PyTorch, of any Hugging Face causal language model; solving is left to Rust, which needs neither. The
-file is safetensors. For a weight ``W`` of ``[rows, cols]`` (``[out, in]``, also where the checkpoint stores it transposed)
-whose inputs are the vectors ``x``:
+The forward pass is PyTorch, of any Hugging Face causal language model; solving is left to Rust, which needs neither.
+The file is safetensors. For a weight ``W`` of ``[rows, cols]`` (``[out, in]``, also where the checkpoint stores it
+transposed) whose inputs are the vectors ``x``:
 
 =====================  =================  ==========================================================================
 tensor                 dtype, shape       what
@@ -90,8 +90,9 @@ def calibrate(
 ) -> Summary:
     """Run a model over a text and write statistics of the inputs of its linear layers.
 
-    A journal beside the output (``OUTPUT.partial``) is kept while it runs, so that an interrupted run can go on where it
-    stopped and then writes the same bytes. Ctrl-C takes effect between two batches of windows, a second one at once.
+    A journal beside the output (``OUTPUT.partial``) is kept while it runs, so that an interrupted run can go on where
+    it stopped and then writes the same bytes. Ctrl-C takes effect between two batches of windows, a second one at
+    once.
 
     Parameters
     ----------

@@ -83,12 +83,14 @@ def _json(summary: Summary) -> str:
 
 def _text(summary: Summary) -> str:
     lines = [
-        f"wrote {summary.output}: {summary.bytes:,} bytes, {summary.linears} linear layers, {summary.tokens:,} tokens in "
-        f"{summary.windows:,} windows of {summary.context:,}"
+        f"wrote {summary.output}: {summary.bytes:,} bytes, {summary.linears} linear layers, "
+        f"{summary.tokens:,} tokens in {summary.windows:,} windows of {summary.context:,}"
     ]
     if summary.passes > 1:
         lines.append(f"{summary.passes} passes over the text, because the sums of all layers exceed --memory-bytes")
     if summary.resumed:
         lines.append(f"resumed after {summary.resumed:,} windows")
-    lines += [f"note: {name} has no tensor of its name in the checkpoint, and no statistics" for name in summary.skipped]
+    lines += [
+        f"note: {name} is not in the checkpoint under this name, and has no statistics" for name in summary.skipped
+    ]
     return "\n".join(lines)

@@ -55,7 +55,9 @@ class Layout:
         text += b" " * (-len(text) % 8)
         self.header = struct.pack("<Q", len(text)) + text
         self.bytes = len(self.header) + at
-        self._places = {name: len(self.header) + e["data_offsets"][0] for name, e in entries.items() if "dtype" in e}
+        self._places: dict[str, int] = {
+            name: len(self.header) + entry["data_offsets"][0] for name, entry in entries.items() if "dtype" in entry
+        }
 
     def place(self, name: str) -> int:
         """Return the byte at which a tensor begins."""

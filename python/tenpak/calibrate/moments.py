@@ -60,15 +60,13 @@ class Moments:
         """Begin with zeros."""
         self._layers, self._full, self._fisher = layers, full, fisher
         self.sums: dict[str, dict[str, torch.Tensor]] = {
-            layer.name: {
-                kind.name: torch.zeros(kind.shape, dtype=torch.float64) for kind in kinds(layer, full, fisher)
-            }
+            layer.name: {kind.name: torch.zeros(kind.shape, dtype=torch.float64) for kind in kinds(layer, full, fisher)}
             for layer in layers
         }
         self._product: tuple[torch.Tensor, int, Mapping[str, torch.Tensor]] | None = None
 
     def attach(self) -> Iterator[Any]:
-        """Hook into the layers; yields what takes each hook away again."""
+        """Hook into the layers and yield what takes each hook away again."""
         for layer in self._layers:
             for module in layer.modules:
                 yield module.register_forward_pre_hook(_bound(self._see, layer), with_kwargs=True)
@@ -94,8 +92,9 @@ class Moments:
         }
         if self._full:
             new["second_moment"] = torch.zeros(layer.cols, layer.cols, dtype=torch.float64)
-        for part in rows.split(max(1, _SLICE // layer.cols)):
-            wide = part.double()
+        step = max(1, _SLICE // layer.cols)
+        for at in range(0, len(rows), step):
+            wide = rows[at : at + step].double()
             new["mean_abs"] += wide.abs().sum(0)
             new["mean_sq"] += wide.square().sum(0)
             if self._full:
@@ -155,4 +154,3 @@ def _bound_grad(see: Any, layer: Linear) -> Any:
         parameter.grad = None
 
     return hook
-

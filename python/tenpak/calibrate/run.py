@@ -181,7 +181,8 @@ class _Run:
             logits = self._model(input_ids=ids, use_cache=False).logits
             if self._plan.fisher:
                 scored = logits[:, :-1].flatten(0, 1).float()
-                loss = torch.nn.functional.cross_entropy(scored, ids[:, 1:].flatten(), reduction="sum")
+                targets = ids[:, 1:].flatten()
+                loss: Any = torch.nn.functional.cross_entropy(scored, targets, reduction="sum")
                 loss.backward()
 
 
