@@ -66,7 +66,7 @@ class Moments:
         self._product: tuple[torch.Tensor, int, Mapping[str, torch.Tensor]] | None = None
 
     def attach(self) -> Iterator[Any]:
-        """Hook into the layers and yield what takes each hook away again."""
+        """Attach hooks to the layers, and yield what takes each away again."""
         for layer in self._layers:
             for module in layer.modules:
                 yield module.register_forward_pre_hook(_bound(self._see, layer), with_kwargs=True)
