@@ -3,8 +3,12 @@
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
 //! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
 
+pub mod gptq;
+pub mod hessian;
 pub(crate) mod lanes;
+pub mod polish;
 pub mod search;
+pub mod weighted;
 
 use crate::layout::{Float, Grouped, Levels};
 
