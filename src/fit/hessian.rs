@@ -49,7 +49,7 @@ impl Hessian {
     /// the diagonal. Where the matrix is still not positive definite, the damping is raised.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the numbers are not `cols²`, not finite, negative on the diagonal, or all zero there, or
+    /// [`Error::Invalid`] when the numbers are not `cols²`, not finite, negative on the diagonal, all zero there or not symmetric, or
     /// when `damping` is not a number from 0 up.
     pub fn new(moment: Vec<f32>, cols: usize, damping: f64) -> Result<Self> {
         if cols.checked_mul(cols) != Some(moment.len()) {
@@ -64,6 +64,11 @@ impl Hessian {
         let diagonal: Vec<f64> = (0..cols).map(|j| f64::from(moment[j * cols + j])).collect();
         if let Some(j) = diagonal.iter().position(|&x| x < 0.0) {
             return Err(Error::invalid(format!("the second moment of column {j} is {}, below zero", diagonal[j])));
+        }
+        let mirrored = |&at: &usize| moment[at] == moment[(at % cols) * cols + at / cols];
+        if let Some(at) = (0..moment.len()).find(|at| !mirrored(at)) {
+            let (i, j) = (at / cols, at % cols);
+            return Err(Error::invalid(format!("a second moment differs from its transpose at row {i}, column {j}")));
         }
         let mean = diagonal.iter().sum::<f64>() / cols.max(1) as f64;
         if mean == 0.0 {

@@ -38,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
         help="codecs to measure on the matrices inside the decoder's layers, or 'all'; see `tenpak codecs`",
     )
     add("--recipe", metavar="FILE", nargs="+", action="extend", default=[], help="TOML recipes to compress with")
+    add("--stats", metavar="FILE", help="statistics that codecs and recipes are compressed with, of another text")
+    add(
+        "--fit",
+        choices=("codec", "search", "weighted", "gptq"),
+        help="fit of codecs and recipes; see `tenpak compress`",
+    )
     add(
         "--tokens",
         metavar="N",
@@ -88,6 +94,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             artifacts=options.artifact,
             codecs=options.codec,
             recipes=options.recipe,
+            stats=options.stats,
+            fit=options.fit,
             tokens=options.tokens,
             context=options.context,
             window_batch=options.window_batch,

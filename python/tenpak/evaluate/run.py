@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 import transformers
 
@@ -136,6 +137,8 @@ def _run(plan: Plan, folder: Path, stack: contextlib.ExitStack, progress: Progre
     tokenizer = transformers.AutoTokenizer.from_pretrained(plan.model, local_files_only=True)
     config = transformers.AutoConfig.from_pretrained(plan.model, local_files_only=True)
     windows = cut(plan.text, plan.text_bytes, tokenizer, config, plan.tokens, plan.context)
+    if plan.stats is not None:
+        _check_text(plan.stats, windows)
     dtype = getattr(torch, plan.dtype)
 
     started = time.perf_counter()
@@ -200,6 +203,20 @@ def _run(plan: Plan, folder: Path, stack: contextlib.ExitStack, progress: Progre
     )
 
 
+def _check_text(stats: Path, windows: Windows) -> None:
+    """Refuse statistics of the very text that is scored: what they gain on it they gain nowhere else.
+
+    Raises
+    ------
+    InvalidError
+        They are.
+    """
+    with safetensors.safe_open(stats, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("text_sha256") == windows.sha256:
+        raise InvalidError(f"{stats} was calibrated on the text that is to be scored; calibrate on another one")
+
+
 @dataclass(frozen=True)
 class _Here:
     """The surroundings of a row."""
@@ -219,7 +236,16 @@ def _row(candidate: Candidate, here: _Here, base: Scores, progress: Callable[[in
     if path is None:
         path = here.folder / "row.tenpak"
         started = time.perf_counter()
-        report = compress(plan.model, path, recipe=candidate.recipe, force=True, threads=plan.threads, mmap=plan.mmap)
+        report = compress(
+            plan.model,
+            path,
+            recipe=candidate.recipe,
+            stats=plan.stats,
+            fit=plan.fit,
+            force=True,
+            threads=plan.threads,
+            mmap=plan.mmap,
+        )
         encode_seconds = time.perf_counter() - started
         notes = report["notes"]
     artifact = _artifact.open(path, mmap=plan.mmap)
