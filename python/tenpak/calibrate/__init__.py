@@ -58,7 +58,7 @@ class Summary:
     resumed
         Windows that an interrupted run had done already, over all passes.
     skipped
-        Linear layers without a tensor of their name in the checkpoint: what is fused or renamed when it is loaded.
+        Linear layers without statistics, and why: fused or renamed when they are loaded, or tied to an embedding.
     """
 
     output: str

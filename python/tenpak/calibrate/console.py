@@ -90,5 +90,5 @@ def _text(summary: Summary) -> str:
         lines.append(f"{summary.passes} passes over the text, because the sums of all layers exceed --memory-bytes")
     if summary.resumed:
         lines.append(f"resumed after {summary.resumed:,} windows")
-    lines += [f"note: {name} is not in the checkpoint, and has no statistics" for name in summary.skipped]
+    lines += [f"note: {what}: no statistics" for what in summary.skipped]
     return "\n".join(lines)

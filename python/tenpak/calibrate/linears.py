@@ -50,7 +50,8 @@ def linears(model: Any, checkpoint: Collection[str]) -> tuple[list[Linear], list
         One for each weight, in the order of the modules. A weight that the checkpoint has under several names is
         there under each.
     list of str
-        Weights of linear layers that the checkpoint does not have under any of their names.
+        The others, each with the reason: the checkpoint has them under none of their names, or they are an embedding
+        too, whose rows are looked up, so that what flows into the head says nothing of half of their use.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -59,13 +60,17 @@ def linears(model: Any, checkpoint: Collection[str]) -> tuple[list[Linear], list
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) in names:
             users.setdefault(id(module.weight), []).append(module)
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     found, skipped = [], []
     for key, modules in users.items():
         weight = modules[0].weight
         transposed = isinstance(modules[0], Conv1D)
         rows, cols = weight.shape[::-1] if transposed else weight.shape
+        if key in embedded:
+            skipped.append(f"{names[key][0]} is an embedding too")
+            continue
         here = [name for name in names[key] if name in checkpoint]
         found += [Linear(name, weight, tuple(modules), int(rows), int(cols), transposed) for name in here]
         if not here:
-            skipped.append(names[key][0])
+            skipped.append(f"{names[key][0]} is not in the checkpoint")
     return found, skipped
