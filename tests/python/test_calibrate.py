@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,7 @@ def inputs(name: str) -> tuple[Array, Array]:
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     module = model.get_submodule(name.removesuffix(".weight"))
     seen: list[Array] = []
-    module.register_forward_hook(
-        lambda _, args, __: seen.append(args[0].detach().double().numpy().reshape(-1, args[0].shape[-1]))
-    )
+    module.register_forward_hook(lambda _, args, __: seen.append(args[0].detach()[0].double().numpy()))
     gradients = []
     for ids in window(6, 32):
         model.zero_grad()
@@ -109,14 +108,14 @@ def stopper(at: int) -> Callable[[int, int, str], None]:
     return progress
 
 
-@pytest.mark.parametrize("how", [{}, {"full": True}, {"full": True, "memory_bytes": 3_000_000}, {"fisher": True}])
+@pytest.mark.parametrize("how", [{}, {"full": True, "memory_bytes": 3_000_000}, {"full": True, "fisher": True}])
 def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(tmp_path: Path, how: dict[str, Any]) -> None:
-    options = {"tokens": 256, "context": 32, "window_batch": 2, "threads": 1, **how}
+    options = {"tokens": 128, "context": 32, "window_batch": 2, "threads": 1, **how}
     whole = tmp_path / "whole.safetensors"
     summary = calibrate(MODEL, TEXT, whole, **options)
-    assert summary.passes == (5 if "memory_bytes" in how else 1) or summary.passes > 1
+    assert (summary.passes > 1) == ("memory_bytes" in how)
     total = summary.windows * summary.passes
-    for at in sorted({2, 4, total // 2, total - 1, total}):
+    for at in sorted({1, total // 2 + 1, total}):
         path = tmp_path / f"{at}.safetensors"
         with pytest.raises(Stop):
             calibrate(MODEL, TEXT, path, progress=stopper(at), **options)
@@ -151,24 +150,11 @@ def run(*arguments: object, **keywords: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_journal_that_resumes(tmp_path: Path, number: int, code: int) -> None:
     path = tmp_path / "s.safetensors"
-    options = [
-        MODEL,
-        "--text",
-        TEXT,
-        "-o",
-        path,
-        "--tokens",
-        "all",
-        "--context",
-        16,
-        "--window-batch",
-        1,
-        "--threads",
-        1,
-    ]
+    size = ["--tokens", 8192, "--context", 16, "--window-batch", 1, "--threads", 1]
+    options = [MODEL, "--text", TEXT, "-o", path, *size]
     process = run(*options)
     while process.poll() is None and not (tmp_path / "s.safetensors.partial/plan.json").exists():
-        pass
+        time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(120) == code, process.stderr and process.stderr.read()
     assert not path.exists()
@@ -225,7 +211,9 @@ def test_statistics_of_another_model_are_refused_and_those_of_the_scored_text_to
     )
     folder = tmp_path / "other"
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(tenpak.InvalidError, match="statistics of 128 inputs for 'model.layers.0.*calibrate this model"):
+    with pytest.raises(
+        tenpak.InvalidError, match="statistics of (128|384) inputs for 'model.layers.0.*calibrate this model"
+    ):
         tenpak.compress(folder, tmp_path / "m.tenpak", stats=full)
     assert not (tmp_path / "m.tenpak").exists()
     with pytest.raises(tenpak.InvalidError, match="calibrate on another"):
