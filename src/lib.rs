@@ -30,6 +30,7 @@ mod python;
 pub mod recipe;
 pub mod report;
 pub mod source;
+pub mod stats;
 mod tensor;
 
 pub use codec::{Codec, Encoded};

@@ -11,6 +11,7 @@ use crate::artifact::{ArtifactFile, Entry};
 use crate::codec::Codec;
 use crate::compress::{Report, TensorReport};
 use crate::export::{Exported, To};
+use crate::fit::Method;
 use crate::layout::{Float, Grouped, Layout, Levels};
 use crate::measure::Distance;
 use crate::source::Source;
@@ -70,6 +71,8 @@ pub struct Tensor {
     pub codec: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fit: Option<&'static str>,
     pub source_bytes: u64,
     pub stored_bytes: u64,
     pub bits_per_weight: f64,
@@ -91,6 +94,7 @@ impl From<&TensorReport> for Tensor {
             shape: t.shape.clone(),
             codec: t.codec.id,
             reason: Some(t.reason.clone()),
+            fit: (t.method != Method::Codec).then(|| t.method.name()),
             source_bytes: t.source_bytes,
             stored_bytes: t.stored_bytes,
             bits_per_weight: Sizes::new(t.elements(), t.stored_bytes).bits_per_weight,
@@ -108,6 +112,7 @@ impl From<&Entry> for Tensor {
             shape: entry.info().shape().to_vec(),
             codec: entry.codec().id,
             reason: None,
+            fit: None,
             source_bytes: entry.info().bytes(),
             stored_bytes: entry.stored_bytes(),
             bits_per_weight: entry.bits_per_weight(),
@@ -194,9 +199,21 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
             notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
         }
     }
+    for (_, method) in Method::ALL.iter().filter(|(_, method)| *method != Method::Codec) {
+        let count = report.tensors.iter().filter(|t| t.method == *method).count();
+        if count > 0 {
+            notes.push(format!("{count} tensors were fitted by '{}' instead of by their codec's fit", method.name()));
+        }
+    }
+    for t in &report.tensors {
+        if let Some(reason) = &t.method_reason {
+            let method = if t.method == Method::Codec { "its codec's fit" } else { t.method.name() };
+            notes.push(format!("{} is fitted by {method}: {reason}", t.name));
+        }
+    }
     let stats = source.activation_stats().len();
-    if stats > 0 {
-        notes.push(format!("activation_stats of {stats} tensors were read; no codec of this build uses them"));
+    if stats > 0 && report.tensors.iter().all(|t| t.method != Method::Weighted) {
+        notes.push(format!("activation_stats of {stats} tensors were read and not used; --fit weighted uses them"));
     }
     notes
 }

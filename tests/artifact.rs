@@ -174,7 +174,7 @@ fn reading_an_artifact_and_writing_what_was_read_gives_the_same_file() {
         let [output, nothing, again] = ["", ".delta", ".again"].map(|end| folder.path(&format!("{}{end}", wanted.id)));
         pack(&input, &output, &with(wanted)).unwrap();
         let base = ArtifactFile::open(&output).unwrap();
-        delta::delta(&base, &open_source(&input), 0.0, &nothing, false, &mut |_| Ok(())).unwrap();
+        delta::delta(&base, &open_source(&input), 0.0, None, &nothing, false, &mut |_| Ok(())).unwrap();
         let chain = [ArtifactFile::open(&nothing).unwrap()];
         assert!(chain[0].tensors().is_empty());
         delta::materialize(&base, &chain, &again, false, &mut |_| Ok(())).unwrap();
@@ -268,7 +268,7 @@ fn an_output_that_is_an_input_is_refused_under_every_name() {
     let linked = folder.path("copy.safetensors");
     fs::hard_link(&output, &linked).unwrap();
     refusal(export::decompress(&artifact, &linked, &force, &mut |_| Ok(())), "invalid");
-    refusal(delta::delta(&artifact, &open_source(&input), 0.0, &output, true, &mut |_| Ok(())), "invalid");
+    refusal(delta::delta(&artifact, &open_source(&input), 0.0, None, &output, true, &mut |_| Ok(())), "invalid");
     assert_eq!(fs::read(&output).unwrap(), before);
 }
 
@@ -423,7 +423,7 @@ mod attached {
         pack(&base, &path("base.tenpak"), &options).unwrap();
         pack(&variant, &path("direct.tenpak"), &options).unwrap();
         let base = ArtifactFile::open(path("base.tenpak")).unwrap();
-        delta::delta(&base, &open_source(&variant), 0.0, &path("delta.tenpak"), false, &mut |_| Ok(())).unwrap();
+        delta::delta(&base, &open_source(&variant), 0.0, None, &path("delta.tenpak"), false, &mut |_| Ok(())).unwrap();
         let made = [ArtifactFile::open(path("delta.tenpak")).unwrap()];
         assert_eq!(*made[0].read_file("tokenizer.json").unwrap(), *b"{\"another\": 1}");
         delta::materialize(&base, &made, &path("made.tenpak"), false, &mut |_| Ok(())).unwrap();

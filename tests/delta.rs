@@ -48,7 +48,7 @@ impl Bench {
     fn delta(&self, base: &str, name: &str, tensors: &[Tensor], epsilon: f64) -> tenpak::Result<DeltaReport> {
         let input = self.folder.checkpoint(&format!("{name}.safetensors"), tensors);
         let output = self.folder.path(&format!("{name}.delta.tenpak"));
-        delta(&self.open(base), &open_source(&input), epsilon, &output, true, &mut |_| Ok(()))
+        delta(&self.open(base), &open_source(&input), epsilon, None, &output, true, &mut |_| Ok(()))
     }
 
     fn materialize(&self, base: &str, deltas: &[&str]) -> tenpak::Result<Vec<u8>> {

@@ -55,6 +55,8 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     all: bool = False,
+    stats: Path | None = None,
+    fit: str | None = None,
     nonfinite: str = "error",
     max_shard_size: int = 5_000_000_000,
     force: bool = False,
@@ -84,6 +86,13 @@ def compress(
         Patterns of the tensors to quantize, and of those to keep as they are.
     all
         Give every float tensor the codec, whatever its role.
+    stats
+        Statistics of the model's inputs, from :func:`tenpak.calibrate.calibrate`.
+    fit
+        What scales and codes are chosen by: ``codec`` (its own fit), ``search`` (least squared error), ``weighted``
+        (the same, weighted by the mean squares of the inputs), ``gptq`` (least error of the layer's output). By
+        default ``codec``; with ``stats`` ``gptq``, or ``weighted`` where the file has no second moments. A tensor
+        that lacks what its fit needs is named in ``notes``; statistics of another shape are an error.
     nonfinite
         What to do about NaN and infinities: ``error``, ``zero``, ``clamp`` or ``raw``.
     max_shard_size
@@ -120,6 +129,8 @@ def compress(
             list(include),
             list(exclude),
             all,
+            None if stats is None else os.fspath(stats),
+            fit,
             nonfinite,
             max_shard_size,
             force,
@@ -220,6 +231,7 @@ def delta(
     output: Path,
     *,
     epsilon: float = 0.0,
+    stats: Path | None = None,
     force: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
@@ -236,6 +248,8 @@ def delta(
         Delta to write.
     epsilon
         Also take a tensor for unchanged when no decoded weight differs from the base's by more than this.
+    stats
+        The statistics that the base was made with, where it was.
     force, threads, progress
         As for :func:`compress`.
 
@@ -250,7 +264,16 @@ def delta(
         Nothing is left behind.
     """
     return _report(
-        _tenpak.delta(os.fspath(base), os.fspath(variant), os.fspath(output), epsilon, force, threads, progress)
+        _tenpak.delta(
+            os.fspath(base),
+            os.fspath(variant),
+            os.fspath(output),
+            epsilon,
+            None if stats is None else os.fspath(stats),
+            force,
+            threads,
+            progress,
+        )
     )
 
 

@@ -8,8 +8,11 @@ from . import _tenpak
 
 #: Options that every verb understands and that may stand before it, with the number of values each takes.
 _COMMON = {"--threads": 1, "--format": 1, "--quiet": 0, "-q": 0, "--no-mmap": 0}
+#: The verbs that are not in Rust.
+_VERBS = ("calibrate", "eval")
 _HELP = """
 Commands that need PyTorch (pip install "tenpak[eval]"):
+  calibrate    Gather statistics of what flows into a model's linear layers, for `tenpak compress --stats`
   eval         Measure what quantization costs a model on a text: KL divergence, perplexity, bits/weight
 """
 
@@ -19,10 +22,10 @@ def main() -> int:
     arguments = sys.argv[1:]
     at = _verb(arguments)
     verb = arguments[at] if at < len(arguments) else None
-    if verb == "eval":
-        return _eval([*arguments[:at], *arguments[at + 1 :]])
-    if verb == "help" and arguments[at + 1 :] == ["eval"]:
-        return _eval(["--help"])
+    if verb in _VERBS:
+        return _run(verb, [*arguments[:at], *arguments[at + 1 :]])
+    if verb == "help" and len(arguments) == at + 2 and arguments[at + 1] in _VERBS:
+        return _run(arguments[at + 1], ["--help"])
     # Rust watches for Ctrl-C and gives 130; Python's handler would raise KeyboardInterrupt over it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = _tenpak.main(["tenpak", *arguments])
@@ -40,11 +43,15 @@ def _verb(arguments: Sequence[str]) -> int:
     return at
 
 
-def _eval(arguments: Sequence[str]) -> int:
-    """Run ``tenpak eval``; what it needs is imported here and nowhere else."""
-    from .evaluate import console
+def _run(verb: str, arguments: Sequence[str]) -> int:
+    """Run a verb of Python; what it needs is imported here and nowhere else."""
+    if verb == "calibrate":
+        from .calibrate import console as calibrate
 
-    return console.run(arguments)
+        return calibrate.run(arguments)
+    from .evaluate import console as evaluate
+
+    return evaluate.run(arguments)
 
 
 if __name__ == "__main__":

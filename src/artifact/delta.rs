@@ -8,6 +8,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::entry::Entry;
 use super::header::Delta;
@@ -20,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::output;
 use crate::recipe::Recipe;
 use crate::source::Source;
+use crate::stats::Stats;
 use crate::tensor::DType;
 
 /// The longest chain of deltas that is resolved.
@@ -43,7 +45,8 @@ pub struct DeltaReport {
 /// Writes the delta of a variant against a base.
 ///
 /// With `epsilon` zero, a tensor is unchanged when its planes are. Otherwise it is also taken for unchanged when no
-/// decoded weight differs from the base's decoded weight by more than `epsilon`.
+/// decoded weight differs from the base's decoded weight by more than `epsilon`. A base that was made with statistics
+/// takes the same ones here.
 ///
 /// # Errors
 /// [`Error::Invalid`] when `epsilon` is negative or not a number, when the base is itself a delta, or when the output
@@ -52,6 +55,7 @@ pub fn delta(
     base: &ArtifactFile,
     variant: &Source,
     epsilon: f64,
+    stats: Option<Arc<Stats>>,
     target: &Path,
     force: bool,
     on_progress: &mut OnProgress<'_>,
@@ -68,8 +72,16 @@ pub fn delta(
             base.path().display()
         )));
     }
-    let options =
-        Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, force };
+    let recipe = Recipe::from_toml(&provenance.recipe)?;
+    if recipe.method().needs_stats() != stats.is_some() {
+        let (fit, path) = (recipe.method().name(), base.path().display());
+        return Err(Error::invalid(if stats.is_some() {
+            format!("{path} was made without statistics (fit '{fit}'), so its variants are too; leave out --stats")
+        } else {
+            format!("{path} was made with statistics (fit '{fit}'); pass the same file with --stats, or nothing agrees")
+        }));
+    }
+    let options = Options { recipe, nonfinite: provenance.nonfinite.parse()?, force, stats };
     let planned = compress::plan(variant, &options)?;
     let mut writer = Writer::create(target, force)?;
     writer.output().preflight(planned.file_bytes)?;
@@ -83,7 +95,7 @@ pub fn delta(
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
         let in_base =
             base.header().find(&name).filter(|&i| base.tensors()[i].info() == variant.tensors()[index].info());
-        let (report, tensor) = compress::encode_tensor(variant, index, planned, options.nonfinite, &writer, &mut tick)?;
+        let (report, tensor) = compress::encode_tensor(variant, index, planned, &options, &writer, &mut tick)?;
         done += bytes;
         let same = match in_base {
             Some(i) => is_unchanged(base, i, &writer, &tensor, epsilon)?.then_some(i),

@@ -30,6 +30,13 @@ pub(super) struct Arguments {
     max_shard_size: u64,
     #[command(flatten)]
     choice: Choice,
+    /// Statistics of the model's inputs, from `tenpak calibrate`
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
+    /// What scales and codes are chosen by: the codec's own fit, least squared error, the same weighted by what flows in,
+    /// or least error of the layer's output [default: with --stats gptq, or weighted without second moments; else codec]
+    #[arg(long, value_parser = ["codec", "search", "weighted", "gptq"], value_name = "FIT", hide_possible_values = false)]
+    fit: Option<String>,
     /// What to do about NaN and infinities
     #[arg(long, value_parser = ["error", "zero", "clamp", "raw"], default_value = "error", value_name = "POLICY")]
     nonfinite: String,
@@ -82,7 +89,7 @@ enum Sort {
 }
 
 impl Choice {
-    pub fn recipe(&self) -> Result<Recipe> {
+    pub fn recipe(&self, fit: Option<&str>) -> Result<Recipe> {
         let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
         let text = self.recipe.as_ref().map(read).transpose()?;
         Request {
@@ -93,6 +100,7 @@ impl Choice {
             include: &self.include,
             exclude: &self.exclude,
             all: self.all,
+            fit,
         }
         .recipe()
     }
@@ -107,11 +115,15 @@ fn split<'a>(pairs: &'a [String], option: &str, example: &str) -> Result<Vec<(&'
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
     let source = context.source(input)?;
-    let options = Options {
-        recipe: arguments.choice.recipe()?,
-        nonfinite: arguments.nonfinite.parse::<Nonfinite>()?,
-        force: arguments.force,
-    };
+    let access = context.source_options();
+    let options = Options::new(
+        arguments.choice.recipe(arguments.fit.as_deref())?,
+        arguments.nonfinite.parse::<Nonfinite>()?,
+        arguments.force,
+        arguments.stats.as_deref().map(|path| (path, &access)),
+        arguments.fit.is_some(),
+        &source,
+    )?;
     let start = Instant::now();
     let report = match &arguments.output {
         Some(output) if !arguments.dry_run => {

@@ -1,6 +1,7 @@
 //! `tenpak delta`: what a variant has that its base does not.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -10,6 +11,7 @@ use super::{Context, Input, Outcome};
 use crate::artifact::delta::delta;
 use crate::error::Result;
 use crate::report;
+use crate::stats::Stats;
 
 /// Store a variant checkpoint as its difference from a base artifact
 #[derive(Debug, Args)]
@@ -19,6 +21,9 @@ pub(super) struct Arguments {
     base: PathBuf,
     #[command(flatten)]
     input: Input,
+    /// The statistics that the base was made with, where it was
+    #[arg(long, value_name = "FILE")]
+    stats: Option<PathBuf>,
     /// Delta to write
     #[arg(long, short)]
     output: PathBuf,
@@ -34,9 +39,12 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let base = context.artifact(&arguments.base)?;
     let input = arguments.input.path()?;
     let variant = context.source(input)?;
+    let stats = arguments.stats.as_deref().map(|path| Stats::open(path, &context.source_options())).transpose()?;
+    let stats = stats.map(Arc::new);
     let made = {
         let bar = Bar::new(context.common, context.signals);
-        delta(&base, &variant, arguments.epsilon, &arguments.output, arguments.force, &mut |p| bar.step(p))?
+        let (output, force) = (&arguments.output, arguments.force);
+        delta(&base, &variant, arguments.epsilon, stats, output, force, &mut |p| bar.step(p))?
     };
     if context.json() {
         let (base, output) = (&arguments.base, &arguments.output);

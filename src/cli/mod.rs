@@ -101,8 +101,12 @@ impl Context<'_> {
         if self.common.no_mmap { Access::Read } else { Access::Map }
     }
 
+    fn source_options(&self) -> source::Options {
+        source::Options { access: self.access(), limits: Limits::DEFAULT }
+    }
+
     fn source(&self, path: &std::path::Path) -> Result<Source> {
-        source::open(path, &source::Options { access: self.access(), limits: Limits::DEFAULT })
+        source::open(path, &self.source_options())
     }
 
     fn artifact(&self, path: &std::path::Path) -> Result<crate::artifact::ArtifactFile> {

@@ -6,7 +6,7 @@
 use super::batch::{AHEAD, MAX_GROUP, groups};
 use super::kind::{Searched, Signed, Table, Unsigned};
 use super::lanes::{Lanes, MAX_LANES, prefetch};
-use super::{PlanesMut, Strides, reference};
+use super::{PlanesMut, reference};
 use crate::fit::{self, Fit, OutOfRange};
 use crate::layout::{Grouped, Levels, ROW};
 
@@ -57,14 +57,8 @@ pub(super) fn reference_rows(
     cols: usize,
     planes: &mut PlanesMut<'_>,
 ) -> Result<(), OutOfRange> {
-    let strides = Strides::new(layout, cols);
     for (r, row) in weights.chunks_exact(cols.max(1)).enumerate() {
-        let mut row_planes = PlanesMut {
-            codes: &mut planes.codes[r * strides.codes..][..strides.codes],
-            scales: &mut planes.scales[r * strides.scales..][..strides.scales],
-            addends: &mut planes.addends[r * strides.addends..][..strides.addends],
-        };
-        reference::encode_row(layout, fit, row, &mut row_planes)?;
+        reference::encode_row(layout, fit, row, &mut planes.row(layout, cols, r))?;
     }
     Ok(())
 }

@@ -109,6 +109,16 @@ impl<'a> PlanesMut<'a> {
         (Self { codes, scales, addends }, Self { codes: codes_rest, scales: scales_rest, addends: addends_rest })
     }
 
+    /// Row `r` alone.
+    pub(crate) fn row(&mut self, layout: &Grouped, cols: usize, r: usize) -> PlanesMut<'_> {
+        let strides = Strides::new(layout, cols);
+        PlanesMut {
+            codes: &mut self.codes[r * strides.codes..][..strides.codes],
+            scales: &mut self.scales[r * strides.scales..][..strides.scales],
+            addends: &mut self.addends[r * strides.addends..][..strides.addends],
+        }
+    }
+
     /// The same rows, for reading what was written.
     #[must_use]
     pub fn as_planes(&self) -> Planes<'_> {

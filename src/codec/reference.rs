@@ -62,18 +62,23 @@ pub fn code(layout: &Grouped, params: &Params, w: f32) -> u8 {
 pub fn encode_row(layout: &Grouped, fit: Fit, weights: &[f32], row: &mut PlanesMut<'_>) -> Result<(), OutOfRange> {
     for (g, group) in weights.chunks(layout.group_len(weights.len()).max(1)).enumerate() {
         let params = fit::params(fit, layout, group)?;
-        layout.scale().store(row.scales, g, params.scale);
-        if let Some(float) = layout.offset() {
-            float.store(row.addends, g, params.offset);
-        } else if layout.levels() == Levels::ZeroPoint {
-            store_bits(layout.bits(), row.addends, g, params.zero_point);
-        }
+        store_params(layout, row, g, &params);
         for (j, &w) in group.iter().enumerate() {
             let index = g * layout.group_len(weights.len()) + j;
             layout.store_code(row.codes, index, code(layout, &params, w));
         }
     }
     Ok(())
+}
+
+/// Stores the parameters of group `g` of a row.
+pub fn store_params(layout: &Grouped, row: &mut PlanesMut<'_>, g: usize, params: &Params) {
+    layout.scale().store(row.scales, g, params.scale);
+    if let Some(float) = layout.offset() {
+        float.store(row.addends, g, params.offset);
+    } else if layout.levels() == Levels::ZeroPoint {
+        store_bits(layout.bits(), row.addends, g, params.zero_point);
+    }
 }
 
 /// The stored parameters of group `g` of a row.

@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::{BLOCK_BYTES, Nonfinite, TensorReport, report, transposed};
+use super::fitting::Fitting;
+use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, report, transposed};
 use crate::artifact::Writer;
 use crate::artifact::writer::TensorWriter;
 use crate::codec::{self, Codec, PlanesMut};
@@ -27,12 +28,14 @@ pub(crate) fn encode_tensor(
     source: &Source,
     index: usize,
     planned: TensorReport,
-    nonfinite: Nonfinite,
+    options: &Options,
     writer: &Writer,
     tick: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<(TensorReport, TensorWriter)> {
     let tensor = &source.tensors()[index];
+    let nonfinite = options.nonfinite;
     let mut done = planned;
+    let mut fitting = None;
     loop {
         let codec = done.codec;
         let mut out = writer.tensor(tensor.info().clone(), codec, transposed(tensor, codec))?;
@@ -40,7 +43,16 @@ pub(crate) fn encode_tensor(
             copy_raw(source, index, writer, &mut out, tick)?;
             return Ok((done, out));
         };
-        let mut job = Job { source, index, layout, codec, nonfinite, distance: Distance::default(), repaired: 0 };
+        let fitting = match &mut fitting {
+            Some(fitting) => fitting,
+            none => {
+                let (name, cols) = (tensor.info().name(), tensor.matrix().1);
+                let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
+                none.insert(Fitting::new(done.method, options.stats.as_deref(), name, cols)?)
+            }
+        };
+        let mut job =
+            Job { source, index, layout, codec, nonfinite, fitting, distance: Distance::default(), repaired: 0 };
         let (fallback, why) = match job.run(writer, &mut out, tick)? {
             None => {
                 done.distance = Some(job.distance);
@@ -58,7 +70,11 @@ pub(crate) fn encode_tensor(
             }
         };
         let reason = format!("{} instead of {}: {why}", fallback.id, codec.id);
+        let (method, method_reason) = (done.method, done.method_reason.take());
         done = report(tensor, fallback, reason, true)?;
+        if fallback.layout != Layout::Raw {
+            (done.method, done.method_reason) = (method, method_reason);
+        }
     }
 }
 
@@ -88,6 +104,7 @@ struct Job<'a> {
     layout: &'a Grouped,
     codec: &'static Codec,
     nonfinite: Nonfinite,
+    fitting: &'a Fitting,
     distance: Distance,
     repaired: u64,
 }
@@ -122,7 +139,7 @@ impl Job<'_> {
         }
         let row_bytes = cols * tensor.info().dtype().size();
         let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
-        let block_rows = (BLOCK_BYTES / row_bytes).max(1);
+        let block_rows = self.fitting.block_rows((BLOCK_BYTES / row_bytes).max(1));
         let new_planes = || vec![Vec::new(); self.codec.layout.planes().len()];
         let (mut full, mut empty): (Vec<Vec<u8>>, Vec<Vec<u8>>) = (new_planes(), new_planes());
         let mut found = None;
@@ -171,7 +188,7 @@ impl Job<'_> {
             plane.resize(usize::try_from(len).expect("a block fits memory"), 0);
         }
         let rows = usize::try_from(count).expect("a block fits memory");
-        let task_rows = codec::rows_per_task(cols);
+        let task_rows = self.fitting.rows_per_task(cols);
         let element = usize::try_from(dtype.size()).expect("at most 8");
         let tasks: Vec<Task> = PlanesMut::new(planes)
             .chunks(self.layout, cols, rows, task_rows)
@@ -214,7 +231,7 @@ impl Job<'_> {
                 }
             }
         }
-        let encoded = codec::encode_rows(self.layout, self.codec.fit, &scratch.weights, cols, planes);
+        let encoded = self.fitting.encode_rows(self.layout, self.codec.fit, &scratch.weights, cols, planes);
         if encoded == Err(OutOfRange) {
             task.out_of_range = true;
             return task;

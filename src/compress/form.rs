@@ -42,7 +42,7 @@ pub fn compress_as(
     if To::of(target) == To::Tenpak {
         return super::compress(source, target, options, on_progress);
     }
-    OutputDirectory::check(target, options.force, HEADER_FILE, source.inputs())?;
+    OutputDirectory::check(target, options.force, HEADER_FILE, super::inputs(source, options))?;
     let tensors = reports(source, options)?;
     let header = planned_header(source, options, &tensors)?;
     let directory = Directory::of(source, max_shard_bytes)?;

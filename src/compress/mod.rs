@@ -5,20 +5,25 @@
 //! again for the error report, hashed and written, so memory does not grow with the model.
 
 mod encode;
+mod fitting;
 mod form;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::artifact::header::Header;
 use crate::artifact::writer::{Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
+use crate::file::InputFile;
+use crate::fit::Method;
 use crate::layout::Layout;
 use crate::measure::Distance;
 use crate::output;
 use crate::recipe::{Choice, Reason, Recipe};
-use crate::source::{Source, SourceTensor};
+use crate::source::{self, Source, SourceTensor};
+use crate::stats::Stats;
 use crate::tensor;
 pub(crate) use encode::encode_tensor;
 pub use form::{compress_as, plan_as};
@@ -85,6 +90,50 @@ pub struct Options {
     pub nonfinite: Nonfinite,
     /// Replace an existing output.
     pub force: bool,
+    /// What is known of the inputs of the weights, for the fits of the recipe that need it.
+    pub stats: Option<Arc<Stats>>,
+}
+
+impl Options {
+    /// Opens what a user gives: a statistics file, and a recipe, whose fit it decides where that is the codecs' own and
+    /// none is asked for: `gptq` where the file has second moments, and `weighted` where it has none. For `weighted`
+    /// without a file, the `activation_stats` of a JSON bundle serve.
+    ///
+    /// # Errors
+    /// Those of [`Stats::open`]; [`Error::Invalid`] when the fit needs statistics and there are none, or has no use for
+    /// those that are given.
+    pub fn new(
+        recipe: Recipe,
+        nonfinite: Nonfinite,
+        force: bool,
+        stats: Option<(&Path, &source::Options)>,
+        fit_asked: bool,
+        source: &Source,
+    ) -> Result<Self> {
+        let given = stats.map(|(path, options)| Stats::open(path, options)).transpose()?;
+        let recipe = match &given {
+            Some(stats) if !fit_asked && recipe.method() == Method::Codec => {
+                recipe.fit(if stats.has_second_moments() { Method::Gptq } else { Method::Weighted })
+            }
+            _ => recipe,
+        };
+        let method = recipe.method();
+        if let (Some(stats), false) = (&given, method.needs_stats()) {
+            let (stats, fit) = (stats.name(), method.name());
+            return Err(Error::invalid(format!("fit '{fit}' has no use for {stats}; leave out one of the two")));
+        }
+        let stats = match given {
+            None if method == Method::Weighted => Stats::of_bundle(source)?,
+            given => given,
+        };
+        if stats.is_none() && method.needs_stats() {
+            return Err(Error::invalid(format!(
+                "fit '{}' needs statistics of the model's inputs; make them with tenpak calibrate and pass them with --stats",
+                method.name()
+            )));
+        }
+        Ok(Self { recipe, nonfinite, force, stats: stats.map(Arc::new) })
+    }
 }
 
 /// What happened, or will happen, to one tensor.
@@ -102,6 +151,10 @@ pub struct TensorReport {
     pub reason: String,
     /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
     pub changed_codec: bool,
+    /// How its scales and codes are chosen.
+    pub method: Method,
+    /// Why that is not what was asked for.
+    pub method_reason: Option<String>,
     /// Bytes in the source.
     pub source_bytes: u64,
     /// Bytes of its planes.
@@ -175,7 +228,13 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
         .map(|t| {
             let Choice { codec, reason } = options.recipe.choose(t.info(), t.matrix().1);
             let changed = matches!(reason, Reason::ShortRows { .. });
-            report(t, codec, reason.to_string(), changed)
+            let mut report = report(t, codec, reason.to_string(), changed)?;
+            if codec.layout != Layout::Raw {
+                let (name, cols) = (t.info().name(), t.matrix().1);
+                (report.method, report.method_reason) =
+                    fitting::method(options.recipe.method(), options.stats.as_deref(), name, cols)?;
+            }
+            Ok(report)
         })
         .collect()
 }
@@ -197,13 +256,18 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 /// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
-    output::refuse_input(target, source.inputs())?;
+    output::refuse_input(target, inputs(source, options))?;
     let planned = plan(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
     let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;
     let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
     Ok(Report::new(tensors, &header, Some(header.identity())))
+}
+
+/// Every file that is read.
+fn inputs<'a>(source: &'a Source, options: &'a Options) -> impl Iterator<Item = &'a InputFile> {
+    source.inputs().chain(options.stats.as_deref().and_then(Stats::file).map(source::SourceFile::file))
 }
 
 /// Writes all tensors and files of a source, and gives what became of each and where it came from.
@@ -221,7 +285,7 @@ fn fill(
         let name = planned.name.clone();
         let bytes = planned.source_bytes;
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
-        let (report, tensor) = encode_tensor(source, index, planned, options.nonfinite, writer, &mut tick)?;
+        let (report, tensor) = encode_tensor(source, index, planned, options, writer, &mut tick)?;
         writer.keep(tensor)?;
         tensors.push(report);
         done += bytes;
@@ -255,6 +319,8 @@ fn report(tensor: &SourceTensor, codec: &'static Codec, reason: String, changed_
         codec,
         reason,
         changed_codec,
+        method: Method::Codec,
+        method_reason: None,
         source_bytes: info.bytes(),
         stored_bytes,
         distance: None,
@@ -275,6 +341,11 @@ pub(crate) fn provenance(
         tool: concat!("tenpak ", env!("CARGO_PKG_VERSION")).to_owned(),
         recipe: options.recipe.to_toml(),
         nonfinite: options.nonfinite.name().to_owned(),
-        sources: source.files().iter().map(file).collect::<Result<_>>()?,
+        sources: source
+            .files()
+            .iter()
+            .chain(options.stats.as_deref().and_then(Stats::file))
+            .map(file)
+            .collect::<Result<_>>()?,
     })
 }

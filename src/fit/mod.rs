@@ -1,11 +1,16 @@
 //! How an encoder chooses scale, offset and zero point of a group: quality only, never bytes.
 //!
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
-//! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
+//! [`crate::codec::reference`]), or, with [`gptq`], any code at all: bytes written with any fit decode by the same rule.
 
+pub mod gptq;
+pub mod hessian;
 pub(crate) mod lanes;
+pub mod polish;
 pub mod search;
+pub mod weighted;
 
+use crate::error::Error;
 use crate::layout::{Float, Grouped, Levels};
 
 /// A way to choose the parameters of a group.
@@ -37,6 +42,48 @@ impl Fit {
             Self::ZeroPoint => "minmax with zero",
             Self::Search => "mse search",
         }
+    }
+}
+
+/// What an encoder goes by when it chooses parameters and codes: the codec's own fit, or more than that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Method {
+    /// The fit of the codec.
+    #[default]
+    Codec,
+    /// The parameters of least squared error; see [`weighted`].
+    Search,
+    /// The parameters of least squared error weighted by the mean squares of the inputs; see [`weighted`].
+    Weighted,
+    /// Codes of least proxy loss under the second moment of the inputs; see [`gptq`].
+    Gptq,
+}
+
+impl Method {
+    /// Every method, with its name.
+    pub const ALL: &[(&'static str, Self)] =
+        &[("codec", Self::Codec), ("search", Self::Search), ("weighted", Self::Weighted), ("gptq", Self::Gptq)];
+
+    /// The name in options, recipes and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, method)| *method == self).map_or("", |(name, _)| name)
+    }
+
+    /// Whether it needs statistics of the inputs.
+    #[must_use]
+    pub fn needs_stats(self) -> bool {
+        matches!(self, Self::Weighted | Self::Gptq)
+    }
+}
+
+impl std::str::FromStr for Method {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self, Error> {
+        Self::ALL.iter().find(|(name, _)| *name == s).map(|(_, method)| *method).ok_or_else(|| {
+            Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted or gptq"))
+        })
     }
 }
 

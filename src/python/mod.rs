@@ -9,6 +9,7 @@ mod run;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
@@ -23,6 +24,7 @@ use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
 use crate::source::{self, Source};
+use crate::stats::Stats;
 use crate::tensor::{DType, to_f32};
 use crate::{Encoded, Limits, codecs};
 use artifact::PyArtifact;
@@ -48,8 +50,8 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, recipe, roles, rules, include, exclude, all, nonfinite, max_shard_size, force, threads, mmap,
-    dry_run, progress
+    source, output, codec, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite, max_shard_size, force,
+    threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -63,6 +65,8 @@ fn compress(
     include: Vec<String>,
     exclude: Vec<String>,
     all: bool,
+    stats: Option<PathBuf>,
+    fit: Option<&str>,
     nonfinite: &str,
     max_shard_size: u64,
     force: bool,
@@ -71,16 +75,20 @@ fn compress(
     dry_run: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
-    let options = || -> Result<engine::Options> {
+    let wishes = || -> Result<_> {
         let toml = recipe.map(|text| (text, None));
         let [roles, rules] = [&roles, &rules].map(|list| list.iter().map(|(name, id)| (&**name, &**id)).collect());
-        let request = Request { codec, toml, roles, rules, include: &include, exclude: &exclude, all };
-        Ok(engine::Options { recipe: request.recipe()?, nonfinite: nonfinite.parse()?, force })
+        let request = Request { codec, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
+        Ok((request.recipe()?, nonfinite.parse()?))
     };
-    let options = options().map_err(|e| run::raise(py, e))?;
+    let (recipe, nonfinite) = wishes().map_err(|e| run::raise(py, e))?;
+    let fit_asked = fit.is_some();
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
         let opened = open_source(&source, mmap)?;
+        let access = source::Options { access: access(mmap), limits: Limits::DEFAULT };
+        let stats = stats.as_deref().map(|path| (path, &access));
+        let options = engine::Options::new(recipe, nonfinite, force, stats, fit_asked, &opened)?;
         let report = match (&output, dry_run) {
             (Some(output), false) => engine::compress_as(&opened, output, &options, max_shard_size, on_progress)?,
             (None, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),
@@ -147,7 +155,7 @@ fn export(
 
 /// Writes the delta of a variant against a base; the report as JSON.
 #[pyfunction]
-#[pyo3(signature = (base, variant, output, epsilon, force, threads, progress))]
+#[pyo3(signature = (base, variant, output, epsilon, stats, force, threads, progress))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn delta(
     py: Python<'_>,
@@ -155,14 +163,17 @@ fn delta(
     variant: PathBuf,
     output: PathBuf,
     epsilon: f64,
+    stats: Option<PathBuf>,
     force: bool,
     threads: usize,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     interruptible(py, threads, progress, |on_progress| {
         let opened = crate::artifact::ArtifactFile::open(&base)?;
-        let source = open_source(&variant, true)?;
-        let made = deltas::delta(&opened, &source, epsilon, &output, force, on_progress)?;
+        let variant_source = open_source(&variant, true)?;
+        let options = source::Options { access: access(true), limits: Limits::DEFAULT };
+        let stats = stats.as_deref().map(|path| Stats::open(path, &options)).transpose()?.map(Arc::new);
+        let made = deltas::delta(&opened, &variant_source, epsilon, stats, &output, force, on_progress)?;
         json(&report::Delta::new(&base, &variant, &output, epsilon, &made))
     })
 }

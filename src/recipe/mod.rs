@@ -42,6 +42,7 @@ use std::fmt;
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::fit::Method;
 use crate::layout::Layout;
 use crate::tensor::{DType, TensorInfo};
 
@@ -59,6 +60,7 @@ pub struct Recipe {
     /// In the order of [`Role::WITH_CODEC`].
     roles: [&'static Codec; Role::WITH_CODEC.len()],
     rules: Vec<Rule>,
+    method: Method,
 }
 
 /// A codec for the tensors that match.
@@ -137,7 +139,7 @@ impl Recipe {
             Role::Embedding | Role::Head => registered(codecs::INT8_ROW),
             _ => registered(codecs::RAW),
         });
-        Self { codec, all: false, include: Vec::new(), exclude: Vec::new(), roles, rules: Vec::new() }
+        Self { codec, all: false, include: Vec::new(), exclude: Vec::new(), roles, rules: Vec::new(), method: Method::Codec }
     }
 
     /// Adds a rule after those there are: tensors that match get `codec`.
@@ -188,6 +190,19 @@ impl Recipe {
     pub fn all(mut self, all: bool) -> Self {
         self.all = all;
         self
+    }
+
+    /// Chooses scales and codes by another method than the codecs' own fits.
+    #[must_use]
+    pub fn fit(mut self, method: Method) -> Self {
+        self.method = method;
+        self
+    }
+
+    /// How scales and codes are chosen.
+    #[must_use]
+    pub fn method(&self) -> Method {
+        self.method
     }
 
     /// The codec of a tensor whose matrix has `cols` columns, which is not its last dimension when it is stored

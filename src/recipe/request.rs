@@ -23,6 +23,8 @@ pub struct Request<'a> {
     pub exclude: &'a [String],
     /// Whether every float tensor gets the codec; `false` leaves it to `toml`.
     pub all: bool,
+    /// Name of a fit; without one it is left to `toml`.
+    pub fit: Option<&'a str>,
 }
 
 impl Request<'_> {
@@ -44,6 +46,9 @@ impl Request<'_> {
             recipe = recipe.rule(pattern, codecs::get(id)?)?;
         }
         recipe = recipe.narrow(self.include, self.exclude)?;
+        if let Some(fit) = self.fit {
+            recipe = recipe.fit(fit.parse()?);
+        }
         Ok(if self.all { recipe.all(true) } else { recipe })
     }
 }

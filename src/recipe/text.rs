@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `codec` | id | refused |
 //! | `all` | boolean | `false` |
+//! | `fit` | `codec`, `search`, `weighted` or `gptq` | `codec` |
 //! | `include`, `exclude` | array of patterns | everything, nothing |
 //! | `roles.attention`, `.mlp`, `.linear`, `.router`, `.embedding`, `.head` | id | see [`Recipe::new`] |
 //! | `[[rule]]` with `match` and `codec` | pattern and id | no rules |
@@ -19,8 +20,9 @@ use super::{Recipe, Rule};
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::fit::Method;
 
-const KEYS: &[&str] = &["codec", "all", "include", "exclude", "roles", "rule"];
+const KEYS: &[&str] = &["codec", "all", "include", "exclude", "roles", "rule", "fit"];
 const RULE_KEYS: &[&str] = &["match", "codec"];
 
 impl Recipe {
@@ -36,6 +38,10 @@ impl Recipe {
         let mut recipe = Self::new(codec(&table, "codec", "")?);
         if let Some(value) = table.get("all") {
             recipe.all = value.as_bool().ok_or_else(|| wrong_type("all", value, "true or false"))?;
+        }
+        if let Some(value) = table.get("fit") {
+            let name = value.as_str().ok_or_else(|| wrong_type("fit", value, "the name of a fit"))?;
+            recipe.method = name.parse().map_err(|error| at("fit", error))?;
         }
         recipe.include = patterns(&table, "include")?;
         if table.contains_key("include") && recipe.include.is_empty() {
@@ -60,6 +66,10 @@ impl Recipe {
     #[must_use]
     pub fn to_toml(&self) -> String {
         let mut out = format!("codec = {}\nall = {}\n", quoted(self.codec.id), self.all);
+        // Left out where it is the default, as it was before there was another.
+        if self.method != Method::Codec {
+            out += &format!("fit = {}\n", quoted(self.method.name()));
+        }
         for (key, patterns) in [("include", &self.include), ("exclude", &self.exclude)] {
             if !patterns.is_empty() {
                 let texts: Vec<_> = patterns.iter().map(|pattern| quoted(pattern.text())).collect();

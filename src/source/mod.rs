@@ -43,6 +43,7 @@ use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
 pub(crate) use directory::{HEADER_FILE, INDEX, member, open_shards};
 pub(crate) use json::parse_file;
+pub(crate) use safetensors::plain as plain_safetensors;
 use rows::{Order, Place, Store};
 pub(crate) use side::side_files;
 

@@ -37,6 +37,15 @@ pub(super) fn open(path: &Path, options: &Options) -> Result<Source> {
     source.finish(&options.limits).map_err(|e| e.in_file(path))
 }
 
+/// Opens the file at `path` as nothing but named tensors: whatever lies beside it, none of them is a weight.
+pub(crate) fn plain(path: &Path, options: &Options) -> Result<Source> {
+    let file = InputFile::open(path, options.access)?;
+    let header = read_header(&file, 0, &options.limits).map_err(|e| e.in_file(path))?;
+    let mut source = Source::new(Kind::Safetensors, vec![SourceFile::new(file)], header.tensors);
+    source.metadata = header.metadata;
+    Ok(source)
+}
+
 /// What a header says, checked.
 #[derive(Debug, Default)]
 pub(super) struct Header {

@@ -142,7 +142,7 @@ impl Folder {
 
 /// The codec for every float tensor.
 pub fn with(codec: &'static Codec) -> Options {
-    Options { recipe: Recipe::new(codec).all(true), nonfinite: Nonfinite::Error, force: false }
+    Options { recipe: Recipe::new(codec).all(true), nonfinite: Nonfinite::Error, force: false, stats: None }
 }
 
 /// A codec of the registry.

@@ -35,6 +35,8 @@ def evaluate(
     artifacts: Iterable[Path] = (),
     codecs: Iterable[str] = (),
     recipes: Iterable[Path] = (),
+    stats: Path | None = None,
+    fit: str | None = None,
     tokens: int | None = DEFAULT_TOKENS,
     context: int | None = None,
     window_batch: int = 0,
@@ -64,6 +66,9 @@ def evaluate(
         embedding, head, norms and routers stay as they are.
     recipes
         TOML files that say which codec for which tensor, as for ``tenpak compress``.
+    stats, fit
+        Statistics and fit that codecs and recipes are compressed with, as for :func:`tenpak.compress`; never statistics
+        of the text that is scored.
     tokens
         Tokens to use, from the first, rounded down to whole windows; None for the whole text.
     context
@@ -115,26 +120,41 @@ def evaluate(
         if value is not None and value < least:
             raise InvalidError(f"{name} is {value}, expected {least} or more")
     folder, path = _Path(model), _Path(text)
+    stats = None if stats is None else _Path(stats)
     text_bytes = _plan.read_text(path)
     _plan.check_model(folder)
     found, size = _plan.candidates(map(_Path, artifacts), codecs, map(_Path, recipes), folder, mmap)
-    _check_libraries()
+    check_libraries("tenpak eval")
     from .run import run
 
     plan = _plan.Plan(
-        folder, path, text_bytes, size, found, tokens, context, window_batch, dtype, compute, threads, cache_bytes, mmap
+        folder,
+        path,
+        text_bytes,
+        size,
+        found,
+        tokens,
+        context,
+        window_batch,
+        dtype,
+        compute,
+        threads,
+        cache_bytes,
+        mmap,
+        stats,
+        fit,
     )
     return run(plan, progress)
 
 
-def _check_libraries() -> None:
-    """Import what the forward pass needs, or say how to get it."""
+def check_libraries(verb: str) -> None:
+    """Import what the forward pass of a verb needs, or raise the ImportError that says how to get it."""
     remedy = 'install it with: pip install "tenpak[eval]"'
     try:
         import safetensors  # noqa: F401
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ImportError(f"tenpak eval needs PyTorch and transformers: {error}; {remedy}") from error
+        raise ImportError(f"{verb} needs PyTorch and transformers: {error}; {remedy}") from error
     if int(transformers.__version__.split(".")[0]) < 5:
         raise ImportError(f"transformers is {transformers.__version__}, expected 5 or later; {remedy}")

@@ -2,15 +2,11 @@
 
 import argparse
 import json
-import os
-import signal
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from .._errors import InvalidError, TenpakError
+from .._console import Bar, check_output, guarded, tokens, write
+from .._errors import InvalidError
 from . import DEFAULT_CACHE_BYTES, DEFAULT_TOKENS, evaluate, plot
 from .plan import COMPUTES, DTYPES
 
@@ -19,30 +15,7 @@ SUMMARY = "Measure what quantization costs a model on a text: KL divergence, per
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``tenpak eval`` and return its exit code: 0 done, 2 could not run, 130 and 143 stopped by a signal."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        options = _parser().parse_args(arguments)
-        return _evaluate(options)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Nobody reads on; the interpreter must not try again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (TenpakError, ImportError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        print(f"tenpak: {_message(error)}", file=sys.stderr)
-        return 2
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """End by an exception, so that temporary files go."""
-    sys.exit(128 + number)
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    return guarded(lambda: _evaluate(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,10 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         help="codecs to measure on the matrices inside the decoder's layers, or 'all'; see `tenpak codecs`",
     )
     add("--recipe", metavar="FILE", nargs="+", action="extend", default=[], help="TOML recipes to compress with")
+    add("--stats", metavar="FILE", help="statistics that codecs and recipes are compressed with, of another text")
+    add(
+        "--fit",
+        choices=("codec", "search", "weighted", "gptq"),
+        help="fit of codecs and recipes; see `tenpak compress`",
+    )
     add(
         "--tokens",
         metavar="N",
-        type=_tokens,
+        type=tokens,
         default=DEFAULT_TOKENS,
         help=f"tokens to use, from the first, or 'all' [default: {DEFAULT_TOKENS}]",
     )
@@ -100,25 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tokens(text: str) -> int | None:
-    return None if text == "all" else int(text)
-
-
 def _evaluate(options: argparse.Namespace) -> int:
     if options.peers is not None and options.plot is None:
         raise InvalidError("--peers is drawn by --plot, which is missing; pass --plot FILE")
     for path in (options.output, options.plot):
-        _check_output(path, options.force)
+        check_output(path, options.force)
     peers = None if options.peers is None else plot.read_peers(options.peers, options.model, options.text)
     if options.plot is not None:
         plot.check_library()
-    with _Bar(hidden=options.quiet) as bar:
+    with Bar(hidden=options.quiet) as bar:
         evaluation = evaluate(
             options.model,
             options.text,
             artifacts=options.artifact,
             codecs=options.codec,
             recipes=options.recipe,
+            stats=options.stats,
+            fit=options.fit,
             tokens=options.tokens,
             context=options.context,
             window_batch=options.window_batch,
@@ -131,65 +108,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     report = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False)
     if options.output is not None:
-        _write(options.output, lambda path: path.write_text(report + "\n", encoding="utf-8"))
+        write(options.output, lambda path: path.write_text(report + "\n", encoding="utf-8"))
     if not options.quiet:
         print(report if options.format == "json" else evaluation.to_text(), flush=True)
     if options.plot is not None:
-        _write(options.plot, lambda path: plot.draw(evaluation, path, peers))
+        write(options.plot, lambda path: plot.draw(evaluation, path, peers))
     return 0
-
-
-def _check_output(path: Path | None, force: bool) -> None:
-    """Check, before hours are spent, that a file can be written."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise InvalidError(f"{path}: there is no directory {path.parent}, make it first")
-    if path.is_dir() or (path.exists() and not force):
-        raise InvalidError(f"{path}: exists; pass --force to replace it" if path.is_file() else f"{path}: not a file")
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-class _Bar:
-    """A progress bar on standard error, where that is a terminal."""
-
-    def __init__(self, hidden: bool) -> None:
-        self._shown = sys.stderr.isatty() and not hidden
-        self._bar: object = None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()  # type: ignore[attr-defined]
-
-    def step(self, done: int, total: int, name: str) -> None:
-        """Show how far the work is."""
-        if not self._shown:
-            return
-        if self._bar is None:
-            from tqdm import tqdm  # comes with transformers
-
-            self._bar = tqdm(total=total, unit="window", leave=False, dynamic_ncols=True)
-        self._bar.set_description(name, refresh=False)  # type: ignore[attr-defined]
-        self._bar.update(done - self._bar.n)  # type: ignore[attr-defined]

@@ -61,7 +61,7 @@ class Plan:
         Size of the checkpoint's files.
     candidates
         The rows.
-    tokens, context, window_batch, dtype, compute, threads, cache_bytes, mmap
+    tokens, context, window_batch, dtype, compute, threads, cache_bytes, mmap, stats, fit
         As they were given.
     """
 
@@ -78,6 +78,8 @@ class Plan:
     threads: int
     cache_bytes: int
     mmap: bool
+    stats: Path | None
+    fit: str | None
 
 
 def recipe_of(codec: str) -> str:

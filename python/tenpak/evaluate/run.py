@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 import transformers
 
 from .. import _artifact, _tenpak, compress
 from .._errors import InvalidError
-from . import weights
+from . import session, weights
 from .fidelity import Scores, fidelity, perplexity
 from .plan import Candidate, Plan
 from .report import Baseline, Evaluation, Row, Sizes
@@ -125,8 +126,8 @@ class BaseLogits:
 def run(plan: Plan, progress: Progress | None) -> Evaluation:
     """Carry out a plan that has been checked; see :func:`tenpak.evaluate.evaluate`."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet_transformers())
-        stack.enter_context(_threads(plan.threads))
+        stack.enter_context(session.quiet_transformers())
+        stack.enter_context(session.threads(plan.threads))
         stack.enter_context(torch.inference_mode())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tenpak-eval-")))
         return _run(plan, folder, stack, progress or (lambda done, total, name: None))
@@ -136,6 +137,8 @@ def _run(plan: Plan, folder: Path, stack: contextlib.ExitStack, progress: Progre
     tokenizer = transformers.AutoTokenizer.from_pretrained(plan.model, local_files_only=True)
     config = transformers.AutoConfig.from_pretrained(plan.model, local_files_only=True)
     windows = cut(plan.text, plan.text_bytes, tokenizer, config, plan.tokens, plan.context)
+    if plan.stats is not None:
+        _check_text(plan.stats, windows)
     dtype = getattr(torch, plan.dtype)
 
     started = time.perf_counter()
@@ -200,6 +203,20 @@ def _run(plan: Plan, folder: Path, stack: contextlib.ExitStack, progress: Progre
     )
 
 
+def _check_text(stats: Path, windows: Windows) -> None:
+    """Refuse statistics of the very text that is scored: what they gain on it they gain nowhere else.
+
+    Raises
+    ------
+    InvalidError
+        They are.
+    """
+    with safetensors.safe_open(stats, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("text_sha256") == windows.sha256:
+        raise InvalidError(f"{stats} was calibrated on the text that is to be scored; calibrate on another one")
+
+
 @dataclass(frozen=True)
 class _Here:
     """The surroundings of a row."""
@@ -219,7 +236,16 @@ def _row(candidate: Candidate, here: _Here, base: Scores, progress: Callable[[in
     if path is None:
         path = here.folder / "row.tenpak"
         started = time.perf_counter()
-        report = compress(plan.model, path, recipe=candidate.recipe, force=True, threads=plan.threads, mmap=plan.mmap)
+        report = compress(
+            plan.model,
+            path,
+            recipe=candidate.recipe,
+            stats=plan.stats,
+            fit=plan.fit,
+            force=True,
+            threads=plan.threads,
+            mmap=plan.mmap,
+        )
         encode_seconds = time.perf_counter() - started
         notes = report["notes"]
     artifact = _artifact.open(path, mmap=plan.mmap)
@@ -278,30 +304,3 @@ def _setting(plan: Plan, windows: Windows, model: Any, dtype: torch.dtype) -> Se
     vocabulary = model(input_ids=windows.ids[:1, :1], use_cache=False).logits.shape[-1]
     fits = _BATCH_BYTES // (4 * windows.ids.shape[1] * vocabulary)
     return Setting(windows, plan.window_batch or max(1, min(_BATCH_WINDOWS, fits)), vocabulary, dtype)
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Let PyTorch use so many threads, 0 for its own choice."""
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and advice off the terminal: one bar is drawn here, and errors are raised."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
