@@ -1,0 +1,198 @@
+//! A block: whole rows of codes in interleaved range asymmetric numeral systems (rANS).
+//!
+//! Lane `l` codes rows `l, l + 32, …` of the block, all lanes advance column by column, and all take their words from
+//! one sequence, so that a vector of lanes is decoded at once: the column's part of the context is the same in all of
+//! them, and the state machine of a trellis, which is sequential along a row, runs in each of them.
+
+use super::head::{Contexts, LANES, Span};
+use super::table::{LOG_TOTAL, TOTAL, Table, escape, escape_codes};
+use super::trellis::Trellis;
+use crate::error::{Error, Result};
+
+/// States are at least this, so that a word refills them at once.
+pub(crate) const LOW: u32 = 1 << 16;
+
+/// For every context and slot: frequency, slot minus start, and code, in 12, 12 and 8 bits; even states first.
+pub(crate) fn slots(tables: &[Table]) -> Vec<u32> {
+    let mut slots = vec![0; tables.len() << LOG_TOTAL];
+    for (table, slots) in tables.iter().zip(slots.chunks_exact_mut(TOTAL as usize)) {
+        for code in 0..=255u8 {
+            let (start, freq) = (table.start[usize::from(code)], table.freq[usize::from(code)]);
+            for i in 0..freq {
+                slots[usize::from(start + i)] = u32::from(freq) << 20 | u32::from(i) << 8 | u32::from(code);
+            }
+        }
+    }
+    slots
+}
+
+/// A coded block.
+#[derive(Debug)]
+pub(crate) struct Coded {
+    pub(crate) words: u32,
+    pub(crate) escapes: u32,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Codes the rows from `first` on.
+///
+/// # Errors
+/// The row and column of a code that its state does not allow, or that is no level.
+pub(crate) fn encode(
+    contexts: &Contexts,
+    tables: &[Table],
+    first: usize,
+    codes: &[u8],
+    cols: usize,
+) -> Result<Coded, (usize, usize)> {
+    let (rows, number) = (codes.len() / cols, usize::from(contexts.model.contexts));
+    let trellis = contexts.model.trellis;
+    let lanes = rows.min(LANES);
+    let mut states = [LOW; LANES];
+    let mut words = Vec::new();
+    // Per code of the rows in flight: frequency and start.
+    let mut parts: Vec<u32> = vec![0; lanes * cols];
+    for set in (0..rows.div_ceil(LANES)).rev() {
+        let here = (rows - set * LANES).min(LANES);
+        for lane in 0..here {
+            let row = set * LANES + lane;
+            let mut state = 0;
+            for (col, &code) in codes[row * cols..][..cols].iter().enumerate() {
+                let quantizer = usize::from(state & 1);
+                let table = &tables[quantizer * number + contexts.at(first + row, col)];
+                let symbol = usize::from(table.symbol(code, trellis.is_some()));
+                if table.freq[symbol] == 0 || code == 0 {
+                    return Err((row, col));
+                }
+                parts[col * lanes + lane] = u32::from(table.freq[symbol]) << 16 | u32::from(table.start[symbol]);
+                if let Some(trellis) = trellis {
+                    state = trellis.next(state, code);
+                }
+            }
+        }
+        for parts in parts.chunks_exact(lanes).rev() {
+            for (state, part) in states[..here].iter_mut().zip(&parts[..here]).rev() {
+                let (freq, start) = (part >> 16, part & 0xFFFF);
+                if u64::from(*state) >= u64::from(freq) << (32 - LOG_TOTAL) {
+                    words.push((*state & 0xFFFF) as u16);
+                    *state >>= 16;
+                }
+                *state = ((*state / freq) << LOG_TOTAL) + *state % freq + start;
+            }
+        }
+    }
+    let mut bytes = Vec::with_capacity(4 * lanes + 2 * words.len());
+    for state in &states[..lanes] {
+        bytes.extend(state.to_le_bytes());
+    }
+    for word in words.iter().rev() {
+        bytes.extend(word.to_le_bytes());
+    }
+    let before = bytes.len();
+    for (r, row) in codes.chunks_exact(cols).enumerate() {
+        let mut state = 0;
+        for (col, &code) in row.iter().enumerate() {
+            let table = &tables[usize::from(state & 1) * number + contexts.at(first + r, col)];
+            if table.symbol(code, trellis.is_some()) < escape_codes(trellis.is_some()) {
+                bytes.push(code);
+            }
+            if let Some(trellis) = trellis {
+                state = trellis.next(state, code);
+            }
+        }
+    }
+    let [words, escapes] = [words.len(), bytes.len() - before].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    Ok(Coded { words, escapes, bytes })
+}
+
+/// What a decoder of rows needs to know.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) contexts: &'a Contexts,
+    pub(crate) slots: &'a [u32],
+    /// The first row.
+    pub(crate) first: usize,
+    /// Columns.
+    pub(crate) cols: usize,
+}
+
+/// Where a decoder stands.
+#[derive(Debug)]
+pub(crate) struct Progress<'a> {
+    pub(crate) states: [u32; LANES],
+    /// The words that no lane has taken yet.
+    pub(crate) words: &'a [u8],
+}
+
+/// Decodes at most [`LANES`] rows, each in a lane of its own; escapes stay as they are.
+///
+/// Returns whether there were words enough.
+pub(crate) fn decode_set(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut [u8]) -> bool {
+    let contexts = rows.contexts;
+    let lanes = out.len() / rows.cols;
+    let number = usize::from(contexts.model.contexts);
+    let mut machine = [0u8; LANES];
+    for col in 0..rows.cols {
+        for lane in 0..lanes {
+            let quantizer = usize::from(machine[lane] & 1);
+            let table = quantizer * number + contexts.at(rows.first + lane, col);
+            let state = &mut progress.states[lane];
+            let slot = rows.slots[table << LOG_TOTAL | (*state & (TOTAL - 1)) as usize];
+            let code = (slot & 0xFF) as u8;
+            *state = (slot >> 20) * (*state >> LOG_TOTAL) + (slot >> 8 & (TOTAL - 1));
+            if *state < LOW {
+                let Some((word, rest)) = progress.words.split_first_chunk::<2>() else { return false };
+                *state = *state << 16 | u32::from(u16::from_le_bytes(*word));
+                progress.words = rest;
+            }
+            out[lane * rows.cols + col] = code;
+            if let Some(trellis) = contexts.model.trellis {
+                machine[lane] = Trellis::next(trellis, machine[lane], code);
+            }
+        }
+    }
+    true
+}
+
+/// Decodes the block at `span`.
+pub(crate) fn decode(
+    contexts: &Contexts,
+    slots: &[u32],
+    bytes: &[u8],
+    span: &Span,
+    cols: usize,
+    out: &mut [u8],
+) -> Result<()> {
+    let block = &bytes[span.at..][..span.bytes()];
+    let (head, rest) = block.split_at(4 * span.lanes());
+    let (words, mut escapes) = rest.split_at(2 * span.words);
+    let mut progress = Progress { states: [LOW; LANES], words };
+    for (state, bytes) in progress.states.iter_mut().zip(head.chunks_exact(4)) {
+        *state = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    }
+    let refuse = |what: String| Err(Error::corrupt(span.at as u64, what));
+    if progress.states.iter().any(|&state| state < LOW) {
+        return refuse("a block starts with a state below 2^16".into());
+    }
+    for (i, set) in out.chunks_mut(LANES * cols).enumerate() {
+        let rows = Rows { contexts, slots, first: span.rows.start + i * LANES, cols };
+        if !decode_set(&rows, &mut progress, set) {
+            return refuse(format!("a block needs more than its {} words", span.words));
+        }
+    }
+    if !progress.words.is_empty() || progress.states.iter().any(|&state| state != LOW) {
+        return refuse(format!("a block ends with {} bytes left over, or in a wrong state", progress.words.len()));
+    }
+    let trellis = contexts.model.trellis.is_some();
+    for code in out.iter_mut().filter(|code| **code < escape_codes(trellis)) {
+        match escapes.split_first() {
+            Some((&escaped, rest)) if escaped != 0 && escape(escaped, trellis) == *code => {
+                *code = escaped;
+                escapes = rest;
+            }
+            Some((escaped, _)) => return refuse(format!("escaped code {escaped} where one of class {code} stands")),
+            None => return refuse(format!("a block escapes more than its {} codes", span.escapes)),
+        }
+    }
+    if escapes.is_empty() { Ok(()) } else { refuse(format!("{} escaped codes are left over", escapes.len())) }
+}
