@@ -69,8 +69,13 @@ pub fn delta(
         )));
     }
     let options =
-        Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, force };
-    let planned = compress::plan(variant, &options)?;
+        Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, target_bytes: None, force };
+    let mut planned = compress::plan(variant, &options)?;
+    // A tensor of the base keeps its rate, whatever decided it.
+    for tensor in planned.tensors.iter_mut().filter(|tensor| tensor.rate.is_some()) {
+        let of_base = base.header().find(&tensor.name).and_then(|i| base.tensors()[i].rate());
+        tensor.rate = of_base.or(tensor.rate);
+    }
     let mut writer = Writer::create(target, force)?;
     writer.output().preflight(planned.file_bytes)?;
     let total = planned.tensors.iter().map(|t| t.source_bytes).sum();

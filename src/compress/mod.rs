@@ -2,18 +2,22 @@
 //! directory.
 //!
 //! A tensor goes by in blocks of rows, each about [`BLOCK_BYTES`] of source: read, widened to f32, encoded, decoded
-//! again for the error report, hashed and written, so memory does not grow with the model.
+//! again for the error report, hashed and written, so memory does not grow with the model. Only a tensor of a codec whose
+//! size is open is in memory as a whole, since what one weight costs depends on all the others.
 
 mod encode;
 mod form;
+mod rated;
+mod size;
 
 use std::path::{Path, PathBuf};
 
 use crate::artifact::header::Header;
-use crate::artifact::writer::{Written, planned};
+use crate::artifact::writer::{Whole, Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
+use crate::fit::Rate;
 use crate::layout::Layout;
 use crate::measure::Distance;
 use crate::output;
@@ -83,6 +87,8 @@ pub struct Options {
     pub recipe: Recipe,
     /// What to do about NaN and infinities.
     pub nonfinite: Nonfinite,
+    /// The most bytes of the output; the recipe's rate is chosen so that it is filled.
+    pub target_bytes: Option<u64>,
     /// Replace an existing output.
     pub force: bool,
 }
@@ -98,14 +104,18 @@ pub struct TensorReport {
     pub shape: Vec<u64>,
     /// The codec it is stored with.
     pub codec: &'static Codec,
+    /// Bits per weight on disk that were asked for, where the codec leaves them open.
+    pub rate: Option<Rate>,
     /// Why that codec.
     pub reason: String,
     /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
     pub changed_codec: bool,
     /// Bytes in the source.
     pub source_bytes: u64,
-    /// Bytes of its planes.
+    /// Bytes of its planes in the file.
     pub stored_bytes: u64,
+    /// Bytes of its planes in memory.
+    pub memory_bytes: u64,
     /// Distance to the source, where the codec is lossy; `None` before it has been encoded.
     pub distance: Option<Distance>,
     /// Weights that were NaN or infinite and have been replaced.
@@ -156,12 +166,18 @@ impl Report {
 
 /// What will be written, to the byte, from the source's headers alone.
 ///
-/// A tensor whose scales turn out not to fit its codec, or that holds NaN, is the only thing headers cannot tell;
-/// [`compress`] then reports the codec that it took instead.
+/// A tensor whose scales turn out not to fit its codec, or that holds NaN, is what headers cannot tell; [`compress`] then
+/// reports the codec that it took instead. Nor can they tell the length of coded planes: for them stands what was asked
+/// for.
 ///
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
+    plan_sized(source, &size::settled(source, options, |header| Ok(header.file_bytes()))?)
+}
+
+/// The same for options that ask for no size.
+fn plan_sized(source: &Source, options: &Options) -> Result<Report> {
     let tensors = reports(source, options)?;
     let header = planned_header(source, options, &tensors)?;
     Ok(Report::new(tensors, &header, None))
@@ -173,9 +189,9 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
         .tensors()
         .iter()
         .map(|t| {
-            let Choice { codec, reason } = options.recipe.choose(t.info(), t.matrix().1);
+            let Choice { codec, rate, reason } = options.recipe.choose(t.info(), t.matrix().1);
             let changed = matches!(reason, Reason::ShortRows { .. });
-            report(t, codec, reason.to_string(), changed)
+            report(t, codec, rate, reason.to_string(), changed)
         })
         .collect()
 }
@@ -184,7 +200,9 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
 fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
     planned(
-        tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
+        tensors.iter().zip(source.tensors()).map(|(r, t)| {
+            (t.info().clone(), r.codec, Whole { transposed: transposed(t, r.codec), rate: r.rate })
+        }),
         source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
@@ -198,7 +216,8 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
     output::refuse_input(target, source.inputs())?;
-    let planned = plan(source, options)?;
+    let options = &size::settled(source, options, |header| Ok(header.file_bytes()))?;
+    let planned = plan_sized(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
     let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;
@@ -244,19 +263,28 @@ fn transposed(tensor: &SourceTensor, codec: &Codec) -> bool {
     tensor.transposed() && codec.layout != Layout::Raw
 }
 
-fn report(tensor: &SourceTensor, codec: &'static Codec, reason: String, changed_codec: bool) -> Result<TensorReport> {
+fn report(
+    tensor: &SourceTensor,
+    codec: &'static Codec,
+    rate: Option<Rate>,
+    reason: String,
+    changed_codec: bool,
+) -> Result<TensorReport> {
     let info = tensor.info();
     let (rows, cols) = tensor.matrix();
-    let stored_bytes = codec.layout.plane_bytes(info.dtype(), rows, cols)?.iter().map(|(_, bytes)| bytes).sum();
+    let memory_bytes = codec.layout.plane_bytes(info.dtype(), rows, cols)?.iter().map(|(_, bytes)| bytes).sum();
+    let stored_bytes = rate.map_or(memory_bytes, |rate| rate.bytes(info.elements()).min(memory_bytes));
     Ok(TensorReport {
         name: info.name().to_owned(),
         dtype: info.dtype(),
         shape: info.shape().to_vec(),
         codec,
+        rate,
         reason,
         changed_codec,
         source_bytes: info.bytes(),
         stored_bytes,
+        memory_bytes,
         distance: None,
         repaired: 0,
     })

@@ -4,7 +4,10 @@
 //! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
 
 pub(crate) mod lanes;
+mod rate;
 pub mod search;
+
+pub use rate::Rate;
 
 use crate::layout::{Float, Grouped, Levels};
 
@@ -24,6 +27,8 @@ pub enum Fit {
     ZeroPoint,
     /// The scale and offset of least squared error; see [`search`].
     Search,
+    /// Scales and codes together, for a number of bits on disk; where no rate is asked for, as [`Fit::AbsMax`].
+    Rate,
 }
 
 impl Fit {
@@ -36,6 +41,7 @@ impl Fit {
             Self::AbsMax => "absmax",
             Self::ZeroPoint => "minmax with zero",
             Self::Search => "mse search",
+            Self::Rate => "rate",
         }
     }
 }
@@ -156,7 +162,7 @@ pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params,
 pub fn range_params(fit: Fit, layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
     match fit {
         Fit::MinMax | Fit::Search => min_max_params(layout, min, max),
-        Fit::AbsMax => abs_max_params(layout, min, max),
+        Fit::AbsMax | Fit::Rate => abs_max_params(layout, min, max),
         Fit::ZeroPoint => zero_point_params(layout, min, max),
         Fit::Exact => panic!("the raw codec has no groups"),
     }
