@@ -196,6 +196,9 @@ impl Compress {
     }
 }
 
+/// From which share on a tensor that is larger or smaller than asked for is told of.
+const OFF: f64 = 0.02;
+
 /// What a reader must know: codecs that were changed, weights that were repaired, input that was not used.
 fn notes(report: &Report, source: &Source) -> Vec<String> {
     let mut notes = Vec::new();
@@ -205,10 +208,10 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
         }
         if let Some(rate) = t.rate
             && t.distance.is_some()
-            && t.stored_bytes > rate.bytes(t.elements())
+            && (t.stored_bytes as f64 / rate.bytes(t.elements()).max(1) as f64 - 1.0).abs() > OFF
         {
             let bits = Sizes::new(t.elements(), t.stored_bytes).bits_per_weight;
-            notes.push(format!("{} takes {bits:.3} bits per weight instead of {rate}: it is small", t.name));
+            notes.push(format!("{} takes {bits:.3} bits per weight instead of {rate}", t.name));
         }
         if t.repaired > 0 {
             notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));

@@ -25,6 +25,9 @@ pub enum Coding {
 /// code takes less than a thousandth of a bit.
 pub(super) const EXPANSION: u64 = 1 << 14;
 
+/// Bytes of scales that are all equal.
+const EQUAL_SCALES: u64 = 5;
+
 impl Coding {
     /// Every coding, with its id.
     pub const ALL: &[(&'static str, Self)] = &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales)];
@@ -73,15 +76,19 @@ impl Coding {
     }
 }
 
-/// Gives the codes of an entry the coded length that its rate asks for, as far as a stream can have it.
+/// Gives the planes of an entry the coded lengths that its rate asks for, as far as streams can have them.
 pub(super) fn plan(entry: &mut Entry) -> Result<()> {
     let Some(rate) = entry.rate() else { return Ok(()) };
-    let wanted = rate.bytes(entry.info().elements());
-    let plain = entry.plain_bytes(0);
-    match Coding::of(&entry.codec().layout, Plane::Codes) {
-        Some(coding) if coding.check(plain, wanted).is_ok() => entry.set_coding(0, coding, wanted),
-        _ => Ok(()),
+    let mut left = rate.bytes(entry.info().elements());
+    for plane in (0..entry.planes().len()).rev() {
+        let Some(coding) = Coding::of(&entry.codec().layout, entry.planes()[plane].plane) else { continue };
+        let bytes = if coding == Coding::Scales { EQUAL_SCALES } else { left };
+        if coding.check(entry.plain_bytes(plane), bytes).is_ok() {
+            entry.set_coding(plane, coding, bytes)?;
+            left = left.saturating_sub(bytes);
+        }
     }
+    Ok(())
 }
 
 /// A coded plane of an entry, open for reading.

@@ -182,6 +182,9 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let verb = if json.dry_run { "would write" } else { "wrote" };
     let target = json.output.as_deref().unwrap_or("an artifact");
     context.line(format!("{verb} {target}: {} bytes, {}", thousands(json.file_bytes), phrase(&json.total)));
+    if json.memory.bytes != json.tensors.iter().map(|t| t.stored_bytes).sum::<u64>() {
+        context.line(format!("in memory {} bytes, {}", thousands(json.memory.bytes), phrase(&json.memory)));
+    }
     if let [_, ..] = &*json.files {
         let name = |file: &report::File| file.path.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
         let names: Vec<_> = json.files.iter().map(name).collect();
