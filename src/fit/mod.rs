@@ -4,7 +4,9 @@
 //! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
 
 pub(crate) mod lanes;
+pub mod entropy;
 pub mod search;
+
 
 use crate::layout::{Float, Grouped, Levels};
 
