@@ -55,14 +55,18 @@ pub fn encode_following(codes: &[u8], rows: usize, cols: usize, trellis: Option<
     if codes.is_empty() {
         return Ok(Vec::new());
     }
-    let contexts = context::fit(codes, rows, cols, trellis);
+    write(codes, cols, &context::fit(codes, rows, cols, trellis))
+}
+
+/// The stream of codes in these contexts.
+pub(crate) fn write(codes: &[u8], cols: usize, contexts: &Contexts) -> Result<Vec<u8>> {
     let tables = contexts.model.tables();
     let per_block = head::rows_per_block(cols);
     let blocks: Result<Vec<_>> = codes
         .par_chunks(per_block * cols)
         .enumerate()
         .map(|(i, codes)| {
-            block::encode(&contexts, &tables, i * per_block, codes, cols).map_err(|(row, col)| {
+            block::encode(contexts, &tables, i * per_block, codes, cols).map_err(|(row, col)| {
                 let code = codes[row * cols + col];
                 let row = i * per_block + row;
                 Error::invalid(format!("code {code} at row {row}, column {col} is none that can be coded there"))
@@ -71,7 +75,7 @@ pub fn encode_following(codes: &[u8], rows: usize, cols: usize, trellis: Option<
         .collect();
     let blocks = blocks?;
     let index: Vec<_> = blocks.iter().map(|block| (block.words, block.escapes)).collect();
-    let mut out = head::write(&contexts, &index);
+    let mut out = head::write(contexts, &index);
     for block in &blocks {
         out.extend(&block.bytes);
     }

@@ -8,7 +8,7 @@ use crate::artifact::writer::TensorWriter;
 use crate::codec::{self, Codec, PlanesMut};
 use crate::codecs;
 use crate::error::{Error, Result};
-use crate::fit::OutOfRange;
+use crate::fit::{OutOfRange, Rate};
 use crate::layout::{Grouped, Layout};
 use crate::measure::Distance;
 use crate::source::{Source, SourceTensor};
@@ -18,6 +18,8 @@ use crate::tensor;
 pub(super) enum Misfit {
     OutOfRange,
     Nonfinite { index: u64, count: u64 },
+    /// Too few weights for what a stream takes beside them.
+    TooSmall(Rate),
 }
 
 /// Writes one tensor with the first codec of its line that can hold it: the planned one, its wider twin, raw.
@@ -60,6 +62,9 @@ pub(crate) fn encode_tensor(
             }
             Misfit::Nonfinite { index, .. } => {
                 (codecs::get(codecs::RAW)?, format!("weight {index} is not finite and --nonfinite is raw"))
+            }
+            Misfit::TooSmall(rate) => {
+                (codecs::get(codecs::INT8_ROW)?, format!("it has too few weights for a stream of {rate} bits each"))
             }
             Misfit::OutOfRange => {
                 (codecs::wider(codec), "a scale or offset leaves the range of its stored type".to_owned())

@@ -8,10 +8,9 @@ use crate::artifact::Coding;
 use crate::artifact::Writer;
 use crate::artifact::writer::{Prepared, TensorWriter, Whole};
 use crate::codec::{self, Planes};
-use crate::coding;
 use crate::error::{Error, Result};
-use crate::fit::{self, Rate};
-use crate::layout::{Float, Grouped};
+use crate::fit::{self, Rate, entropy};
+use crate::layout::Grouped;
 use crate::measure::Distance;
 use crate::source::Source;
 use crate::tensor;
@@ -43,12 +42,20 @@ pub(super) fn encode(
         Ok(loaded) => loaded,
         Err(misfit) => return Ok(Err(misfit)),
     };
-    let quantized = quantize(&weights, rows, cols, rate.bits(), None)?;
+    if weights.is_empty() {
+        let planes = codec.layout.planes().iter().map(|_| Prepared::new(Vec::new(), None)).collect();
+        let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
+        return writer.whole(tensor.info().clone(), codec, how, planes).map(Ok);
+    }
+    let quantized = match entropy::quantize(&weights, rows, cols, rate.bits(), None) {
+        // A step that is too fine is no error of the caller's, who knows no steps.
+        Err(Error::Invalid(_)) => return Ok(Err(Misfit::TooSmall(rate))),
+        quantized => quantized?,
+    };
     let smallest = fit::min_scale(layout.scale());
-    if quantized.scales.iter().any(|scale| *scale != 0.0 && !(scale.is_finite() && scale.abs() >= smallest)) {
+    if quantized.scales.iter().any(|scale| !(scale.is_finite() && *scale >= smallest)) {
         return Ok(Err(Misfit::OutOfRange));
     }
-    let scales = coding::encode_scales(&quantized.scales);
     let mut plane = crate::error::try_zeroed(rows * layout.scale().size(), || "a plane of scales".to_owned())?;
     quantized.scales.iter().enumerate().for_each(|(row, &scale)| layout.scale().store(&mut plane, row, scale));
     let codes = padded(quantized.codes, layout.code_stride(cols), cols)?;
@@ -56,7 +63,7 @@ pub(super) fn encode(
     done.repaired = repaired;
     let planes = vec![
         Prepared::new(codes, Some((Coding::Rows, quantized.stream))),
-        Prepared::new(plane, (layout.scale() == Float::F32).then_some((Coding::Scales, scales))),
+        Prepared::new(plane, Some((Coding::Scales, quantized.scales_stream))),
     ];
     done.stored_bytes = planes.iter().map(|plane| plane.stored.len() as u64).sum();
     let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
@@ -144,36 +151,4 @@ fn distance(layout: &Grouped, weights: &[f32], cols: usize, codes: &[u8], scales
         all.merge(part);
         all
     })
-}
-
-/// What a quantizer of a whole matrix gives.
-struct Quantized {
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    stream: Vec<u8>,
-}
-
-/// Nearest multiples of one step, the step halved in until the stream has the length that is asked for.
-fn quantize(weights: &[f32], rows: usize, cols: usize, bits: f64, _: Option<&[f32]>) -> Result<Quantized> {
-    let peak = weights.iter().fold(0.0_f32, |peak, w| peak.max(w.abs()));
-    let wanted = bits * weights.len() as f64 / 8.0;
-    let (mut low, mut high) = (peak / 127.0, peak);
-    let mut best = None;
-    for _ in 0..24 {
-        let step = 0.5 * (low + high);
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to levels")]
-        let code = |w: &f32| if step > 0.0 { ((w / step).round().clamp(-127.0, 127.0) + 128.0) as u8 } else { 128 };
-        let codes: Vec<u8> = weights.par_iter().map(code).collect();
-        let stream = coding::encode(&codes, rows, cols)?;
-        if stream.len() as f64 <= wanted {
-            high = step;
-            best = Some(Quantized { codes, scales: vec![step; rows], stream });
-        } else {
-            low = step;
-            if best.is_none() {
-                best = Some(Quantized { codes, scales: vec![step; rows], stream });
-            }
-        }
-    }
-    best.ok_or_else(|| Error::invalid("no step was tried"))
 }

@@ -3,6 +3,7 @@
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
 //! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
 
+pub mod entropy;
 pub(crate) mod lanes;
 mod rate;
 pub mod search;

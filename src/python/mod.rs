@@ -19,6 +19,7 @@ use crate::compress as engine;
 use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
+use crate::fit::Rate;
 use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
@@ -48,15 +49,17 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, recipe, roles, rules, include, exclude, all, nonfinite, max_shard_size, force, threads, mmap,
-    dry_run, progress
+    source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, nonfinite,
+    max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
     py: Python<'_>,
     source: PathBuf,
     output: Option<PathBuf>,
-    codec: &str,
+    codec: Option<&str>,
+    target_bits: Option<f64>,
+    target_size: Option<u64>,
     recipe: Option<&str>,
     roles: Pairs,
     rules: Pairs,
@@ -74,8 +77,18 @@ fn compress(
     let options = || -> Result<engine::Options> {
         let toml = recipe.map(|text| (text, None));
         let [roles, rules] = [&roles, &rules].map(|list| list.iter().map(|(name, id)| (&**name, &**id)).collect());
-        let request = Request { codec, toml, roles, rules, include: &include, exclude: &exclude, all };
-        Ok(engine::Options { recipe: request.recipe()?, nonfinite: nonfinite.parse()?, force })
+        if target_bits.is_some() && target_size.is_some() {
+            return Err(Error::invalid("target_bits and target_size are both given, pass one of them"));
+        }
+        // A size says that some size is to be chosen, and so does any rate.
+        let target_bits = target_bits.map(Rate::from_bits).transpose()?.or_else(|| target_size.map(|_| Rate::DEFAULT));
+        let request = Request { codec, target_bits, toml, roles, rules, include: &include, exclude: &exclude, all };
+        Ok(engine::Options {
+            recipe: request.recipe()?,
+            nonfinite: nonfinite.parse()?,
+            target_bytes: target_size,
+            force,
+        })
     };
     let options = options().map_err(|e| run::raise(py, e))?;
     interruptible(py, threads, progress, |on_progress| {

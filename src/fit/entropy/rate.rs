@@ -1,0 +1,83 @@
+//! The step that gives a rate.
+
+use super::{Choice, Matrix, Quantized, step_of};
+use crate::coding::Trellis;
+use crate::coding::context::log2;
+use crate::error::{Error, Result};
+
+/// A search that meets the rate this closely from below ends.
+const CLOSE: f64 = 0.0025;
+/// The most steps that a search tries.
+const TRIES: usize = 10;
+/// Logarithm of the number of states.
+const LOG_STATES: u8 = 3;
+
+/// `2^x`, by a series in a fixed order.
+fn exp2(x: f64) -> f64 {
+    let whole = x.floor();
+    let y = (x - whole) * std::f64::consts::LN_2;
+    let (mut term, mut sum) = (1.0, 1.0);
+    for i in 1..24 {
+        term *= y / f64::from(i);
+        sum += term;
+    }
+    let scale = if whole < 0.0 { 0.5 } else { 2.0 };
+    for _ in 0..whole.abs().min(2000.0) as i32 {
+        sum *= scale;
+    }
+    sum
+}
+
+/// Quantizes a matrix so that it takes at most `target_bits` per weight on disk, and nearly that.
+///
+/// # Errors
+/// [`Error::Invalid`] when no step gives that few bits.
+///
+/// # Panics
+/// When weights or importance do not have the size of the matrix.
+pub fn quantize(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    target_bits: f64,
+    importance: Option<&[f32]>,
+) -> Result<Quantized> {
+    quantize_with(&Matrix::new(weights, rows, cols, importance), target_bits, Choice::of(Trellis::new(LOG_STATES)))
+}
+
+pub(super) fn quantize_with(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
+    let power: f64 = matrix.weights.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
+    let deviation = (power / matrix.weights.len().max(1) as f64).sqrt();
+    if deviation == 0.0 {
+        return step_of(matrix, 1.0, choice);
+    }
+    // A Gaussian has log2(deviation / step) + 2.05 bits.
+    let states = if choice.trellis.is_some() { 1.0 } else { 0.0 };
+    let mut exponent = log2(deviation) + 2.05 - states - target;
+    let (mut low, mut high): (Option<(f64, f64)>, Option<(f64, f64)>) = (None, None);
+    let mut best: Option<Quantized> = None;
+    for _ in 0..TRIES {
+        let step = (exp2(exponent) as f32).max(f32::MIN_POSITIVE);
+        let tried = step_of(matrix, step, choice)?;
+        let bits = tried.bits_per_weight();
+        if bits <= target {
+            high = Some((exponent, bits));
+            let close = bits >= target * (1.0 - CLOSE);
+            best = Some(tried);
+            if close {
+                break;
+            }
+        } else {
+            low = Some((exponent, bits));
+        }
+        let aim = target * (1.0 - CLOSE / 2.0);
+        exponent = match (low, high) {
+            (Some((e0, b0)), Some((e1, b1))) => {
+                let part = if b0 > b1 { ((b0 - aim) / (b0 - b1)).clamp(0.05, 0.95) } else { 0.5 };
+                e0 + (e1 - e0) * part
+            }
+            _ => exponent + (bits - aim),
+        };
+    }
+    best.ok_or_else(|| Error::invalid(format!("no step gives {target} bits per weight; ask for more")))
+}
