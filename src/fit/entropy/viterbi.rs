@@ -4,6 +4,8 @@
 //! the price of a level comes from a table per context. Sixteen rows advance together; every lane does what a single
 //! row would, in single precision without contraction, so the choice is the same on every machine.
 
+#![expect(unsafe_code, reason = "functions that enable an instruction set are unsafe to call without it")]
+
 use crate::coding::Trellis;
 
 /// Rows that advance together.
