@@ -5,8 +5,9 @@
 //! them, and the state machine of a trellis, which is sequential along a row, runs in each of them.
 
 use super::head::{Contexts, LANES, Span};
-use super::table::{LOG_TOTAL, TOTAL, Table, escape, escape_codes};
+use super::table::{LOG_TOTAL, TOTAL, Table, escape_codes, escapes};
 use super::trellis::Trellis;
+use super::vector;
 use crate::error::{Error, Result};
 
 /// States are at least this, so that a word refills them at once.
@@ -56,11 +57,11 @@ pub(crate) fn encode(
         let here = (rows - set * LANES).min(LANES);
         for lane in 0..here {
             let row = set * LANES + lane;
-            let mut state = 0;
+            let mut state = 0u8;
             for (col, &code) in codes[row * cols..][..cols].iter().enumerate() {
                 let quantizer = usize::from(state & 1);
                 let table = &tables[quantizer * number + contexts.at(first + row, col)];
-                let symbol = usize::from(table.symbol(code, trellis.is_some()));
+                let symbol = usize::from(table.symbol(code, trellis.is_some(), state & 1 == 1));
                 if table.freq[symbol] == 0 || code == 0 {
                     return Err((row, col));
                 }
@@ -90,10 +91,10 @@ pub(crate) fn encode(
     }
     let before = bytes.len();
     for (r, row) in codes.chunks_exact(cols).enumerate() {
-        let mut state = 0;
+        let mut state = 0u8;
         for (col, &code) in row.iter().enumerate() {
             let table = &tables[usize::from(state & 1) * number + contexts.at(first + r, col)];
-            if table.symbol(code, trellis.is_some()) < escape_codes(trellis.is_some()) {
+            if table.symbol(code, trellis.is_some(), state & 1 == 1) < escape_codes(trellis.is_some()) {
                 bytes.push(code);
             }
             if let Some(trellis) = trellis {
@@ -120,21 +121,23 @@ pub(crate) struct Rows<'a> {
 #[derive(Debug)]
 pub(crate) struct Progress<'a> {
     pub(crate) states: [u32; LANES],
+    /// States of the trellis.
+    pub(crate) machines: [u8; LANES],
     /// The words that no lane has taken yet.
     pub(crate) words: &'a [u8],
 }
 
-/// Decodes at most [`LANES`] rows, each in a lane of its own; escapes stay as they are.
+/// Decodes at most [`LANES`] rows from column `from` on, each in a lane of its own; escapes stay as they are.
 ///
 /// Returns whether there were words enough.
-pub(crate) fn decode_set(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut [u8]) -> bool {
+pub(crate) fn decode_set(rows: &Rows<'_>, from: usize, progress: &mut Progress<'_>, out: &mut [u8]) -> bool {
     let contexts = rows.contexts;
     let lanes = out.len() / rows.cols;
     let number = usize::from(contexts.model.contexts);
-    let mut machine = [0u8; LANES];
-    for col in 0..rows.cols {
+    for col in from..rows.cols {
         for lane in 0..lanes {
-            let quantizer = usize::from(machine[lane] & 1);
+            let machine = &mut progress.machines[lane];
+            let quantizer = if contexts.model.trellis.is_some() { usize::from(*machine & 1) } else { 0 };
             let table = quantizer * number + contexts.at(rows.first + lane, col);
             let state = &mut progress.states[lane];
             let slot = rows.slots[table << LOG_TOTAL | (*state & (TOTAL - 1)) as usize];
@@ -147,7 +150,7 @@ pub(crate) fn decode_set(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut
             }
             out[lane * rows.cols + col] = code;
             if let Some(trellis) = contexts.model.trellis {
-                machine[lane] = Trellis::next(trellis, machine[lane], code);
+                *machine = Trellis::next(trellis, *machine, code);
             }
         }
     }
@@ -165,8 +168,8 @@ pub(crate) fn decode(
 ) -> Result<()> {
     let block = &bytes[span.at..][..span.bytes()];
     let (head, rest) = block.split_at(4 * span.lanes());
-    let (words, mut escapes) = rest.split_at(2 * span.words);
-    let mut progress = Progress { states: [LOW; LANES], words };
+    let (words, mut escaped) = rest.split_at(2 * span.words);
+    let mut progress = Progress { states: [LOW; LANES], machines: [0; LANES], words };
     for (state, bytes) in progress.states.iter_mut().zip(head.chunks_exact(4)) {
         *state = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     }
@@ -176,7 +179,9 @@ pub(crate) fn decode(
     }
     for (i, set) in out.chunks_mut(LANES * cols).enumerate() {
         let rows = Rows { contexts, slots, first: span.rows.start + i * LANES, cols };
-        if !decode_set(&rows, &mut progress, set) {
+        progress.machines = [0; LANES];
+        let from = if set.len() == LANES * cols { vector::decode_set(&rows, &mut progress, set) } else { 0 };
+        if !decode_set(&rows, from, &mut progress, set) {
             return refuse(format!("a block needs more than its {} words", span.words));
         }
     }
@@ -185,14 +190,14 @@ pub(crate) fn decode(
     }
     let trellis = contexts.model.trellis.is_some();
     for code in out.iter_mut().filter(|code| **code < escape_codes(trellis)) {
-        match escapes.split_first() {
-            Some((&escaped, rest)) if escaped != 0 && escape(escaped, trellis) == *code => {
-                *code = escaped;
-                escapes = rest;
+        match escaped.split_first() {
+            Some((&real, rest)) if escapes(*code, real, trellis) => {
+                *code = real;
+                escaped = rest;
             }
-            Some((escaped, _)) => return refuse(format!("escaped code {escaped} where one of class {code} stands")),
+            Some((real, _)) => return refuse(format!("escaped code {real} where one of class {code} stands")),
             None => return refuse(format!("a block escapes more than its {} codes", span.escapes)),
         }
     }
-    if escapes.is_empty() { Ok(()) } else { refuse(format!("{} escaped codes are left over", escapes.len())) }
+    if escaped.is_empty() { Ok(()) } else { refuse(format!("{} escaped codes are left over", escaped.len())) }
 }

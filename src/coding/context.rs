@@ -20,7 +20,7 @@ const STEP: i32 = FINE / PER_OCTAVE;
 /// Deviations that the fit knows, in 1/64 octave above the least one.
 const KNOWN: usize = (MOST_BASE - LEAST_BASE) as usize;
 /// Below this deviation, in contexts above the least one, contexts do not differ any more.
-const FLAT: i32 = 3 * PER_OCTAVE;
+const FLAT: i32 = 2 * PER_OCTAVE;
 /// The shape that the product model assumes.
 const ASSUMED: u8 = 5;
 
@@ -167,17 +167,17 @@ pub(crate) fn bits(model: &Model, counts: &[u64]) -> f64 {
     let mut bits = 0.0;
     for (i, counts) in counts.chunks_exact(256).enumerate() {
         if counts.iter().any(|&n| n != 0) {
-            bits += table_bits(&model.table(i / number, i % number), model.trellis.is_some(), counts);
+            bits += table_bits(&model.table(i / number, i % number), model.trellis.is_some(), i >= number, counts);
         }
     }
     bits
 }
 
-fn table_bits(table: &Table, trellis: bool, counts: &[u64]) -> f64 {
+fn table_bits(table: &Table, trellis: bool, odd: bool, counts: &[u64]) -> f64 {
     let lengths = lengths();
     let mut bits = 0.0;
     for (code, &n) in counts.iter().enumerate().filter(|(_, n)| **n != 0) {
-        let symbol = table.symbol(code as u8, trellis);
+        let symbol = table.symbol(code as u8, trellis, odd);
         let escaped = if usize::from(symbol) == code { 0.0 } else { ESCAPED };
         bits += n as f64 * f64::from(lengths[usize::from(table.freq[usize::from(symbol)])] + escaped);
     }

@@ -10,7 +10,7 @@
 //! | [`table`] | frequencies of the codes in a context |
 //! | [`context`] | which contexts the rows and columns of a matrix get |
 //! | [`head`], [`range`] | how that is written |
-//! | [`block`] | rows of codes |
+//! | [`block`], [`vector`] | rows of codes, one lane or many at once |
 //! | [`trellis`] | codes that follow a state machine |
 //! | [`scales`] | planes of scales, which often are all equal |
 
@@ -21,6 +21,7 @@ mod range;
 mod scales;
 pub(crate) mod table;
 mod trellis;
+mod vector;
 
 use std::ops::Range;
 

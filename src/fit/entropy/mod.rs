@@ -14,7 +14,7 @@ pub use rate::quantize;
 
 use crate::coding::context::{self, lengths};
 use crate::coding::head::Contexts;
-use crate::coding::table::{Model, escape_codes};
+use crate::coding::table::{Model, ZERO, escape_codes};
 use crate::coding::{self, Trellis};
 use crate::error::Result;
 use viterbi::{LANES, Prices, Search, Set, Trace};
@@ -198,21 +198,19 @@ impl<'a> Matrix<'a> {
 /// Prices of all codes in all contexts, `lambda` per bit.
 fn prices(model: &Model, lambda: f64) -> Vec<Prices> {
     let (tables, number, trellis) = (model.tables(), usize::from(model.contexts), model.trellis.is_some());
-    let price = |bits: f32| (lambda * f64::from(bits)) as f32;
+    let price = |code: u8, odd: bool, context: usize| {
+        let table = &tables[if odd { number } else { 0 } + context];
+        let symbol = table.symbol(code, trellis, odd);
+        let escaped = if symbol < escape_codes(trellis) { context::ESCAPED } else { 0.0 };
+        (lambda * f64::from(lengths()[usize::from(table.freq[usize::from(symbol)])] + escaped)) as f32
+    };
     (0..number)
         .map(|context| {
             let mut prices = [0f32; 256];
             for code in 1..=255u8 {
-                let table = &tables[if trellis { usize::from(code & 1) * number } else { 0 } + context];
-                let symbol = table.symbol(code, trellis);
-                let escaped = if symbol < escape_codes(trellis) { context::ESCAPED } else { 0.0 };
-                prices[usize::from(code)] = price(lengths()[usize::from(table.freq[usize::from(symbol)])] + escaped);
+                prices[usize::from(code)] = price(code, trellis && code & 1 == 1, context);
             }
-            // Level zero in odd states, where the model has room for it.
-            prices[0] = match tables.get(number + context).map(|table| table.freq[128]) {
-                Some(freq) if freq != 0 => price(lengths()[usize::from(freq)]),
-                _ => f32::MAX,
-            };
+            prices[0] = if trellis { price(ZERO, true, context) } else { 0.0 };
             prices
         })
         .collect()

@@ -10,7 +10,7 @@ const CLOSE: f64 = 0.0025;
 /// The most steps that a search tries.
 const TRIES: usize = 10;
 /// Logarithm of the number of states.
-const LOG_STATES: u8 = 3;
+const LOG_STATES: u8 = 5;
 
 /// `2^x`, by a series in a fixed order.
 fn exp2(x: f64) -> f64 {
