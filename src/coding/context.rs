@@ -5,6 +5,11 @@
 //! in turn. Sums are integers, so no order of addition shows. Shape and first context are then those of the fewest
 //! bits, counted on the histograms of the contexts.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "levels, contexts and lengths are small, and prices are rounded on purpose"
+)]
+
 use std::sync::OnceLock;
 
 use rayon::prelude::*;

@@ -13,6 +13,8 @@ use crate::error::{Error, Result};
 pub(crate) const LANES: usize = 32;
 /// A block has about as many codes.
 const BLOCK: usize = 1 << 18;
+/// More codes than this to a byte cannot be: with at least four codes in every table, none is free.
+const CODES_PER_BYTE: usize = 8192;
 /// Bytes before the deviations.
 const FIXED: usize = 12;
 
@@ -101,6 +103,9 @@ fn u32_at(bytes: &[u8], at: usize) -> usize {
 
 /// Reads the head of a stream of a matrix that has codes, and checks every number in it.
 pub(crate) fn read(bytes: &[u8], rows: usize, cols: usize) -> Result<(Contexts, Vec<Span>)> {
+    if rows.checked_mul(cols).is_none_or(|codes| codes / CODES_PER_BYTE > bytes.len()) {
+        return refuse(bytes.len(), format!("a stream of {} bytes for {rows} x {cols} codes", bytes.len()));
+    }
     let per_block = rows_per_block(cols);
     let count = rows.div_ceil(per_block);
     let index = count.checked_mul(8);
@@ -139,7 +144,7 @@ pub(crate) fn read(bytes: &[u8], rows: usize, cols: usize) -> Result<(Contexts, 
         if values.try_reserve_exact(count).is_err() {
             return Err(Error::OutOfMemory { what: "deviations".into(), bytes: count as u64 });
         }
-        values.extend((0..count).map(|_| if vary { small.decode(&mut from) as i8 } else { 0 }));
+        values.extend((0..count).map(|_| if vary { small.decode(&mut from) } else { 0 }));
         Ok(values)
     };
     let deviations = (side(rows, vary & 1 != 0)?, side(cols, vary & 2 != 0)?);

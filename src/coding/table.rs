@@ -4,6 +4,8 @@
 //! the distribution function is algebraic, so sums, products, quotients and one square root in a stated order give
 //! the same bits everywhere, and from heavy tails (2) to nearly a Gaussian (128) one byte says which.
 
+#![expect(clippy::cast_possible_truncation, reason = "levels, contexts and frequencies are small by construction")]
+
 use super::trellis::Trellis;
 
 /// Frequencies of a context sum to `2^LOG_TOTAL`.
@@ -45,7 +47,7 @@ pub(crate) fn power(exponent: i32) -> f64 {
         1.044_273_782_427_413_8,
         1.090_507_732_665_257_7,
         1.189_207_115_002_721,
-        1.414_213_562_373_095_1,
+        std::f64::consts::SQRT_2,
     ];
     let mut value = 1.0;
     for (bit, root) in ROOTS.iter().enumerate() {

@@ -4,7 +4,10 @@
 //! one. Codes come out column by column and leave through a tile of 64 columns, because 32 rows a power of two apart
 //! would evict each other from the first cache.
 
-#![expect(unsafe_code, reason = "vector instructions are unsafe to call where they may be missing, and gathers read memory")]
+#![expect(
+    unsafe_code,
+    reason = "vector instructions are unsafe to call where they may be missing, and gathers read memory"
+)]
 
 use super::block::{Progress, Rows};
 use super::head::LANES;
@@ -345,6 +348,79 @@ mod x86 {
                 let up = _mm256_or_si256(_mm256_slli_epi32::<16>(self.0), next);
                 (Self(_mm256_blendv_epi8(self.0, up, low)), mask.count_ones() as usize)
             })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{block, context, table::ZERO, trellis::Trellis};
+    use super::*;
+
+    type Decode = fn(&Rows<'_>, &mut Progress<'_>, &mut [u8]) -> usize;
+
+    /// The vectors of this machine.
+    fn available() -> Vec<Decode> {
+        let mut found: Vec<Decode> = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the feature was detected on the line above.
+                found.push(|rows, progress, out| unsafe { x86::avx2(rows, progress, out) });
+            }
+            if is_x86_feature_detected!("avx512f") {
+                // SAFETY: the feature was detected on the line above.
+                found.push(|rows, progress, out| unsafe { x86::avx512(rows, progress, out) });
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_vector_decodes_as_one_lane_does_wherever_words_run_low() {
+        for (cols, trellis) in
+            [(1, None), (63, Trellis::new(5)), (64, None), (130, Trellis::new(8)), (303, Trellis::new(2))]
+        {
+            // Any codes that the machine allows; those far out are escaped.
+            let mut seed = 1u64;
+            let mut codes = vec![0u8; LANES * cols];
+            for row in codes.chunks_exact_mut(cols) {
+                let mut state = 0u8;
+                for code in row {
+                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let wide = if seed >> 60 == 0 { 120 } else { 9 };
+                    let level = (seed >> 33) % wide;
+                    *code = ZERO - 60 + u8::try_from(level + (120 - wide) / 2).expect("below 120");
+                    if let Some(trellis) = trellis {
+                        *code += (*code ^ state) & 1;
+                        state = trellis.next(state, *code);
+                    }
+                }
+            }
+            let contexts = context::fit(&codes, LANES, cols, trellis);
+            let tables = contexts.model.tables();
+            let coded = block::encode(&contexts, &tables, 0, &codes, cols).expect("the machine allows these codes");
+            let slots = block::slots(&tables);
+            let rows = Rows { contexts: &contexts, slots: &slots, first: 0, cols };
+            let words = &coded.bytes[4 * LANES..][..2 * coded.words as usize];
+            let start = || {
+                let mut states = [0; LANES];
+                for (state, bytes) in states.iter_mut().zip(coded.bytes.chunks_exact(4)) {
+                    *state = u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+                }
+                Progress { states, machines: [0; LANES], words }
+            };
+            let mut want = vec![0; codes.len()];
+            let mut last = start();
+            assert!(block::decode_set(&rows, 0, &mut last, &mut want));
+            for decode in available() {
+                let mut got = vec![0; codes.len()];
+                let mut progress = start();
+                let from = decode(&rows, &mut progress, &mut got);
+                assert!(block::decode_set(&rows, from, &mut progress, &mut got));
+                assert_eq!((got, progress.states), (want.clone(), last.states), "{cols} columns");
+                assert!(progress.words.is_empty() && last.words.is_empty());
+            }
         }
     }
 }

@@ -3,10 +3,9 @@
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
 //! [`crate::codec::reference`]), so bytes written with any fit decode by the same rule.
 
-pub(crate) mod lanes;
 pub mod entropy;
+pub(crate) mod lanes;
 pub mod search;
-
 
 use crate::layout::{Float, Grouped, Levels};
 

@@ -5,12 +5,17 @@
 //! `error² + λ · bits`, along a trellis ([`viterbi`]), which gains about one decibel over rounding at equal bits. Rows with a
 //! weight beyond 127 steps get a step of their own, as far as that pays.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "clamped to the codes first, or rounded to single precision on purpose"
+)]
+
 mod rate;
 mod viterbi;
 
 use rayon::prelude::*;
 
-pub use rate::quantize;
+pub use rate::{quantize, quantize_with};
 
 use crate::coding::context::{self, lengths};
 use crate::coding::head::Contexts;
@@ -21,7 +26,7 @@ use viterbi::{LANES, Prices, Search, Set, Trace};
 
 /// What a bit may cost in squared error at a step, in squares of the step that one quantizer has (the step without
 /// a trellis, twice the step with one): the slope of error over bits that a uniform quantizer has at high rates.
-const SLOPE: f64 = 0.115;
+const SLOPE: f64 = 0.09;
 
 /// How codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -104,7 +109,8 @@ impl<'a> Matrix<'a> {
             .map(|row| {
                 let at = row * self.cols..(row + 1) * self.cols;
                 let (mut plain, mut weighted) = (0.0, 0.0);
-                for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance) {
+                for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance)
+                {
                     let level = f32::from(i16::from(code) - 128);
                     let error = f64::from(w) - f64::from(level * scales[row]);
                     plain += error * error;
@@ -126,13 +132,11 @@ impl<'a> Matrix<'a> {
             if most <= 127.0 * step {
                 return step;
             }
-            let beyond: Vec<f64> =
-                row.iter().map(|w| f64::from(w.abs() / step)).filter(|&x| x > 127.0).collect();
+            let beyond: Vec<f64> = row.iter().map(|w| f64::from(w.abs() / step)).filter(|&x| x > 127.0).collect();
             let mut best = (f64::INFINITY, step);
             for eighth in 0.. {
                 let factor = coding::table::power(8 * eighth);
-                let clipped: f64 =
-                    beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0).map(|x| x * x).sum();
+                let clipped: f64 = beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0).map(|x| x * x).sum();
                 let spread = factor * factor - 1.0 - 2.0 * std::f64::consts::LN_2 * (f64::from(eighth) / 8.0);
                 let cost = clipped + noise * self.cols as f64 * spread;
                 if cost < best.0 {
@@ -162,12 +166,8 @@ impl<'a> Matrix<'a> {
     /// The cheapest codes at the prices of a model.
     fn search(&self, scales: &[f32], step: f32, contexts: &Contexts, choice: Choice) -> Vec<u8> {
         let prices = prices(&contexts.model, choice.lambda);
-        let search = Search {
-            prices: &prices,
-            columns: &contexts.cols,
-            importance: &self.importance,
-            trellis: choice.trellis,
-        };
+        let search =
+            Search { prices: &prices, columns: &contexts.cols, importance: &self.importance, trellis: choice.trellis };
         let mut codes = vec![0; self.weights.len()];
         codes.par_chunks_mut(LANES * self.cols).enumerate().for_each_init(
             || (Trace::default(), Vec::new()),
@@ -244,7 +244,16 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         let scales = vec![step; rows];
         let scales_stream = coding::encode_scales(&scales);
         let (codes, stream) = (Vec::new(), Vec::new());
-        return Ok(Quantized { codes, scales, stream, scales_stream, squared_error: 0.0, weighted_error: 0.0, step, choice });
+        return Ok(Quantized {
+            codes,
+            scales,
+            stream,
+            scales_stream,
+            squared_error: 0.0,
+            weighted_error: 0.0,
+            step,
+            choice,
+        });
     }
     let scales = matrix.scales(step, choice);
     let mut codes = matrix.round(&scales);
