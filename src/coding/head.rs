@@ -65,17 +65,24 @@ impl Span {
     }
 }
 
-/// The bytes before the first block, for blocks of these numbers of words and escapes.
-pub(crate) fn write(contexts: &Contexts, blocks: &[(u32, u32)]) -> Vec<u8> {
-    let model = &contexts.model;
-    let (mut to, vary) = (Encoder::new(), [&contexts.rows, &contexts.cols].map(|v| v.iter().any(|&d| d != 0)));
-    for (values, vary) in [&contexts.rows, &contexts.cols].into_iter().zip(vary) {
+/// The deviations of rows and columns, as far as they vary.
+pub(crate) fn deviations(contexts: &Contexts) -> ([bool; 2], Vec<u8>) {
+    let mut to = Encoder::new();
+    let sides = [&contexts.rows, &contexts.cols];
+    let vary = sides.map(|values| values.iter().any(|&d| d != 0));
+    for (values, vary) in sides.into_iter().zip(vary) {
         let mut small = Small::new();
         for &value in values.iter().filter(|_| vary) {
             small.encode(&mut to, i32::from(value));
         }
     }
-    let coded = to.finish();
+    (vary, to.finish())
+}
+
+/// The bytes before the first block, for blocks of these numbers of words and escapes.
+pub(crate) fn write(contexts: &Contexts, blocks: &[(u32, u32)]) -> Vec<u8> {
+    let model = &contexts.model;
+    let (vary, coded) = deviations(contexts);
     let mut out = Vec::with_capacity(FIXED + coded.len() + 8 * blocks.len());
     out.push(model.trellis.map_or(0, Trellis::log_states));
     out.push(model.shape);

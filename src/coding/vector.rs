@@ -399,7 +399,8 @@ mod tests {
             }
             let contexts = context::fit(&codes, LANES, cols, trellis);
             let tables = contexts.model.tables();
-            let coded = block::encode(&contexts, &tables, 0, &codes, cols).expect("the machine allows these codes");
+            let coded = block::encode(&contexts, &block::Symbols::new(&contexts), 0, &codes, cols)
+                .expect("the machine allows these codes");
             let slots = block::slots(&tables);
             let rows = Rows { contexts: &contexts, slots: &slots, first: 0, cols };
             let words = &coded.bytes[4 * LANES..][..2 * coded.words as usize];
