@@ -107,7 +107,16 @@ fn a_stream_of_another_length_is_refused_at_every_length() {
 fn a_matrix_that_the_stream_is_not_of_is_refused_or_fails() {
     let codes = vec![131u8; 64 * 64];
     let stream = coding::encode(&codes, 64, 64).expect("these are codes");
-    for (rows, cols) in [(0, 64), (64, 0), (usize::MAX, 1), (1, usize::MAX), (1, 1 << 40), (1 << 40, 1 << 20), (64, 1 << 20), (1 << 19, 64)] {
+    for (rows, cols) in [
+        (0, 64),
+        (64, 0),
+        (usize::MAX, 1),
+        (1, usize::MAX),
+        (1, 1 << 40),
+        (1 << 40, 1 << 20),
+        (64, 1 << 20),
+        (1 << 19, 64),
+    ] {
         assert!(Stream::open(&stream, rows, cols).is_err(), "{rows}x{cols}");
     }
 }
@@ -211,4 +220,58 @@ fn outliers_and_zeros_are_quantized() {
     let zeros = quantize(&vec![0.0; 300], 3, 100, 2.0, None).expect("finite weights");
     assert_eq!(zeros.squared_error, 0.0);
     assert!(quantize(&[], 0, 5, 4.0, None).is_ok());
+}
+
+/// Codes that a formula gives, as `tests/python/test_coded.py` states it too.
+fn pinned(rows: usize, cols: usize, spread: i32, trellis: Option<Trellis>) -> Vec<u8> {
+    let mut seed = 1u64;
+    let mut codes = Vec::new();
+    for row in 0..rows as i32 {
+        let mut state = 0u8;
+        for col in 0..cols as i32 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let level: i32 = [40, 46, 52, 58].iter().map(|shift| (seed >> shift & 63) as i32).sum::<i32>() - 126;
+            let level = (level * spread * (row % 5 + 1) * (col % 3 + 1)).div_euclid(512);
+            let mut code = u8::try_from(level.clamp(-120, 120) + 128).expect("clamped");
+            if let Some(trellis) = trellis {
+                code += (code ^ state) & 1;
+                state = trellis.next(state, code);
+            }
+            codes.push(code);
+        }
+    }
+    codes
+}
+
+/// Compares with a file of `tests/data/coded`; `TENPAK_GOLDEN=create` makes one where there is none.
+fn compare(name: &str, bytes: &[u8]) {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/coded").join(name);
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    if !path.exists() && std::env::var("TENPAK_GOLDEN").as_deref() == Ok("create") {
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("the folder can be made");
+        std::fs::write(&path, hex + "\n").expect("the file can be written");
+        return;
+    }
+    let want = std::fs::read_to_string(&path).expect("TENPAK_GOLDEN=create cargo test --test coding makes the file");
+    assert!(want.trim_end() == hex, "{name}: the bytes changed; streams that were written must stay readable");
+}
+
+#[test]
+fn the_bytes_of_streams_stay_as_they_are() {
+    for (rows, cols, spread, method) in
+        [(40, 50, 6, 0), (3, 20, 400, 0), (70, 33, 40, 5), (33, 65, 3, 3), (1, 9, 90, 2), (34, 31, 500, 8)]
+    {
+        let trellis = Trellis::new(method);
+        let codes = pinned(rows, cols, spread, trellis);
+        let stream = coding::encode_following(&codes, rows, cols, trellis).expect("codes");
+        assert_eq!(decoded(&stream, rows, cols).expect("a stream"), codes);
+        compare(&format!("codes-{rows}-{cols}-{spread}-{method}.hex"), &stream);
+    }
+    let mixed: Vec<f32> = (0..35).map(|row| if row % 4 == 1 { 1.5 } else { 0.5 }).collect();
+    let rising: Vec<f32> = (0..15).map(|row| 0.5 + row as f32).collect();
+    for (kind, scales) in [vec![0.5; 5], mixed, rising].iter().enumerate() {
+        let bytes = coding::encode_scales(scales);
+        assert_eq!(usize::from(bytes[0]), kind);
+        compare(&format!("scales-{kind}.hex"), &bytes);
+    }
 }
