@@ -5,8 +5,9 @@
 //! them, and the state machine of a trellis, which is sequential along a row, runs in each of them.
 
 use super::head::{Contexts, LANES, Span};
-use super::table::{LOG_TOTAL, TOTAL, Table, escape, escape_codes};
+use super::table::{LOG_TOTAL, TOTAL, Table, escape_codes, escapes};
 use super::trellis::Trellis;
+use super::vector;
 use crate::error::{Error, Result};
 
 /// States are at least this, so that a word refills them at once.
@@ -34,46 +35,81 @@ pub(crate) struct Coded {
     pub(crate) bytes: Vec<u8>,
 }
 
+/// What an encoder looks up for a code in a table: frequency and start of its symbol, and whether that is an escape.
+/// Zero where the code is not allowed.
+pub(crate) struct Symbols(Vec<[u32; 256]>);
+
+impl Symbols {
+    const ESCAPED: u32 = 1 << 31;
+
+    pub(crate) fn new(contexts: &Contexts) -> Self {
+        let model = &contexts.model;
+        let (tables, number, trellis) = (model.tables(), usize::from(model.contexts), model.trellis.is_some());
+        let one = |(i, table): (usize, &Table)| {
+            let mut symbols = [0; 256];
+            let odd = i >= number;
+            for code in 1..=255u8 {
+                let symbol = table.symbol(code, trellis, odd);
+                let (freq, start) = (table.freq[usize::from(symbol)], table.start[usize::from(symbol)]);
+                let escaped = if symbol < escape_codes(trellis) { Self::ESCAPED } else { 0 };
+                if freq != 0 {
+                    symbols[usize::from(code)] = escaped | u32::from(freq) << 16 | u32::from(start);
+                }
+            }
+            symbols
+        };
+        Self(tables.iter().enumerate().map(one).collect())
+    }
+}
+
 /// Codes the rows from `first` on.
 ///
 /// # Errors
 /// The row and column of a code that its state does not allow, or that is no level.
 pub(crate) fn encode(
     contexts: &Contexts,
-    tables: &[Table],
+    symbols: &Symbols,
     first: usize,
     codes: &[u8],
     cols: usize,
 ) -> Result<Coded, (usize, usize)> {
-    let (rows, number) = (codes.len() / cols, usize::from(contexts.model.contexts));
-    let trellis = contexts.model.trellis;
+    let rows = codes.len() / cols;
+    let (number, trellis) = (usize::from(contexts.model.contexts), contexts.model.trellis);
+    let top = i32::from(contexts.model.contexts) - 1;
     let lanes = rows.min(LANES);
     let mut states = [LOW; LANES];
-    let mut words = Vec::new();
-    // Per code of the rows in flight: frequency and start.
+    let mut words: Vec<u16> = Vec::with_capacity(codes.len() / 3);
+    // What was looked up for the rows in flight, by column and lane.
     let mut parts: Vec<u32> = vec![0; lanes * cols];
+    let mut escaped = Vec::new();
     for set in (0..rows.div_ceil(LANES)).rev() {
         let here = (rows - set * LANES).min(LANES);
+        let mut escaped_here = Vec::new();
         for lane in 0..here {
             let row = set * LANES + lane;
-            let mut state = 0;
-            for (col, &code) in codes[row * cols..][..cols].iter().enumerate() {
-                let quantizer = usize::from(state & 1);
-                let table = &tables[quantizer * number + contexts.at(first + row, col)];
-                let symbol = usize::from(table.symbol(code, trellis.is_some()));
-                if table.freq[symbol] == 0 || code == 0 {
+            let base = i32::from(contexts.center) + i32::from(contexts.rows[first + row]);
+            let mut state = 0u8;
+            let pairs = codes[row * cols..][..cols].iter().zip(&contexts.cols);
+            for ((col, (&code, &column)), parts) in pairs.enumerate().zip(parts.chunks_exact_mut(lanes)) {
+                let context = (base + i32::from(column)).clamp(0, top) as usize;
+                let part = symbols.0[usize::from(state & 1) * number + context][usize::from(code)];
+                if part == 0 {
                     return Err((row, col));
                 }
-                parts[col * lanes + lane] = u32::from(table.freq[symbol]) << 16 | u32::from(table.start[symbol]);
+                if part & Symbols::ESCAPED != 0 {
+                    escaped_here.push(code);
+                }
+                parts[lane] = part & !Symbols::ESCAPED;
                 if let Some(trellis) = trellis {
                     state = trellis.next(state, code);
                 }
             }
         }
+        escaped.push(escaped_here);
         for parts in parts.chunks_exact(lanes).rev() {
             for (state, part) in states[..here].iter_mut().zip(&parts[..here]).rev() {
                 let (freq, start) = (part >> 16, part & 0xFFFF);
-                if u64::from(*state) >= u64::from(freq) << (32 - LOG_TOTAL) {
+                if *state >> (32 - LOG_TOTAL) >= freq {
                     words.push((*state & 0xFFFF) as u16);
                     *state >>= 16;
                 }
@@ -85,22 +121,9 @@ pub(crate) fn encode(
     for state in &states[..lanes] {
         bytes.extend(state.to_le_bytes());
     }
-    for word in words.iter().rev() {
-        bytes.extend(word.to_le_bytes());
-    }
+    bytes.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
     let before = bytes.len();
-    for (r, row) in codes.chunks_exact(cols).enumerate() {
-        let mut state = 0;
-        for (col, &code) in row.iter().enumerate() {
-            let table = &tables[usize::from(state & 1) * number + contexts.at(first + r, col)];
-            if table.symbol(code, trellis.is_some()) < escape_codes(trellis.is_some()) {
-                bytes.push(code);
-            }
-            if let Some(trellis) = trellis {
-                state = trellis.next(state, code);
-            }
-        }
-    }
+    bytes.extend(escaped.iter().rev().flatten());
     let [words, escapes] = [words.len(), bytes.len() - before].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
     Ok(Coded { words, escapes, bytes })
 }
@@ -120,21 +143,23 @@ pub(crate) struct Rows<'a> {
 #[derive(Debug)]
 pub(crate) struct Progress<'a> {
     pub(crate) states: [u32; LANES],
+    /// States of the trellis.
+    pub(crate) machines: [u8; LANES],
     /// The words that no lane has taken yet.
     pub(crate) words: &'a [u8],
 }
 
-/// Decodes at most [`LANES`] rows, each in a lane of its own; escapes stay as they are.
+/// Decodes at most [`LANES`] rows from column `from` on, each in a lane of its own; escapes stay as they are.
 ///
 /// Returns whether there were words enough.
-pub(crate) fn decode_set(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut [u8]) -> bool {
+pub(crate) fn decode_set(rows: &Rows<'_>, from: usize, progress: &mut Progress<'_>, out: &mut [u8]) -> bool {
     let contexts = rows.contexts;
     let lanes = out.len() / rows.cols;
     let number = usize::from(contexts.model.contexts);
-    let mut machine = [0u8; LANES];
-    for col in 0..rows.cols {
+    for col in from..rows.cols {
         for lane in 0..lanes {
-            let quantizer = usize::from(machine[lane] & 1);
+            let machine = &mut progress.machines[lane];
+            let quantizer = if contexts.model.trellis.is_some() { usize::from(*machine & 1) } else { 0 };
             let table = quantizer * number + contexts.at(rows.first + lane, col);
             let state = &mut progress.states[lane];
             let slot = rows.slots[table << LOG_TOTAL | (*state & (TOTAL - 1)) as usize];
@@ -147,7 +172,7 @@ pub(crate) fn decode_set(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut
             }
             out[lane * rows.cols + col] = code;
             if let Some(trellis) = contexts.model.trellis {
-                machine[lane] = Trellis::next(trellis, machine[lane], code);
+                *machine = Trellis::next(trellis, *machine, code);
             }
         }
     }
@@ -165,8 +190,8 @@ pub(crate) fn decode(
 ) -> Result<()> {
     let block = &bytes[span.at..][..span.bytes()];
     let (head, rest) = block.split_at(4 * span.lanes());
-    let (words, mut escapes) = rest.split_at(2 * span.words);
-    let mut progress = Progress { states: [LOW; LANES], words };
+    let (words, mut escaped) = rest.split_at(2 * span.words);
+    let mut progress = Progress { states: [LOW; LANES], machines: [0; LANES], words };
     for (state, bytes) in progress.states.iter_mut().zip(head.chunks_exact(4)) {
         *state = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     }
@@ -176,7 +201,9 @@ pub(crate) fn decode(
     }
     for (i, set) in out.chunks_mut(LANES * cols).enumerate() {
         let rows = Rows { contexts, slots, first: span.rows.start + i * LANES, cols };
-        if !decode_set(&rows, &mut progress, set) {
+        progress.machines = [0; LANES];
+        let from = if set.len() == LANES * cols { vector::decode_set(&rows, &mut progress, set) } else { 0 };
+        if !decode_set(&rows, from, &mut progress, set) {
             return refuse(format!("a block needs more than its {} words", span.words));
         }
     }
@@ -185,14 +212,14 @@ pub(crate) fn decode(
     }
     let trellis = contexts.model.trellis.is_some();
     for code in out.iter_mut().filter(|code| **code < escape_codes(trellis)) {
-        match escapes.split_first() {
-            Some((&escaped, rest)) if escaped != 0 && escape(escaped, trellis) == *code => {
-                *code = escaped;
-                escapes = rest;
+        match escaped.split_first() {
+            Some((&real, rest)) if escapes(*code, real, trellis) => {
+                *code = real;
+                escaped = rest;
             }
-            Some((escaped, _)) => return refuse(format!("escaped code {escaped} where one of class {code} stands")),
+            Some((real, _)) => return refuse(format!("escaped code {real} where one of class {code} stands")),
             None => return refuse(format!("a block escapes more than its {} codes", span.escapes)),
         }
     }
-    if escapes.is_empty() { Ok(()) } else { refuse(format!("{} escaped codes are left over", escapes.len())) }
+    if escaped.is_empty() { Ok(()) } else { refuse(format!("{} escaped codes are left over", escaped.len())) }
 }

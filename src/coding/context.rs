@@ -5,11 +5,16 @@
 //! in turn. Sums are integers, so no order of addition shows. Shape and first context are then those of the fewest
 //! bits, counted on the histograms of the contexts.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "levels, contexts and lengths are small, and prices are rounded on purpose"
+)]
+
 use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
-use super::head::{Contexts, LANES};
+use super::head::{Contexts, LANES, deviations};
 use super::table::{
     FINE, LEAST_BASE, LOG_TOTAL, MOST_BASE, MOST_CONTEXTS, Model, PER_OCTAVE, SHAPES, TOTAL, Table, half_mass, power,
 };
@@ -20,7 +25,7 @@ const STEP: i32 = FINE / PER_OCTAVE;
 /// Deviations that the fit knows, in 1/64 octave above the least one.
 const KNOWN: usize = (MOST_BASE - LEAST_BASE) as usize;
 /// Below this deviation, in contexts above the least one, contexts do not differ any more.
-const FLAT: i32 = 3 * PER_OCTAVE;
+const FLAT: i32 = 2 * PER_OCTAVE;
 /// The shape that the product model assumes.
 const ASSUMED: u8 = 5;
 
@@ -167,17 +172,17 @@ pub(crate) fn bits(model: &Model, counts: &[u64]) -> f64 {
     let mut bits = 0.0;
     for (i, counts) in counts.chunks_exact(256).enumerate() {
         if counts.iter().any(|&n| n != 0) {
-            bits += table_bits(&model.table(i / number, i % number), model.trellis.is_some(), counts);
+            bits += table_bits(&model.table(i / number, i % number), model.trellis.is_some(), i >= number, counts);
         }
     }
     bits
 }
 
-fn table_bits(table: &Table, trellis: bool, counts: &[u64]) -> f64 {
+fn table_bits(table: &Table, trellis: bool, odd: bool, counts: &[u64]) -> f64 {
     let lengths = lengths();
     let mut bits = 0.0;
     for (code, &n) in counts.iter().enumerate().filter(|(_, n)| **n != 0) {
-        let symbol = table.symbol(code as u8, trellis);
+        let symbol = table.symbol(code as u8, trellis, odd);
         let escaped = if usize::from(symbol) == code { 0.0 } else { ESCAPED };
         bits += n as f64 * f64::from(lengths[usize::from(table.freq[usize::from(symbol)])] + escaped);
     }
@@ -228,8 +233,8 @@ pub(crate) fn refine(mut model: Model, counts: &[u64]) -> Model {
     model
 }
 
-/// The product model of rows and columns alone.
-pub(crate) fn product(codes: &[u8], rows: usize, cols: usize, trellis: Option<Trellis>) -> Contexts {
+/// The product model of rows and columns, each as far as it is asked for.
+fn product(codes: &[u8], rows: usize, cols: usize, trellis: Option<Trellis>, sides: [bool; 2]) -> Contexts {
     let (row_sums, col_sums) = sums(codes, cols);
     let mean = row_sums.iter().sum::<u64>() as f64 / codes.len() as f64;
     let known = magnitudes();
@@ -239,8 +244,12 @@ pub(crate) fn product(codes: &[u8], rows: usize, cols: usize, trellis: Option<Tr
     let mut row = vec![0i8; rows];
     let mut col = vec![0i8; cols];
     for _ in 0..3 {
-        row = solve(&row_sums, &col, &grid, center);
-        col = solve(&col_sums, &row, &grid, center);
+        if sides[0] {
+            row = solve(&row_sums, &col, &grid, center);
+        }
+        if sides[1] {
+            col = solve(&col_sums, &row, &grid, center);
+        }
     }
     let range = |values: &[i8]| {
         let ends = values.iter().fold((i8::MAX, i8::MIN), |(low, high), &v| (low.min(v), high.max(v)));
@@ -267,10 +276,29 @@ pub(crate) fn product(codes: &[u8], rows: usize, cols: usize, trellis: Option<Tr
     Contexts { model, center: inside as u8, rows: row, cols: col }
 }
 
+/// Up to this size of a matrix it is tried whether deviations are worth their bytes; beyond, they cost too little to ask.
+const SMALL: usize = 1 << 18;
+
 /// The contexts of a matrix of codes.
 pub(crate) fn fit(codes: &[u8], rows: usize, cols: usize, trellis: Option<Trellis>) -> Contexts {
-    let mut contexts = product(codes, rows, cols, trellis);
-    let counts = count(&contexts, codes, cols);
-    contexts.model = refine(contexts.model, &counts);
-    contexts
+    let refined = |mut contexts: Contexts| {
+        let counts = count(&contexts, codes, cols);
+        contexts.model = refine(contexts.model, &counts);
+        let size = bits(&contexts.model, &counts) + 8.0 * deviations(&contexts).1.len() as f64;
+        (size, contexts)
+    };
+    let whole = product(codes, rows, cols, trellis, [true, true]);
+    let vary = deviations(&whole).0;
+    let mut best = refined(whole);
+    if codes.len() <= SMALL {
+        for sides in [[true, false], [false, true], [false, false]] {
+            if (0..2).any(|i| vary[i] && !sides[i]) && (0..2).all(|i| vary[i] || !sides[i]) {
+                let other = refined(product(codes, rows, cols, trellis, sides));
+                if other.0 < best.0 {
+                    best = other;
+                }
+            }
+        }
+    }
+    best.1
 }

@@ -13,6 +13,8 @@ use crate::error::{Error, Result};
 pub(crate) const LANES: usize = 32;
 /// A block has about as many codes.
 const BLOCK: usize = 1 << 18;
+/// More codes than this to a byte cannot be: with at least four codes in every table, none is free.
+const CODES_PER_BYTE: usize = 8192;
 /// Bytes before the deviations.
 const FIXED: usize = 12;
 
@@ -63,17 +65,24 @@ impl Span {
     }
 }
 
-/// The bytes before the first block, for blocks of these numbers of words and escapes.
-pub(crate) fn write(contexts: &Contexts, blocks: &[(u32, u32)]) -> Vec<u8> {
-    let model = &contexts.model;
-    let (mut to, vary) = (Encoder::new(), [&contexts.rows, &contexts.cols].map(|v| v.iter().any(|&d| d != 0)));
-    for (values, vary) in [&contexts.rows, &contexts.cols].into_iter().zip(vary) {
+/// The deviations of rows and columns, as far as they vary.
+pub(crate) fn deviations(contexts: &Contexts) -> ([bool; 2], Vec<u8>) {
+    let mut to = Encoder::new();
+    let sides = [&contexts.rows, &contexts.cols];
+    let vary = sides.map(|values| values.iter().any(|&d| d != 0));
+    for (values, vary) in sides.into_iter().zip(vary) {
         let mut small = Small::new();
         for &value in values.iter().filter(|_| vary) {
             small.encode(&mut to, i32::from(value));
         }
     }
-    let coded = to.finish();
+    (vary, to.finish())
+}
+
+/// The bytes before the first block, for blocks of these numbers of words and escapes.
+pub(crate) fn write(contexts: &Contexts, blocks: &[(u32, u32)]) -> Vec<u8> {
+    let model = &contexts.model;
+    let (vary, coded) = deviations(contexts);
     let mut out = Vec::with_capacity(FIXED + coded.len() + 8 * blocks.len());
     out.push(model.trellis.map_or(0, Trellis::log_states));
     out.push(model.shape);
@@ -101,6 +110,9 @@ fn u32_at(bytes: &[u8], at: usize) -> usize {
 
 /// Reads the head of a stream of a matrix that has codes, and checks every number in it.
 pub(crate) fn read(bytes: &[u8], rows: usize, cols: usize) -> Result<(Contexts, Vec<Span>)> {
+    if rows.checked_mul(cols).is_none_or(|codes| codes / CODES_PER_BYTE > bytes.len()) {
+        return refuse(bytes.len(), format!("a stream of {} bytes for {rows} x {cols} codes", bytes.len()));
+    }
     let per_block = rows_per_block(cols);
     let count = rows.div_ceil(per_block);
     let index = count.checked_mul(8);
@@ -139,7 +151,7 @@ pub(crate) fn read(bytes: &[u8], rows: usize, cols: usize) -> Result<(Contexts, 
         if values.try_reserve_exact(count).is_err() {
             return Err(Error::OutOfMemory { what: "deviations".into(), bytes: count as u64 });
         }
-        values.extend((0..count).map(|_| if vary { small.decode(&mut from) as i8 } else { 0 }));
+        values.extend((0..count).map(|_| if vary { small.decode(&mut from) } else { 0 }));
         Ok(values)
     };
     let deviations = (side(rows, vary & 1 != 0)?, side(cols, vary & 2 != 0)?);

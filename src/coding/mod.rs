@@ -10,7 +10,7 @@
 //! | [`table`] | frequencies of the codes in a context |
 //! | [`context`] | which contexts the rows and columns of a matrix get |
 //! | [`head`], [`range`] | how that is written |
-//! | [`block`] | rows of codes |
+//! | [`block`], [`vector`] | rows of codes, one lane or many at once |
 //! | [`trellis`] | codes that follow a state machine |
 //! | [`scales`] | planes of scales, which often are all equal |
 
@@ -21,6 +21,7 @@ mod range;
 mod scales;
 pub(crate) mod table;
 mod trellis;
+mod vector;
 
 use std::ops::Range;
 
@@ -60,13 +61,13 @@ pub fn encode_following(codes: &[u8], rows: usize, cols: usize, trellis: Option<
 
 /// The stream of codes in these contexts.
 pub(crate) fn write(codes: &[u8], cols: usize, contexts: &Contexts) -> Result<Vec<u8>> {
-    let tables = contexts.model.tables();
+    let symbols = block::Symbols::new(contexts);
     let per_block = head::rows_per_block(cols);
     let blocks: Result<Vec<_>> = codes
         .par_chunks(per_block * cols)
         .enumerate()
         .map(|(i, codes)| {
-            block::encode(contexts, &tables, i * per_block, codes, cols).map_err(|(row, col)| {
+            block::encode(contexts, &symbols, i * per_block, codes, cols).map_err(|(row, col)| {
                 let code = codes[row * cols + col];
                 let row = i * per_block + row;
                 Error::invalid(format!("code {code} at row {row}, column {col} is none that can be coded there"))

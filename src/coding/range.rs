@@ -3,6 +3,8 @@
 //! Every decision has a probability that follows what was coded before, so nothing has to be sent to describe it. It is
 //! slow beside [`super::block`], and codes only what there is one of per row or column.
 
+#![expect(clippy::cast_possible_truncation, reason = "a byte is taken out of a wider number")]
+
 use crate::error::{Error, Result};
 
 /// Probabilities have this many bits.
@@ -176,13 +178,14 @@ impl Small {
         self.before = most;
     }
 
-    pub(super) fn decode(&mut self, from: &mut Decoder<'_>) -> i32 {
+    pub(super) fn decode(&mut self, from: &mut Decoder<'_>) -> i8 {
         let row = &mut self.magnitude[self.before.min(2)];
         let mut most = 0;
         while most < Self::MOST && from.bit(&mut row[(most as usize).min(15)]) {
             most += 1;
         }
         self.before = most as usize;
+        let most = most as i8;
         if most != 0 && from.bit(&mut self.sign) { -most } else { most }
     }
 }
@@ -197,12 +200,12 @@ mod tests {
             let values: Vec<i32> = (0..5000i64).map(|i| ((i * i * 7919 / 13) % spread - spread / 2) as i32).collect();
             let (mut to, mut small) = (Encoder::new(), Small::new());
             for &v in &values {
-                small.encode(&mut to, v);
+                small.encode(&mut to, v.clamp(-127, 127));
             }
             let bytes = to.finish();
             let (mut from, mut small) = (Decoder::new(&bytes), Small::new());
             for &v in &values {
-                assert_eq!(small.decode(&mut from), v);
+                assert_eq!(i32::from(small.decode(&mut from)), v.clamp(-127, 127));
             }
             from.finish(0).expect("all bytes were used");
         }

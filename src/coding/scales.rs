@@ -6,6 +6,8 @@
 //! | 1 | number of values less one (1 byte), the values, and which one each row has, range-coded |
 //! | 2 | the plane itself |
 
+#![expect(clippy::cast_possible_truncation, reason = "at most 256 values")]
+
 use super::range::{Decoder, Encoder, Odds};
 use crate::error::{Error, Result};
 

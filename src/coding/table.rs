@@ -4,6 +4,8 @@
 //! the distribution function is algebraic, so sums, products, quotients and one square root in a stated order give
 //! the same bits everywhere, and from heavy tails (2) to nearly a Gaussian (128) one byte says which.
 
+#![expect(clippy::cast_possible_truncation, reason = "levels, contexts and frequencies are small by construction")]
+
 use super::trellis::Trellis;
 
 /// Frequencies of a context sum to `2^LOG_TOTAL`.
@@ -13,7 +15,7 @@ pub(crate) const TOTAL: u32 = 1 << LOG_TOTAL;
 pub(crate) const PER_OCTAVE: i32 = 8;
 pub(crate) const FINE: i32 = 64;
 /// The most contexts of a matrix.
-pub(crate) const MOST_CONTEXTS: usize = 64;
+pub(crate) const MOST_CONTEXTS: usize = 96;
 /// The first context lies from `2^-6` to `2^7` steps.
 pub(crate) const LEAST_BASE: i32 = -6 * FINE;
 pub(crate) const MOST_BASE: i32 = 7 * FINE;
@@ -45,7 +47,7 @@ pub(crate) fn power(exponent: i32) -> f64 {
         1.044_273_782_427_413_8,
         1.090_507_732_665_257_7,
         1.189_207_115_002_721,
-        1.414_213_562_373_095_1,
+        std::f64::consts::SQRT_2,
     ];
     let mut value = 1.0;
     for (bit, root) in ROOTS.iter().enumerate() {
@@ -106,21 +108,30 @@ impl Table {
         table
     }
 
-    /// The code that stands for `code`: itself, or its escape.
-    pub(crate) fn symbol(&self, code: u8, trellis: bool) -> u8 {
+    /// The code that stands for `code` in even or odd states: itself, or its escape.
+    pub(crate) fn symbol(&self, code: u8, trellis: bool, odd: bool) -> u8 {
         let plain = self.freq[usize::from(code)] != 0 && code >= escape_codes(trellis);
-        if plain { code } else { escape(code, trellis) }
+        match (plain, trellis) {
+            (true, _) => code,
+            (false, false) => 0,
+            // Level zero is allowed everywhere, and moves the machine as residue 1 does.
+            (false, true) if odd && code == ZERO => 1,
+            (false, true) => code & 3,
+        }
     }
 }
+
+/// The code of level zero.
+pub(crate) const ZERO: u8 = 128;
 
 /// Codes below this are escapes.
 pub(crate) fn escape_codes(trellis: bool) -> u8 {
     if trellis { 4 } else { 1 }
 }
 
-/// The escape of a code: it moves the trellis as the code does.
-pub(crate) fn escape(code: u8, trellis: bool) -> u8 {
-    if trellis { code & 3 } else { 0 }
+/// Whether an escape may stand for a code: it moves the trellis as the code does.
+pub(crate) fn escapes(escape: u8, code: u8, trellis: bool) -> bool {
+    code != 0 && (!trellis || code & 3 == escape || (escape == 1 && code == ZERO))
 }
 
 impl Model {
@@ -205,8 +216,8 @@ mod tests {
                         assert_eq!(sum, TOTAL, "{model:?}");
                         assert!(table.freq.iter().all(|&f| u32::from(f) < TOTAL));
                         for code in 0..=255u8 {
-                            let symbol = table.symbol(code, trellis.is_some());
-                            let allowed = trellis.is_none() || usize::from(code & 1) == q;
+                            let symbol = table.symbol(code, trellis.is_some(), q == 1);
+                            let allowed = trellis.is_none() || usize::from(code & 1) == q || code == ZERO;
                             assert!(!allowed || table.freq[usize::from(symbol)] > 0, "{model:?} {q} {code}");
                         }
                     }

@@ -7,6 +7,8 @@
 //! partitioning into residues modulo 4; the machines are the feedback convolutional codes of rate 1/2 that are
 //! known to spread paths of one-dimensional signals best.
 
+#![expect(clippy::cast_possible_truncation, reason = "polynomials fit their byte without the lowest bit")]
+
 /// A state machine; every row starts in state 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trellis {

@@ -64,7 +64,7 @@ pub(crate) fn encode_tensor(
                 (codecs::get(codecs::RAW)?, format!("weight {index} is not finite and --nonfinite is raw"))
             }
             Misfit::TooSmall(rate) => {
-                (codecs::get(codecs::INT8_ROW)?, format!("it has too few weights for a stream of {rate} bits each"))
+                (codecs::get(codecs::INT8_ROW)?, format!("no step gives {rate} bits a weight, it has too few for that"))
             }
             Misfit::OutOfRange => {
                 (codecs::wider(codec), "a scale or offset leaves the range of its stored type".to_owned())

@@ -5,23 +5,28 @@
 //! `error² + λ · bits`, along a trellis ([`viterbi`]), which gains about one decibel over rounding at equal bits. Rows with a
 //! weight beyond 127 steps get a step of their own, as far as that pays.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "clamped to the codes first, or rounded to single precision on purpose"
+)]
+
 mod rate;
 mod viterbi;
 
 use rayon::prelude::*;
 
-pub use rate::quantize;
+pub use rate::{quantize, quantize_with};
 
 use crate::coding::context::{self, lengths};
 use crate::coding::head::Contexts;
-use crate::coding::table::{Model, escape_codes};
+use crate::coding::table::{Model, ZERO, escape_codes};
 use crate::coding::{self, Trellis};
 use crate::error::Result;
 use viterbi::{LANES, Prices, Search, Set, Trace};
 
 /// What a bit may cost in squared error at a step, in squares of the step that one quantizer has (the step without
 /// a trellis, twice the step with one): the slope of error over bits that a uniform quantizer has at high rates.
-const SLOPE: f64 = 0.115;
+const SLOPE: f64 = 0.09;
 
 /// How codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -104,7 +109,8 @@ impl<'a> Matrix<'a> {
             .map(|row| {
                 let at = row * self.cols..(row + 1) * self.cols;
                 let (mut plain, mut weighted) = (0.0, 0.0);
-                for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance) {
+                for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance)
+                {
                     let level = f32::from(i16::from(code) - 128);
                     let error = f64::from(w) - f64::from(level * scales[row]);
                     plain += error * error;
@@ -126,13 +132,11 @@ impl<'a> Matrix<'a> {
             if most <= 127.0 * step {
                 return step;
             }
-            let beyond: Vec<f64> =
-                row.iter().map(|w| f64::from(w.abs() / step)).filter(|&x| x > 127.0).collect();
+            let beyond: Vec<f64> = row.iter().map(|w| f64::from(w.abs() / step)).filter(|&x| x > 127.0).collect();
             let mut best = (f64::INFINITY, step);
             for eighth in 0.. {
                 let factor = coding::table::power(8 * eighth);
-                let clipped: f64 =
-                    beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0).map(|x| x * x).sum();
+                let clipped: f64 = beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0).map(|x| x * x).sum();
                 let spread = factor * factor - 1.0 - 2.0 * std::f64::consts::LN_2 * (f64::from(eighth) / 8.0);
                 let cost = clipped + noise * self.cols as f64 * spread;
                 if cost < best.0 {
@@ -162,12 +166,8 @@ impl<'a> Matrix<'a> {
     /// The cheapest codes at the prices of a model.
     fn search(&self, scales: &[f32], step: f32, contexts: &Contexts, choice: Choice) -> Vec<u8> {
         let prices = prices(&contexts.model, choice.lambda);
-        let search = Search {
-            prices: &prices,
-            columns: &contexts.cols,
-            importance: &self.importance,
-            trellis: choice.trellis,
-        };
+        let search =
+            Search { prices: &prices, columns: &contexts.cols, importance: &self.importance, trellis: choice.trellis };
         let mut codes = vec![0; self.weights.len()];
         codes.par_chunks_mut(LANES * self.cols).enumerate().for_each_init(
             || (Trace::default(), Vec::new()),
@@ -198,21 +198,19 @@ impl<'a> Matrix<'a> {
 /// Prices of all codes in all contexts, `lambda` per bit.
 fn prices(model: &Model, lambda: f64) -> Vec<Prices> {
     let (tables, number, trellis) = (model.tables(), usize::from(model.contexts), model.trellis.is_some());
-    let price = |bits: f32| (lambda * f64::from(bits)) as f32;
+    let price = |code: u8, odd: bool, context: usize| {
+        let table = &tables[if odd { number } else { 0 } + context];
+        let symbol = table.symbol(code, trellis, odd);
+        let escaped = if symbol < escape_codes(trellis) { context::ESCAPED } else { 0.0 };
+        (lambda * f64::from(lengths()[usize::from(table.freq[usize::from(symbol)])] + escaped)) as f32
+    };
     (0..number)
         .map(|context| {
             let mut prices = [0f32; 256];
             for code in 1..=255u8 {
-                let table = &tables[if trellis { usize::from(code & 1) * number } else { 0 } + context];
-                let symbol = table.symbol(code, trellis);
-                let escaped = if symbol < escape_codes(trellis) { context::ESCAPED } else { 0.0 };
-                prices[usize::from(code)] = price(lengths()[usize::from(table.freq[usize::from(symbol)])] + escaped);
+                prices[usize::from(code)] = price(code, trellis && code & 1 == 1, context);
             }
-            // Level zero in odd states, where the model has room for it.
-            prices[0] = match tables.get(number + context).map(|table| table.freq[128]) {
-                Some(freq) if freq != 0 => price(lengths()[usize::from(freq)]),
-                _ => f32::MAX,
-            };
+            prices[0] = if trellis { price(ZERO, true, context) } else { 0.0 };
             prices
         })
         .collect()
@@ -246,7 +244,16 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         let scales = vec![step; rows];
         let scales_stream = coding::encode_scales(&scales);
         let (codes, stream) = (Vec::new(), Vec::new());
-        return Ok(Quantized { codes, scales, stream, scales_stream, squared_error: 0.0, weighted_error: 0.0, step, choice });
+        return Ok(Quantized {
+            codes,
+            scales,
+            stream,
+            scales_stream,
+            squared_error: 0.0,
+            weighted_error: 0.0,
+            step,
+            choice,
+        });
     }
     let scales = matrix.scales(step, choice);
     let mut codes = matrix.round(&scales);

@@ -4,6 +4,7 @@
 //! the price of a level comes from a table per context. Sixteen rows advance together; every lane does what a single
 //! row would, in single precision without contraction, so the choice is the same on every machine.
 
+#![expect(clippy::cast_possible_truncation, reason = "levels and states fit a byte, targets are clamped first")]
 #![expect(unsafe_code, reason = "functions that enable an instruction set are unsafe to call without it")]
 
 use crate::coding::Trellis;
@@ -86,8 +87,20 @@ fn nearest(search: &Search<'_>, contexts: &I, x: &F, floor: &I, weight: &F, resi
         // The least and greatest level of this residue that is a code.
         let least = -128 + if residue == 0 { 4 } else { residue };
         let most = 124 + residue;
-        low[l] = if below < least { least } else if below > most { most } else { below };
-        high[l] = if below + 4 < least { least } else if below + 4 > most { most } else { below + 4 };
+        low[l] = if below < least {
+            least
+        } else if below > most {
+            most
+        } else {
+            below
+        };
+        high[l] = if below + 4 < least {
+            least
+        } else if below + 4 > most {
+            most
+        } else {
+            below + 4
+        };
     }
     let mut price_low = [0f32; LANES];
     let mut price_high = [0f32; LANES];
@@ -253,5 +266,131 @@ mod x86 {
     #[target_feature(enable = "avx2")]
     pub(super) fn avx2(search: &Search<'_>, set: &Set<'_>, trace: &mut Trace, out: &mut [&mut [u8]]) {
         run(search, set, trace, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Prices that rise with the level, not evenly.
+    fn prices(scale: f32) -> Vec<Prices> {
+        (0..3u8)
+            .map(|context| {
+                let mut prices = [0f32; 256];
+                for (code, price) in prices.iter_mut().enumerate() {
+                    let level = (code as f32 - 128.0).abs();
+                    *price = scale * (1.0 + level * (1.5 + f32::from(context)) + (code % 7) as f32 / 8.0);
+                }
+                prices[0] = scale * 2.5;
+                prices
+            })
+            .collect()
+    }
+
+    fn target(lane: usize, col: usize) -> f32 {
+        ((lane * 37 + col * 101 + lane * col * 13) % 97) as f32 / 8.0 - 6.0
+    }
+
+    fn cost(search: &Search<'_>, set: &Set<'_>, lane: usize, col: usize, level: i32, odd: bool) -> f32 {
+        let context = (set.rows[lane] + i32::from(search.columns[col])).clamp(0, search.prices.len() as i32 - 1);
+        let index = if odd && level == 0 { 0 } else { (level + 128) as usize };
+        let error = set.targets[col][lane] - level as f32;
+        error * error * (set.weights[lane] * search.importance[col]) + search.prices[context as usize][index]
+    }
+
+    /// The least cost over all paths from a state on, by trying every one.
+    fn exhaustive(search: &Search<'_>, set: &Set<'_>, lane: usize, col: usize, state: u8, reach: i32) -> f32 {
+        if col == set.targets.len() {
+            return 0.0;
+        }
+        let trellis = search.trellis.expect("a trellis");
+        let floor = set.targets[col][lane].floor() as i32;
+        let mut best = f32::INFINITY;
+        for level in (floor - reach + 1..=floor + reach).chain([0]) {
+            let odd = state & 1 == 1;
+            if (level & 1 == 1) == odd || (odd && level == 0) {
+                let next = trellis.next(state, (level + 128) as u8);
+                let rest = exhaustive(search, set, lane, col + 1, next, reach);
+                best = best.min(cost(search, set, lane, col, level, odd) + rest);
+            }
+        }
+        best
+    }
+
+    #[test]
+    fn no_path_is_cheaper_than_the_one_found() {
+        const COLS: usize = 4;
+        let importance = [1.0, 0.5, 2.0, 1.0];
+        let targets: Vec<F> = (0..COLS).map(|col| std::array::from_fn(|lane| target(lane, col))).collect();
+        let rows = std::array::from_fn(|lane| lane as i32 % 4);
+        let weights = std::array::from_fn(|lane| 1.0 + lane as f32 / 8.0);
+        // Without prices, farther levels are in the trial too: they never pay.
+        for (scale, reach) in [(0.0, 6), (0.3, 4)] {
+            let prices = prices(scale);
+            for log_states in 2..=8 {
+                let trellis = Trellis::new(log_states);
+                let search = Search { prices: &prices, columns: &[0, -1, 1, 0], importance: &importance, trellis };
+                let set = Set { targets: &targets, rows, weights };
+                let mut codes = vec![0u8; LANES * COLS];
+                let mut out: Vec<&mut [u8]> = codes.chunks_exact_mut(COLS).collect();
+                super::search(&search, &set, &mut Trace::default(), &mut out);
+                for (lane, codes) in codes.chunks_exact(COLS).enumerate() {
+                    let (mut state, mut found) = (0u8, 0.0);
+                    for (col, &code) in codes.iter().enumerate() {
+                        let level = i32::from(code) - 128;
+                        assert!(level & 1 == i32::from(state & 1) || level == 0, "the path is one");
+                        found += cost(&search, &set, lane, col, level, state & 1 == 1);
+                        state = trellis.expect("a trellis").next(state, code);
+                    }
+                    let best = exhaustive(&search, &set, lane, 0, 0, reach);
+                    // Both sums have fewer than eight terms, in another order.
+                    assert!(found <= best * (1.0 + 8.0 * f32::EPSILON), "{found} where {best} is possible");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_trellis_no_weight_costs_more_than_rounded() {
+        let prices = prices(0.4);
+        let importance = vec![1.0; 50];
+        let columns = vec![0; 50];
+        let targets: Vec<F> = (0..50).map(|col| std::array::from_fn(|lane| 1.7 * target(lane, col))).collect();
+        let search = Search { prices: &prices, columns: &columns, importance: &importance, trellis: None };
+        let set = Set { targets: &targets, rows: [1; LANES], weights: [1.0; LANES] };
+        let mut codes = vec![0u8; LANES * 50];
+        let mut out: Vec<&mut [u8]> = codes.chunks_exact_mut(50).collect();
+        super::search(&search, &set, &mut Trace::default(), &mut out);
+        for (i, &code) in codes.iter().enumerate() {
+            let (lane, col) = (i / 50, i % 50);
+            let rounded = targets[col][lane].round() as i32;
+            let [found, plain] = [i32::from(code) - 128, rounded].map(|n| cost(&search, &set, lane, col, n, false));
+            assert!(found <= plain, "{found} where rounding costs {plain}");
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_finds_the_same_codes() {
+        let prices = prices(0.3);
+        let cols = 200;
+        let (importance, columns) = (vec![1.25; cols], vec![1; cols]);
+        let targets: Vec<F> = (0..cols).map(|col| std::array::from_fn(|lane| 3.1 * target(lane, col))).collect();
+        for trellis in [None, Trellis::new(3), Trellis::new(6)] {
+            let search = Search { prices: &prices, columns: &columns, importance: &importance, trellis };
+            let set = Set { targets: &targets, rows: [0; LANES], weights: [1.0; LANES] };
+            let codes = |f: fn(&Search<'_>, &Set<'_>, &mut Trace, &mut [&mut [u8]])| {
+                let mut codes = vec![0u8; LANES * cols];
+                let mut out: Vec<&mut [u8]> = codes.chunks_exact_mut(cols).collect();
+                f(&search, &set, &mut Trace::default(), &mut out);
+                codes
+            };
+            assert_eq!(codes(run), codes(super::search));
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the feature was detected on the line above.
+                assert_eq!(codes(run), codes(|a, b, c, d| unsafe { x86::avx2(a, b, c, d) }));
+            }
+        }
     }
 }
