@@ -218,7 +218,9 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
         }
     }
     if report.identity.is_none() && report.tensors.iter().any(|t| t.rate.is_some()) {
-        notes.push("sizes of coded tensors are those asked for; what they come to is known when they are encoded".to_owned());
+        notes.push(
+            "sizes of coded tensors are those asked for; what they come to is known when they are encoded".to_owned(),
+        );
     }
     let stats = source.activation_stats().len();
     if stats > 0 {

@@ -180,7 +180,7 @@ fn a_recipe_is_respected_and_kept_in_the_artifact() {
         .unwrap()
         .role(Role::Attention, codec("int4_zp_g32_fp16_v1"))
         .unwrap();
-    let options = Options { recipe: recipe.clone(), nonfinite: Nonfinite::Error, force: false };
+    let options = Options { recipe: recipe.clone(), nonfinite: Nonfinite::Error, target_bytes: None, force: false };
     let report = pack(&input, &output, &options).unwrap();
     let artifact = ArtifactFile::open(&output).unwrap();
     for (tensor, report) in tensors.iter().zip(&report.tensors) {

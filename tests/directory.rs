@@ -30,7 +30,7 @@ fn models() -> Vec<PathBuf> {
 }
 
 fn recipe(id: &str) -> Options {
-    Options { recipe: Recipe::new(codec(id)), nonfinite: Nonfinite::Error, force: false }
+    Options { recipe: Recipe::new(codec(id)), nonfinite: Nonfinite::Error, target_bytes: None, force: false }
 }
 
 fn pack_as(input: &Path, output: &Path, options: &Options, max_shard_bytes: u64) -> tenpak::Result<Report> {

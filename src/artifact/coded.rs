@@ -214,7 +214,13 @@ pub(super) fn digest(
 ///
 /// # Errors
 /// Those of [`Coded::open`].
-pub(super) fn range(entry: &Entry, plane: usize, stored: impl Deref<Target = [u8]>, start: u64, bytes: u64) -> Result<Vec<u8>> {
+pub(super) fn range(
+    entry: &Entry,
+    plane: usize,
+    stored: impl Deref<Target = [u8]>,
+    start: u64,
+    bytes: u64,
+) -> Result<Vec<u8>> {
     let too_large = |_| Error::invalid("the plane is larger than memory");
     let start = usize::try_from(start).map_err(too_large)?;
     let bytes = usize::try_from(bytes).map_err(too_large)?;

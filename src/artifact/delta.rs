@@ -68,8 +68,12 @@ pub fn delta(
             base.path().display()
         )));
     }
-    let options =
-        Options { recipe: Recipe::from_toml(&provenance.recipe)?, nonfinite: provenance.nonfinite.parse()?, target_bytes: None, force };
+    let options = Options {
+        recipe: Recipe::from_toml(&provenance.recipe)?,
+        nonfinite: provenance.nonfinite.parse()?,
+        target_bytes: None,
+        force,
+    };
     let mut planned = compress::plan(variant, &options)?;
     // A tensor of the base keeps its rate, whatever decided it.
     for tensor in planned.tensors.iter_mut().filter(|tensor| tensor.rate.is_some()) {

@@ -114,7 +114,8 @@ pub(crate) fn quantization_config(entries: &[Entry]) -> String {
         let shape = e.info().shape().iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
         let transposed = if e.transposed() { ", \"transposed\": true" } else { "" };
         let codings = e.planes().iter().filter_map(|p| p.coding.map(|c| (p.plane.name(), c.id())));
-        let codings = codings.map(|(plane, id)| format!("{}: {}", json(plane), json(id))).collect::<Vec<_>>().join(", ");
+        let codings =
+            codings.map(|(plane, id)| format!("{}: {}", json(plane), json(id))).collect::<Vec<_>>().join(", ");
         let coding = if codings.is_empty() { String::new() } else { format!(", \"coding\": {{{codings}}}") };
         format!("\n      {name}: {{\"codec\": {codec}, \"dtype\": {dtype}, \"shape\": [{shape}]{transposed}{coding}}}")
     });
@@ -378,12 +379,13 @@ fn measured(
             (plane.crc32c, plane.blake3) = sums.finish();
             end = align(plane.offset + plane.bytes);
         }
-        for index in 0..entry.planes().len() {
+        for (index, at) in places.iter().enumerate().take(entry.planes().len()) {
             let place = &entry.planes()[index];
             if place.coding.is_some() {
-                let file = source.files()[places[index].shard as usize].file();
-                let len = usize::try_from(place.bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
-                let digest = coded::digest(&entry, index, &file.read(places[index].offset, len)?, |_, _| Ok(()));
+                let file = source.files()[at.shard as usize].file();
+                let len =
+                    usize::try_from(place.bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
+                let digest = coded::digest(&entry, index, &file.read(at.offset, len)?, |_, _| Ok(()));
                 entry.planes_mut()[index].blake3 = digest.map_err(|e| e.in_file(file.path()))?;
             }
         }

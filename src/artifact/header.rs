@@ -205,7 +205,7 @@ impl Header {
     /// The flags of the preamble.
     pub(super) fn flags(&self) -> u32 {
         let coded = self.tensors.iter().any(Entry::is_coded);
-        u32::from(self.delta.is_some()) * FLAG_DELTA | u32::from(coded) * FLAG_CODED
+        (u32::from(self.delta.is_some()) * FLAG_DELTA) | (u32::from(coded) * FLAG_CODED)
     }
 
     /// Writes the canonical JSON.

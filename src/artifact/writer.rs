@@ -9,8 +9,8 @@ use std::ops::Deref;
 use std::path::Path;
 
 use super::attached::AttachedFile;
-use super::coded::{self, Coding};
 use super::checksum::{Checksums, chunks};
+use super::coded::{self, Coding};
 use super::entry::{ALIGN, CHUNK, Entry, align};
 use super::header::{Delta, Header, MOST_BYTES, Provenance};
 use super::identity::Identity;
@@ -389,6 +389,10 @@ impl TensorWriter {
         other.codec() == self.entry.codec()
             && other.transposed() == self.entry.transposed()
             && other.info() == self.entry.info()
-            && other.planes().iter().enumerate().all(|(i, a)| a.blake3 == self.digests[i].unwrap_or_else(|| self.planes[i].digest()))
+            && other
+                .planes()
+                .iter()
+                .enumerate()
+                .all(|(i, a)| a.blake3 == self.digests[i].unwrap_or_else(|| self.planes[i].digest()))
     }
 }

@@ -46,7 +46,8 @@ pub(super) fn run(context: &mut Context<'_>) -> Outcome {
             c.memory_bits_per_weight.map_or_else(|| "source".to_owned(), |bits| format!("{bits:.3}")),
         ]
     });
-    let head = ["codec", "levels", "group", "scale", "offset", "fit", "bits/weight", "x vs FP32", "x vs 16-bit", "in memory"];
+    let head =
+        ["codec", "levels", "group", "scale", "offset", "fit", "bits/weight", "x vs FP32", "x vs 16-bit", "in memory"];
     context.line(table(&head, rows, 6));
     Outcome::Done
 }

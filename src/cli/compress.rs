@@ -147,12 +147,8 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let input = arguments.input.path()?;
     let source = context.source(input)?;
     let (recipe, target_bytes) = arguments.choice.recipe()?;
-    let options = Options {
-        recipe,
-        nonfinite: arguments.nonfinite.parse::<Nonfinite>()?,
-        target_bytes,
-        force: arguments.force,
-    };
+    let options =
+        Options { recipe, nonfinite: arguments.nonfinite.parse::<Nonfinite>()?, target_bytes, force: arguments.force };
     let start = Instant::now();
     let report = match &arguments.output {
         Some(output) if !arguments.dry_run => {

@@ -17,7 +17,10 @@ use crate::tensor;
 /// Why a tensor could not be stored with the codec it was meant for.
 pub(super) enum Misfit {
     OutOfRange,
-    Nonfinite { index: u64, count: u64 },
+    Nonfinite {
+        index: u64,
+        count: u64,
+    },
     /// Too few weights for what a stream takes beside them.
     TooSmall(Rate),
 }

@@ -200,9 +200,10 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
 fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
     planned(
-        tensors.iter().zip(source.tensors()).map(|(r, t)| {
-            (t.info().clone(), r.codec, Whole { transposed: transposed(t, r.codec), rate: r.rate })
-        }),
+        tensors
+            .iter()
+            .zip(source.tensors())
+            .map(|(r, t)| (t.info().clone(), r.codec, Whole { transposed: transposed(t, r.codec), rate: r.rate })),
         source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,

@@ -82,7 +82,8 @@ fn load(
     let tensor = &source.tensors()[index];
     let dtype = tensor.info().dtype();
     let (rows, cols) = tensor.matrix();
-    let elements = usize::try_from(tensor.info().elements()).map_err(|_| Error::invalid("the tensor is larger than memory"))?;
+    let elements =
+        usize::try_from(tensor.info().elements()).map_err(|_| Error::invalid("the tensor is larger than memory"))?;
     let mut weights = Vec::new();
     if weights.try_reserve_exact(elements).is_err() {
         let what = format!("tensor '{}', which is quantized as a whole", tensor.info().name());

@@ -24,11 +24,7 @@ impl Rate {
     pub fn from_thousandths(thousandths: u32) -> Result<Self> {
         let rate = Self(thousandths);
         if rate < Self::LEAST || rate > Self::MOST {
-            return Err(Error::invalid(format!(
-                "{rate} bits per weight, expected {} to {}",
-                Self::LEAST,
-                Self::MOST
-            )));
+            return Err(Error::invalid(format!("{rate} bits per weight, expected {} to {}", Self::LEAST, Self::MOST)));
         }
         Ok(rate)
     }
@@ -38,12 +34,8 @@ impl Rate {
     /// # Errors
     /// [`Error::Invalid`] for what is no number from [`Rate::LEAST`] to [`Rate::MOST`].
     pub fn from_bits(bits: f64) -> Result<Self> {
-        if !(bits >= 0.0 && bits <= 1e6) {
-            return Err(Error::invalid(format!(
-                "{bits} bits per weight, expected {} to {}",
-                Self::LEAST,
-                Self::MOST
-            )));
+        if !(0.0..=1e6).contains(&bits) {
+            return Err(Error::invalid(format!("{bits} bits per weight, expected {} to {}", Self::LEAST, Self::MOST)));
         }
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 10^9, checked above")]
         Self::from_thousandths((bits * 1000.0 + 0.5) as u32)

@@ -145,7 +145,15 @@ impl Recipe {
             Role::Embedding | Role::Head => registered(codecs::INT8_ROW),
             _ => registered(codecs::RAW),
         });
-        Self { codec, rate: Rate::DEFAULT, all: false, include: Vec::new(), exclude: Vec::new(), roles, rules: Vec::new() }
+        Self {
+            codec,
+            rate: Rate::DEFAULT,
+            all: false,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            roles,
+            rules: Vec::new(),
+        }
     }
 
     /// Adds a rule after those there are: tensors that match get `codec`.

@@ -142,7 +142,7 @@ impl Folder {
 
 /// The codec for every float tensor.
 pub fn with(codec: &'static Codec) -> Options {
-    Options { recipe: Recipe::new(codec).all(true), nonfinite: Nonfinite::Error, force: false }
+    Options { recipe: Recipe::new(codec).all(true), nonfinite: Nonfinite::Error, target_bytes: None, force: false }
 }
 
 /// A codec of the registry.
