@@ -7,12 +7,12 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`table`] | frequencies of the codes in a context |
-//! | [`context`] | which contexts the rows and columns of a matrix get |
-//! | [`head`], [`range`] | how that is written |
-//! | [`block`], [`vector`] | rows of codes, one lane or many at once |
-//! | [`trellis`] | codes that follow a state machine |
-//! | [`scales`] | planes of scales, which often are all equal |
+//! | `table` | frequencies of the codes in a context |
+//! | `context` | which contexts the rows and columns of a matrix get |
+//! | `head`, `range` | how that is written |
+//! | `block`, `vector` | rows of codes, one lane or many at once |
+//! | `trellis` | codes that follow a state machine |
+//! | `scales` | planes of scales, which often are all equal |
 
 pub(crate) mod block;
 pub(crate) mod context;
@@ -59,8 +59,14 @@ pub fn encode_following(codes: &[u8], rows: usize, cols: usize, trellis: Option<
     write(codes, cols, &context::fit(codes, rows, cols, trellis))
 }
 
+/// Longer rows would not fit the numbers of a block.
+const MOST_COLS: usize = 1 << 26;
+
 /// The stream of codes in these contexts.
 pub(crate) fn write(codes: &[u8], cols: usize, contexts: &Contexts) -> Result<Vec<u8>> {
+    if cols > MOST_COLS {
+        return Err(Error::invalid(format!("rows of {cols} codes, at most {MOST_COLS} can be coded")));
+    }
     let symbols = block::Symbols::new(contexts);
     let per_block = head::rows_per_block(cols);
     let blocks: Result<Vec<_>> = codes

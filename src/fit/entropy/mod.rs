@@ -2,7 +2,7 @@
 //!
 //! One step serves the whole matrix, and the coder's contexts spend bits where deviations are large: for an entropy
 //! coder that is where they belong, so scales per group would only cost. A code is chosen for its error *and* its bits,
-//! `error² + λ · bits`, along a trellis ([`viterbi`]), which gains about one decibel over rounding at equal bits. Rows with a
+//! `error² + λ · bits`, along a trellis, which gains about one decibel over rounding at equal bits. Rows with a
 //! weight beyond 127 steps get a step of their own, as far as that pays.
 
 #![expect(
@@ -50,8 +50,10 @@ impl Choice {
 pub struct Quantized {
     /// One code per weight; its level is `code - 128`.
     pub codes: Vec<u8>,
-    /// One scale per row: `weight = level * scale`.
+    /// One scale per row, `weight = level * scale`: the step times the factor of least error.
     pub scales: Vec<f32>,
+    /// Rows whose step is larger than the common one.
+    pub stretched: usize,
     /// The codes as they lie on disk.
     pub stream: Vec<u8>,
     /// The scales as they lie on disk.
@@ -122,6 +124,26 @@ impl<'a> Matrix<'a> {
         rows.iter().fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1))
     }
 
+    /// The factor on all scales at which the squared error is least, given the codes.
+    fn gain(&self, codes: &[u8], scales: &[f32]) -> f64 {
+        let rows: Vec<(f64, f64)> = (0..self.rows)
+            .into_par_iter()
+            .map(|row| {
+                let at = row * self.cols..(row + 1) * self.cols;
+                let (mut cross, mut power) = (0.0, 0.0);
+                for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance)
+                {
+                    let value = f64::from(f32::from(i16::from(code) - 128) * scales[row]);
+                    cross += f64::from(w) * value * f64::from(importance);
+                    power += value * value * f64::from(importance);
+                }
+                (cross, power)
+            })
+            .collect();
+        let (cross, power) = rows.iter().fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
+        if power > 0.0 && cross > 0.0 { cross / power } else { 1.0 }
+    }
+
     /// The step of each row: the common one, or a larger one where a weight lies beyond 127 steps and that pays.
     fn scales(&self, step: f32, choice: Choice) -> Vec<f32> {
         let width = if choice.trellis.is_some() { 2.0 } else { 1.0 };
@@ -140,7 +162,7 @@ impl<'a> Matrix<'a> {
                 let spread = factor * factor - 1.0 - 2.0 * std::f64::consts::LN_2 * (f64::from(eighth) / 8.0);
                 let cost = clipped + noise * self.cols as f64 * spread;
                 if cost < best.0 {
-                    best = (cost, (f64::from(step) * factor) as f32);
+                    best = (cost, (f64::from(step) * factor).min(f64::from(f32::MAX / 128.0)) as f32);
                 }
                 if clipped == 0.0 || eighth == 1000 {
                     break;
@@ -247,6 +269,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         return Ok(Quantized {
             codes,
             scales,
+            stretched: 0,
             stream,
             scales_stream,
             squared_error: 0.0,
@@ -266,7 +289,10 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         }
     }
     let stream = coding::write(&codes, cols, &contexts)?;
+    let gain = matrix.gain(&codes, &scales);
+    let stretched = scales.iter().filter(|&&scale| scale != step).count();
+    let scales: Vec<f32> = scales.iter().map(|&scale| (f64::from(scale) * gain) as f32).collect();
     let (squared_error, weighted_error) = matrix.errors(&codes, &scales);
     let scales_stream = coding::encode_scales(&scales);
-    Ok(Quantized { codes, scales, stream, scales_stream, squared_error, weighted_error, step, choice })
+    Ok(Quantized { codes, scales, stretched, stream, scales_stream, squared_error, weighted_error, step, choice })
 }

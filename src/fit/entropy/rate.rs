@@ -2,6 +2,7 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "a step is a single, and exponents are small")]
 
+use super::viterbi::LANES;
 use super::{Choice, Matrix, Quantized, step_of};
 use crate::coding::Trellis;
 use crate::coding::context::log2;
@@ -47,7 +48,7 @@ pub fn quantize(
     let matrix = Matrix::new(weights, rows, cols, importance);
     let chosen = aim(&matrix, target_bits, Choice::of(Trellis::new(LOG_STATES)))?;
     // Levels without a trellis reach twice as far at equal bits: that can pay where rows needed steps of their own.
-    if chosen.scales.iter().any(|&scale| scale != chosen.step) {
+    if chosen.stretched > 0 {
         let plain = aim(&matrix, target_bits, Choice::of(None))?;
         if plain.weighted_error < chosen.weighted_error {
             return Ok(plain);
@@ -74,6 +75,9 @@ pub fn quantize_with(
     aim(&Matrix::new(weights, rows, cols, importance), target_bits, choice)
 }
 
+/// Of a matrix with more weights, a sample of about half as many says where the search starts.
+const LARGE: usize = 1 << 21;
+
 fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
     let power: f64 = matrix.weights.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
     let deviation = (power / matrix.weights.len().max(1) as f64).sqrt();
@@ -82,20 +86,47 @@ fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
     }
     // A Gaussian has log2(deviation / step) + 2.05 bits.
     let states = if choice.trellis.is_some() { 1.0 } else { 0.0 };
-    let mut exponent = log2(deviation) + 2.05 - states - target;
+    let mut start = log2(deviation) + 2.05 - states - target;
+    let chunk = LANES * matrix.cols;
+    let every = (2 * matrix.weights.len() / LARGE).min(matrix.weights.len() / chunk);
+    if matrix.weights.len() > LARGE && every > 1 {
+        let weights: Vec<f32> = matrix.weights.chunks_exact(chunk).step_by(every).flatten().copied().collect();
+        if weights.iter().any(|&w| w != 0.0) {
+            let rows = weights.len() / matrix.cols;
+            let sample = Matrix { weights: &weights, rows, cols: matrix.cols, importance: matrix.importance.clone() };
+            if let Some((_, exponent)) = meet(&sample, target, choice, start)? {
+                start = exponent;
+            }
+        }
+    }
+    match meet(matrix, target, choice, start)? {
+        Some((met, _)) => Ok(met),
+        None => Err(Error::invalid(format!("no step gives {target} bits per weight; ask for more"))),
+    }
+}
+
+/// Tries steps from `2^exponent` on; gives the best one that keeps the rate, and its exponent.
+fn meet(matrix: &Matrix<'_>, target: f64, choice: Choice, mut exponent: f64) -> Result<Option<(Quantized, f64)>> {
     // Exponents and bits of the nearest steps tried on both sides.
     let mut low: Option<(f64, f64)> = None;
     let mut high: Option<(f64, f64)> = None;
-    let mut best: Option<Quantized> = None;
+    let mut best: Option<(Quantized, f64)> = None;
     for _ in 0..TRIES {
-        let step = (exp2(exponent) as f32).max(f32::MIN_POSITIVE);
+        let step = (exp2(exponent) as f32).clamp(f32::MIN_POSITIVE, f32::MAX / 128.0);
         let tried = step_of(matrix, step, choice)?;
         let bits = tried.bits_per_weight();
         if bits <= target {
+            // Where rows have steps of their own already, a smaller common one no longer gives more bits.
+            if let (None, Some((before, had))) = (low, high)
+                && bits - had < 0.01 * (before - exponent)
+            {
+                break;
+            }
             high = Some((exponent, bits));
-            let close = bits >= target * (1.0 - CLOSE);
-            best = Some(tried);
-            if close {
+            if best.as_ref().is_none_or(|(best, _)| tried.weighted_error <= best.weighted_error) {
+                best = Some((tried, exponent));
+            }
+            if bits >= target * (1.0 - CLOSE) {
                 break;
             }
         } else {
@@ -110,5 +141,5 @@ fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
             _ => exponent + (bits - aim),
         };
     }
-    best.ok_or_else(|| Error::invalid(format!("no step gives {target} bits per weight; ask for more")))
+    Ok(best)
 }
