@@ -272,7 +272,7 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     let raw = Entry::raw("a", DType::U8, &[5], &[1, 2, 3, 4, 5]);
     let weights: Vec<f32> = [0.5, -0.25, 0.125, 1.0].repeat(6);
     let encoded = Entry::encoded("b", &[8, 3], true, codecs::get(codecs::INT8_ROW).unwrap(), &weights);
-    let codes: Vec<u8> = (0..40 * 30).map(|i: u16| [126, 127, 128, 129][usize::from(i * i % 4)]).collect();
+    let codes: Vec<u8> = (0..40 * 30_usize).map(|i| [126, 127, 128, 129][i * i % 7 % 4]).collect();
     let coded = Entry::coded("c", [40, 30], &codes, 0.5);
     let mut artifact = Artifact::new(vec![raw, encoded, coded]);
     artifact.metadata.push(("format".to_owned(), "pt".to_owned()));
