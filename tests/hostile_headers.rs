@@ -138,7 +138,7 @@ fn codings(cases: &mut Cases) {
         a.tensors[0].planes[0].bytes.resize(2560, 0);
     });
     case("a short stream of a plane without end", Corrupt, "expected more", &|a| a.tensors[0].shape = vec![1 << 30; 2]);
-    case("a plane beyond 63 bits", Corrupt, "too large", &|a| a.tensors[0].shape = vec![1 << 40; 2]);
+    case("a plane beyond 63 bits", Corrupt, "larger than 2^63 bytes", &|a| a.tensors[0].shape = vec![1 << 40; 2]);
     case("a rate of no bits", Corrupt, "0 bits per weight, expected 0.1 to 8", &|a| a.tensors[0].rate = Some(0));
     case("a rate beyond what codes take", Corrupt, "8.001 bits per weight", &|a| a.tensors[0].rate = Some(8001));
     case("a rate of a codec with a size of its own", Corrupt, "which codec raw_v1 does not take", &|a| {
@@ -168,7 +168,7 @@ fn a_stream_that_does_not_hold_its_plane_is_damage() {
     damaged("bytes", &|e| e.planes[0].bytes.push(0));
     damaged("bytes", &|e| e.planes[1].bytes.push(0));
     damaged("stream of 5 bytes", &|e| e.planes[0].bytes.truncate(5));
-    damaged("stream", &|e| e.shape = vec![40, 64]);
+    damaged("words", &|e| e.shape = vec![40, 64]);
     damaged("a value is inf", &|e| e.planes[1].bytes[1..].copy_from_slice(&f32::INFINITY.to_le_bytes()));
     damaged("stream", &|e| e.shape = vec![1 << 10, 1 << 12]);
 }

@@ -154,7 +154,8 @@ fn a_variant_is_compressed_at_the_rates_of_its_base() {
 fn a_matrix_too_small_for_its_rate_is_stored_otherwise_and_says_so() {
     let folder = Folder::new();
     let input = folder.checkpoint("model.safetensors", &[Tensor::random("model.layers.0.self_attn.q_proj.weight", DType::F32, &[8, 8], 1)]);
-    let report = pack(&input, &folder.path("a.tenpak"), &at("3")).unwrap();
+    let options = Options { recipe: at("3").recipe.all(true), ..at("3") };
+    let report = pack(&input, &folder.path("a.tenpak"), &options).unwrap();
     assert_eq!((report.tensors[0].codec.id, report.tensors[0].changed_codec), ("int8_sym_v1", true));
     assert!(report.tensors[0].reason.contains("no step gives 3 bits"), "{}", report.tensors[0].reason);
 }

@@ -348,8 +348,9 @@ impl EntryJson {
                 entry.set_coding(index, Coding::get(id)?, plane.bytes)?;
             }
         }
-        let name = entry.info.name().to_owned();
-        let wanted: Vec<_> = entry.planes.iter().map(|p| (p.plane.name(), p.bytes)).collect();
+        let Entry { info, planes, .. } = &mut entry;
+        let name = info.name();
+        let wanted: Vec<_> = planes.iter().map(|p| (p.plane.name(), p.bytes)).collect();
         let found: Vec<_> = self.planes.iter().map(|p| (p.plane.as_str(), p.bytes)).collect();
         if found != wanted {
             return Err(Error::invalid(format!(
@@ -357,7 +358,7 @@ impl EntryJson {
                 codec.id
             )));
         }
-        for (json, place) in self.planes.into_iter().zip(&mut entry.planes) {
+        for (json, place) in self.planes.into_iter().zip(planes) {
             place.crc32c = from_hex(&json.crc32c, place.bytes).ok_or_else(|| {
                 Error::invalid(format!(
                     "plane {} of tensor '{name}' has {} digits of checksums, expected {} hex digits",
