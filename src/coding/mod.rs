@@ -21,6 +21,7 @@ mod range;
 mod scales;
 pub(crate) mod table;
 mod trellis;
+#[cfg(target_arch = "x86_64")]
 mod vector;
 
 use std::ops::Range;

@@ -62,14 +62,29 @@ pub(crate) fn power(exponent: i32) -> f64 {
     value
 }
 
+/// `(2 i - 1) / (2 i)`, from i = 1 on.
+const ODD_OVER_EVEN: [f64; 63] = {
+    let mut quotients = [0.0; 63];
+    let mut i = 0;
+    while i < quotients.len() {
+        quotients[i] = (2 * i + 1) as f64 / (2 * i + 2) as f64;
+        i += 1;
+    }
+    quotients
+};
+
 /// The probability below `x >= 0` minus one half, for Student's t of even `nu`.
 pub(crate) fn half_mass(nu: u32, x: f64) -> f64 {
     let square = x * x;
     let n = f64::from(nu);
     let ratio = n / (n + square);
     let (mut term, mut sum) = (1.0, 1.0);
-    for i in 1..nu / 2 {
-        term *= ratio * (f64::from(2 * i - 1) / f64::from(2 * i));
+    for quotient in &ODD_OVER_EVEN[..(nu / 2 - 1) as usize] {
+        term *= ratio * quotient;
+        // Terms fall, so none of those behind one that changes nothing would.
+        if sum + term == sum {
+            break;
+        }
         sum += term;
     }
     0.5 * (x / (n + square).sqrt()) * sum

@@ -59,6 +59,7 @@ impl Trellis {
     }
 
     /// The two constants that a vector of machines needs: see [`Trellis::next`].
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn taps(self) -> (u8, u8) {
         (self.odd, self.second)
     }

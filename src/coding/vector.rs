@@ -148,22 +148,17 @@ fn show(tile: &[[u32; TILE / STRIDE]; LANES], cols: usize, from: usize, to: usiz
 
 /// Decodes 32 rows as far as vectors can; says at which column.
 pub(super) fn decode_set(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut [u8]) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was detected on the line above.
-            return unsafe { x86::avx512(rows, progress, out) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was detected on the line above.
-            return unsafe { x86::avx2(rows, progress, out) };
-        }
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature was detected on the line above.
+        return unsafe { x86::avx512(rows, progress, out) };
     }
-    let _ = (rows, progress, out);
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the feature was detected on the line above.
+        return unsafe { x86::avx2(rows, progress, out) };
+    }
     0
 }
 
-#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
@@ -362,16 +357,13 @@ mod tests {
     /// The vectors of this machine.
     fn available() -> Vec<Decode> {
         let mut found: Vec<Decode> = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: the feature was detected on the line above.
-                found.push(|rows, progress, out| unsafe { x86::avx2(rows, progress, out) });
-            }
-            if is_x86_feature_detected!("avx512f") {
-                // SAFETY: the feature was detected on the line above.
-                found.push(|rows, progress, out| unsafe { x86::avx512(rows, progress, out) });
-            }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the feature was detected on the line above.
+            found.push(|rows, progress, out| unsafe { x86::avx2(rows, progress, out) });
+        }
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the feature was detected on the line above.
+            found.push(|rows, progress, out| unsafe { x86::avx512(rows, progress, out) });
         }
         found
     }

@@ -9,7 +9,7 @@ use crate::coding::context::log2;
 use crate::error::{Error, Result};
 
 /// A search that meets the rate this closely from below ends.
-const CLOSE: f64 = 0.0025;
+const CLOSE: f64 = 0.0015;
 /// The most steps that a search tries.
 const TRIES: usize = 10;
 /// Logarithm of the number of states.

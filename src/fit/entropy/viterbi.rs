@@ -5,7 +5,10 @@
 //! row would, in single precision without contraction, so the choice is the same on every machine.
 
 #![expect(clippy::cast_possible_truncation, reason = "levels and states fit a byte, targets are clamped first")]
-#![expect(unsafe_code, reason = "functions that enable an instruction set are unsafe to call without it")]
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "functions that enable an instruction set are unsafe to call without it")
+)]
 
 use crate::coding::Trellis;
 
