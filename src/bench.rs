@@ -2,15 +2,18 @@
 //!
 //! Only the tensors that a default recipe would give the codec are measured: the linear weights, so that embeddings and
 //! norms do not blur what a codec costs. A tensor goes by in blocks, each read and widened once and then encoded and
-//! decoded by every codec; only encoding and decoding are timed.
+//! decoded by every codec; only encoding and decoding are timed. A codec whose size is open is measured at its usual rate,
+//! with the bytes that it takes on disk.
 
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
 use crate::codec::Codec;
+use crate::coding;
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
 use crate::error::{Error, Result};
+use crate::fit::{Fit, Rate, entropy};
 use crate::measure::Distance;
 use crate::recipe::{Reason, Recipe};
 use crate::source::Source;
@@ -23,7 +26,7 @@ pub struct Row {
     pub codec: &'static Codec,
     /// Tensors that were measured.
     pub tensors: usize,
-    /// Linear weights that were left out, because their rows are shorter than the group.
+    /// Linear weights that were left out, because their rows are shorter than the group or they are too small for a rate.
     pub left_out: Vec<String>,
     /// Weights that were measured.
     pub weights: u64,
@@ -94,14 +97,21 @@ fn measure(source: &Source, index: usize, counting: &[usize], rows: &mut [Row]) 
     let dtype = tensor.info().dtype();
     let width = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
     let block = (BLOCK_BYTES / 4 / cols.max(1)).max(1);
+    let any_rate = |i: &usize| rows[*i].codec.fit == Fit::Rate;
+    let (rated, counting): (Vec<usize>, Vec<usize>) = counting.iter().partition(|i| any_rate(i));
+    // What one weight costs depends on all the others, so that there is only one block for these.
+    let mut whole = Vec::new();
     let mut first = 0;
     while first < height {
         let count = usize::try_from(block.min(height - first)).expect("a block fits memory");
         let bytes = source.read_rows(index, first, count as u64)?;
         let mut weights = vec![0.0; count * width];
         to_f32(dtype, &bytes, &mut weights);
+        if !rated.is_empty() {
+            whole.extend_from_slice(&weights);
+        }
         let mut decoded = vec![0.0; weights.len()];
-        for &i in counting {
+        for &i in &counting {
             let start = Instant::now();
             let encoded = rows[i].codec.encode(&weights, count, width).map_err(|e| match e {
                 Error::Nonfinite { index, count, .. } => {
@@ -113,20 +123,59 @@ fn measure(source: &Source, index: usize, counting: &[usize], rows: &mut [Row]) 
             let middle = Instant::now();
             encoded.decode_into(&mut decoded);
             let end = Instant::now();
-            let row = &mut rows[i];
-            row.encode += middle - start;
-            row.decode += end - middle;
-            row.bytes += encoded.planes().map(|(_, plane)| plane.len() as u64).sum::<u64>();
-            let part = 1 << 16;
-            let parts: Vec<_> =
-                weights.par_chunks(part).zip(decoded.par_chunks(part)).map(|(w, d)| Distance::between(w, d)).collect();
-            parts.iter().for_each(|d| row.distance.merge(d));
+            let bytes = encoded.planes().map(|(_, plane)| plane.len() as u64).sum();
+            rows[i].take(bytes, [middle - start, end - middle], &weights, &decoded);
         }
         first += count as u64;
     }
-    for &i in counting {
-        rows[i].tensors += 1;
-        rows[i].weights += tensor.info().elements();
+    for &i in &rated {
+        let height = whole.len() / width.max(1);
+        if let Some((at, _)) = whole.iter().enumerate().find(|(_, w)| !w.is_finite()) {
+            let count = whole.iter().filter(|w| !w.is_finite()).count() as u64;
+            return Err(Error::Nonfinite { tensor: tensor.info().name().to_owned(), index: at as u64, count });
+        }
+        let start = Instant::now();
+        let quantized = match entropy::quantize(&whole, height, width, Rate::DEFAULT.bits(), None) {
+            Err(Error::Invalid(_)) => {
+                rows[i].left_out.push(tensor.info().name().to_owned());
+                continue;
+            }
+            quantized => quantized?,
+        };
+        let middle = Instant::now();
+        let mut codes = vec![0; whole.len()];
+        coding::Stream::open(&quantized.stream, height, width)?.decode_all(&mut codes)?;
+        let scales = quantized.scales.par_iter().zip(codes.par_chunks(width.max(1)));
+        let decode = |(&scale, codes): (&f32, &[u8])| -> Vec<f32> {
+            codes.iter().map(|&code| f32::from(i16::from(code) - 128) * scale).collect()
+        };
+        let decoded: Vec<f32> = scales.map(decode).flatten_iter().collect();
+        let end = Instant::now();
+        let bytes = quantized.stream.len() + quantized.scales_stream.len();
+        rows[i].take(bytes as u64, [middle - start, end - middle], &whole, &decoded);
+        rows[i].count(tensor.info().elements());
+    }
+    for &i in &counting {
+        rows[i].count(tensor.info().elements());
     }
     Ok(())
+}
+
+impl Row {
+    /// Adds a run of weights and what became of them.
+    fn take(&mut self, bytes: u64, [encode, decode]: [Duration; 2], weights: &[f32], decoded: &[f32]) {
+        self.encode += encode;
+        self.decode += decode;
+        self.bytes += bytes;
+        let part = 1 << 16;
+        let parts: Vec<_> =
+            weights.par_chunks(part).zip(decoded.par_chunks(part)).map(|(w, d)| Distance::between(w, d)).collect();
+        parts.iter().for_each(|d| self.distance.merge(d));
+    }
+
+    /// Adds a tensor of so many weights.
+    fn count(&mut self, weights: u64) {
+        self.tensors += 1;
+        self.weights += weights;
+    }
 }

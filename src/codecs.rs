@@ -6,7 +6,7 @@
 
 use crate::codec::Codec;
 use crate::error::{Error, Result};
-use crate::fit::Fit::{self, AbsMax, MinMax, Search, ZeroPoint as MinMaxZero};
+use crate::fit::Fit::{self, AbsMax, MinMax, Rate, Search, ZeroPoint as MinMaxZero};
 use crate::layout::Float::{F16, F32};
 use crate::layout::Levels::{Signed, Table, Unsigned, ZeroPoint};
 use crate::layout::{Grouped, Layout, NF4, ROW};
@@ -44,6 +44,7 @@ codecs! {
     int8_sym_g32_fp16_v1:    { 8, Signed,        32,    F16, None,      AbsMax },
     int8_sym_g128_fp16_v1:   { 8, Signed,       128,    F16, None,      AbsMax },
     nf4_g64_fp16_v1:         { 4, Table(&NF4),   64,    F16, None,      AbsMax },
+    ecu_v1:                  { 8, Signed,       ROW,    F32, None,      Rate },
 }
 
 /// The id of the codec of linear weights where none is asked for: 5 bits a weight, no calibration, any kernel.
@@ -52,6 +53,8 @@ pub const DEFAULT: &str = "int4_g32_fp16_v1";
 pub const RAW: &str = "raw_v1";
 /// The id of the codec for embeddings, heads and rows shorter than a group.
 pub const INT8_ROW: &str = "int8_sym_v1";
+/// The id of the codec of which any size on disk can be asked.
+pub const ANY_RATE: &str = "ecu_v1";
 
 /// Every codec, in the order of the documentation.
 #[must_use]

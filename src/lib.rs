@@ -15,6 +15,7 @@ pub mod bench;
 pub mod cli;
 pub mod codec;
 pub mod codecs;
+pub mod coding;
 pub mod compress;
 mod error;
 pub mod export;

@@ -11,7 +11,7 @@ use crate::artifact::{ArtifactFile, Entry};
 use crate::codec::Codec;
 use crate::compress::{Report, TensorReport};
 use crate::export::{Exported, To};
-use crate::fit::Method;
+use crate::fit::{Fit, Method, Rate};
 use crate::layout::{Float, Grouped, Layout, Levels};
 use crate::measure::Distance;
 use crate::source::Source;
@@ -76,6 +76,10 @@ pub struct Tensor {
     pub source_bytes: u64,
     pub stored_bytes: u64,
     pub bits_per_weight: f64,
+    pub memory_bytes: u64,
+    pub memory_bits_per_weight: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_bits: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<Loss>,
     #[serde(skip_serializing_if = "is_zero")]
@@ -98,6 +102,9 @@ impl From<&TensorReport> for Tensor {
             source_bytes: t.source_bytes,
             stored_bytes: t.stored_bytes,
             bits_per_weight: Sizes::new(t.elements(), t.stored_bytes).bits_per_weight,
+            memory_bytes: t.memory_bytes,
+            memory_bits_per_weight: Sizes::new(t.elements(), t.memory_bytes).bits_per_weight,
+            target_bits: t.rate.map(Rate::bits),
             loss: t.distance.as_ref().map(Loss::from),
             repaired: t.repaired,
         }
@@ -116,6 +123,9 @@ impl From<&Entry> for Tensor {
             source_bytes: entry.info().bytes(),
             stored_bytes: entry.stored_bytes(),
             bits_per_weight: entry.bits_per_weight(),
+            memory_bytes: entry.memory_bytes(),
+            memory_bits_per_weight: Sizes::new(entry.info().elements(), entry.memory_bytes()).bits_per_weight,
+            target_bits: entry.rate().map(Rate::bits),
             loss: None,
             repaired: 0,
         }
@@ -133,6 +143,7 @@ pub struct Compress {
     pub file_bytes: u64,
     pub source_bytes: u64,
     pub total: Sizes,
+    pub memory: Sizes,
     pub attached: Vec<Attached>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<File>,
@@ -173,6 +184,7 @@ impl Compress {
             file_bytes: report.file_bytes,
             source_bytes: source.files().iter().map(|f| f.file().len()).sum(),
             total: Sizes::new(elements, report.weight_bytes),
+            memory: Sizes::new(elements, report.tensors.iter().map(|t| t.memory_bytes).sum()),
             attached: report
                 .attached
                 .iter()
@@ -188,12 +200,22 @@ impl Compress {
     }
 }
 
+/// From which share on a tensor that is larger or smaller than asked for is told of.
+const OFF: f64 = 0.02;
+
 /// What a reader must know: codecs that were changed, weights that were repaired, input that was not used.
 fn notes(report: &Report, source: &Source) -> Vec<String> {
     let mut notes = Vec::new();
     for t in &report.tensors {
         if t.changed_codec {
             notes.push(format!("{} is stored in {}: {}", t.name, t.codec.id, t.reason));
+        }
+        if let Some(rate) = t.rate
+            && t.distance.is_some()
+            && (t.stored_bytes as f64 / rate.bytes(t.elements()).max(1) as f64 - 1.0).abs() > OFF
+        {
+            let bits = Sizes::new(t.elements(), t.stored_bytes).bits_per_weight;
+            notes.push(format!("{} takes {bits:.3} bits per weight instead of {rate}", t.name));
         }
         if t.repaired > 0 {
             notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
@@ -210,6 +232,11 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
             let method = if t.method == Method::Codec { "its codec's fit" } else { t.method.name() };
             notes.push(format!("{} is fitted by {method}: {reason}", t.name));
         }
+    }
+    if report.identity.is_none() && report.tensors.iter().any(|t| t.rate.is_some()) {
+        notes.push(
+            "sizes of coded tensors are those asked for; what they come to is known when they are encoded".to_owned(),
+        );
     }
     let stats = source.activation_stats().len();
     if stats > 0 && report.tensors.iter().all(|t| t.method != Method::Weighted) {
@@ -408,6 +435,7 @@ pub struct CodecRow {
     pub offset: Option<&'static str>,
     pub fit: &'static str,
     pub bits_per_weight: Option<f64>,
+    pub memory_bits_per_weight: Option<f64>,
 }
 
 impl Codecs {
@@ -447,7 +475,8 @@ impl From<&Codec> for CodecRow {
             scale: grouped.map(|g| name(g.scale())),
             offset: grouped.and_then(|g| g.offset()).map(name),
             fit: codec.fit.name(),
-            bits_per_weight: codec.layout.bits_per_weight(),
+            bits_per_weight: codec.layout.bits_per_weight().filter(|_| codec.fit != Fit::Rate),
+            memory_bits_per_weight: codec.layout.bits_per_weight(),
         }
     }
 }

@@ -54,6 +54,8 @@ fn small_artifacts() -> Vec<(String, Vec<u8>)> {
         };
         all.push((codec.id.to_owned(), Artifact::new(vec![entry]).bytes()));
     }
+    let codes: Vec<u8> = (0..60 * 21_usize).map(|i| [126, 127, 128, 129][i * i % 7 % 4]).collect();
+    all.push(("coded".to_owned(), Artifact::new(vec![Entry::coded("w", [60, 21], &codes, 0.5)]).bytes()));
     assert!(all.iter().all(|(_, bytes)| bytes.len() <= 4096));
     all
 }

@@ -80,8 +80,9 @@ fn preambles(cases: &mut Cases) {
     cases.file("version 0", Unsupported, "version 0 is not known, this build reads version 1", |f| f.version = 0);
     cases.file("version 2", Unsupported, "version 2 is not known, this build reads version 1", |f| f.version = 2);
     cases.file("highest version", Unsupported, "version 4294967295", |f| f.version = u32::MAX);
-    cases.file("unknown flag", Unsupported, "features 0x2, this build knows 0x1", |f| f.flags = 2);
-    cases.file("every flag", Unsupported, "features 0xfffffffe", |f| f.flags = u32::MAX);
+    cases.file("unknown flag", Unsupported, "features 0x4, this build knows 0x3", |f| f.flags = 4);
+    cases.file("every flag", Unsupported, "features 0xfffffffc", |f| f.flags = u32::MAX);
+    cases.file("flag of coded planes without one", Corrupt, "coded planes and the planes contradict", |f| f.flags = 2);
     cases.file("first reserved byte", Corrupt, "reserved bytes", |f| f.reserved[0] = 1);
     cases.file("last reserved byte", Corrupt, "reserved bytes", |f| f.reserved[23] = 1);
     cases.file("file length too small", Corrupt, "trailing data", |f| f.file_bytes = Some(64));
@@ -105,6 +106,73 @@ fn preambles(cases: &mut Cases) {
     let mut file = section.file();
     file.flags = 0;
     cases.add("delta section without the flag", file.bytes(), Corrupt, "contradict");
+}
+
+/// A matrix whose planes are both coded.
+fn coded_sample() -> Artifact {
+    let codes: Vec<u8> = (0..64 * 40_usize).map(|i| [126, 127, 128, 129][i * i % 7 % 4]).collect();
+    Artifact::new(vec![Entry::coded("c", [64, 40], &codes, 0.5)])
+}
+
+fn codings(cases: &mut Cases) {
+    use Outcome::{Corrupt, Unsupported};
+    let mut case = |name, kind: fn(String) -> Outcome, says: &str, change: &dyn Fn(&mut Artifact)| {
+        let mut artifact = coded_sample();
+        change(&mut artifact);
+        cases.add(name, artifact.bytes(), kind, says);
+    };
+    case("unknown coding", Unsupported, "unknown coding 'zip'", &|a| {
+        a.tensors[0].planes[0].coding = Some("zip".into())
+    });
+    case("coding of another plane", Corrupt, "coding scales_v1, which a plane of ecu_v1 does not take", &|a| {
+        a.tensors[0].planes[0].coding = Some("scales_v1".into());
+    });
+    case("coding of a codec that has none", Corrupt, "which a plane of int4_g8_v1 does not take", &|a| {
+        a.tensors[0].codec = "int4_g8_v1".into();
+        a.tensors[0].rate = None;
+    });
+    case("coding of a raw tensor", Corrupt, "which a plane of raw_v1 does not take", &|a| {
+        let mut raw = Entry::raw("r", DType::U8, &[9], &[1; 9]);
+        raw.planes[0].coding = Some("rows_v1".into());
+        a.tensors[0] = raw;
+    });
+    case("a stream as long as its plane", Corrupt, "2560 coded bytes of a plane of 2560, expected fewer", &|a| {
+        a.tensors[0].planes[0].bytes.resize(2560, 0);
+    });
+    case("a short stream of a plane without end", Corrupt, "expected more", &|a| a.tensors[0].shape = vec![1 << 30; 2]);
+    case("a plane beyond 63 bits", Corrupt, "larger than 2^63 bytes", &|a| a.tensors[0].shape = vec![1 << 40; 2]);
+    case("a rate of no bits", Corrupt, "0 bits per weight, expected 0.1 to 8", &|a| a.tensors[0].rate = Some(0));
+    case("a rate beyond what codes take", Corrupt, "8.001 bits per weight", &|a| a.tensors[0].rate = Some(8001));
+    case("a rate of a codec with a size of its own", Corrupt, "which codec raw_v1 does not take", &|a| {
+        let raw = Entry::raw("r", DType::U8, &[9], &[1; 9]);
+        a.tensors.push(Entry { rate: Some(4000), ..raw });
+    });
+    let mut file = coded_sample().file();
+    file.flags = 0;
+    cases.add("coded planes without the flag", file.bytes(), Corrupt, "contradict");
+}
+
+#[test]
+fn a_stream_that_does_not_hold_its_plane_is_damage() {
+    let probe = Probe::new();
+    assert_eq!(probe.read(&coded_sample().bytes()), Outcome::Sound);
+    let damaged = |says: &str, change: &dyn Fn(&mut Entry)| {
+        let mut artifact = coded_sample();
+        change(&mut artifact.tensors[0]);
+        match probe.read(&artifact.bytes()) {
+            Outcome::Corrupt(what) | Outcome::Damaged(what) => assert!(what.contains(says), "{what}"),
+            other => panic!("{says}: {other:?}"),
+        }
+    };
+    damaged("digest is", &|e| e.planes[0].blake3 = Some("0".repeat(64)));
+    damaged("digest is", &|e| e.planes[1].blake3 = Some("0".repeat(64)));
+    damaged("bytes", &|e| assert!(e.planes[0].bytes.pop().is_some()));
+    damaged("bytes", &|e| e.planes[0].bytes.push(0));
+    damaged("bytes", &|e| e.planes[1].bytes.push(0));
+    damaged("stream of 5 bytes", &|e| e.planes[0].bytes.truncate(5));
+    damaged("words", &|e| e.shape = vec![40, 64]);
+    damaged("a value is inf", &|e| e.planes[1].bytes[1..].copy_from_slice(&f32::INFINITY.to_le_bytes()));
+    damaged("stream", &|e| e.shape = vec![1 << 10, 1 << 12]);
 }
 
 fn names(cases: &mut Cases) {
@@ -352,6 +420,7 @@ fn every_broken_rule_has_its_error() {
     assert_eq!(Probe::new().read(&sample().bytes()), Outcome::Sound);
     let mut cases = Cases(Vec::new());
     preambles(&mut cases);
+    codings(&mut cases);
     names(&mut cases);
     shapes(&mut cases);
     planes(&mut cases);

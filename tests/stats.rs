@@ -28,9 +28,11 @@ fn statistics(cols: usize, seed: u64) -> Vec<Tensor> {
     let size = cols as u64;
     let x: Vec<Vec<f32>> = (0..3 * cols).map(|_| (0..cols).map(|_| random.weight() + 0.05).collect()).collect();
     let mean = |i: usize, j: usize| x.iter().map(|x| x[i] * x[j]).sum::<f32>() / x.len() as f32;
-    let moment: Vec<f32> = (0..cols * cols).map(|at| mean((at / cols).min(at % cols), (at / cols).max(at % cols))).collect();
+    let moment: Vec<f32> =
+        (0..cols * cols).map(|at| mean((at / cols).min(at % cols), (at / cols).max(at % cols))).collect();
     let mean_sq: Vec<f32> = (0..cols).map(|j| moment[j * cols + j]).collect();
-    let tokens = Tensor { name: "a.weight.tokens".into(), dtype: DType::I64, shape: vec![], bytes: 96_i64.to_le_bytes().into() };
+    let tokens =
+        Tensor { name: "a.weight.tokens".into(), dtype: DType::I64, shape: vec![], bytes: 96_i64.to_le_bytes().into() };
     vec![
         tokens,
         Tensor::of("a.weight.mean_sq", DType::F32, &[size], &mean_sq),
@@ -55,9 +57,9 @@ impl Bench {
     fn options(&self, stats: Option<&str>, fit: Option<Method>) -> tenpak::Result<Options> {
         let recipe = Recipe::new(codec("int4_g16_fp16_v1")).all(true);
         let recipe = fit.map_or(recipe.clone(), |fit| recipe.fit(fit));
-        let (path, how) = (stats.map(|name| self.folder.path(name)), source::Options::default());
-        let stats = path.as_deref().map(|path| (path, &how));
-        Options::new(recipe, Nonfinite::Error, true, stats, fit.is_some(), &open_source(&self.input))
+        let open = |name| Stats::open(&self.folder.path(name), &source::Options::default());
+        let stats = stats.map(open).transpose()?;
+        Options::new(recipe, Nonfinite::Error, true).with_stats(stats, fit.is_some(), &open_source(&self.input))
     }
 
     fn pack(&self, input: &Path, output: &str, options: &Options) -> tenpak::Result<Report> {
@@ -78,13 +80,17 @@ fn every_tensor_gets_the_best_fit_that_its_statistics_allow_and_the_report_names
     let (methods, notes) = bench.methods(Some("stats.safetensors"), None);
     assert_eq!(methods, [Method::Gptq, Method::Weighted, Method::Codec]);
     assert!(notes.iter().any(|n| n.starts_with("b.weight is fitted by weighted: no second moment in ")), "{notes:?}");
-    assert!(notes.iter().any(|n| n.starts_with("c.weight is fitted by its codec's fit: no statistics in ")), "{notes:?}");
+    assert!(
+        notes.iter().any(|n| n.starts_with("c.weight is fitted by its codec's fit: no statistics in ")),
+        "{notes:?}"
+    );
 
     let (methods, _) = bench.methods(Some("stats.safetensors"), Some(Method::Weighted));
     assert_eq!(methods, [Method::Weighted, Method::Weighted, Method::Codec]);
-    assert_eq!(bench.methods(None, Some(Method::Search)), (vec![Method::Search; 3], vec![
-        "3 tensors were fitted by 'search' instead of by their codec's fit".to_owned()
-    ]));
+    assert_eq!(
+        bench.methods(None, Some(Method::Search)),
+        (vec![Method::Search; 3], vec!["3 tensors were fitted by 'search' instead of by their codec's fit".to_owned()])
+    );
     assert_eq!(bench.methods(None, None), (vec![Method::Codec; 3], vec![]));
 }
 
@@ -113,7 +119,10 @@ fn the_artifact_says_which_statistics_made_it_and_is_the_same_at_any_number_of_t
     let provenance = artifact.header().provenance();
     let recipe = Recipe::from_toml(&provenance.recipe).unwrap();
     assert_eq!(recipe.method(), Method::Gptq);
-    assert_eq!(provenance.sources.iter().map(|s| &*s.name).collect::<Vec<_>>(), ["model.safetensors", "stats.safetensors"]);
+    assert_eq!(
+        provenance.sources.iter().map(|s| &*s.name).collect::<Vec<_>>(),
+        ["model.safetensors", "stats.safetensors"]
+    );
     let digest = blake3::hash(&fs::read(bench.folder.path("stats.safetensors")).unwrap());
     assert_eq!(provenance.sources[1].blake3.to_string(), digest.to_string());
 }
@@ -170,7 +179,8 @@ fn activation_stats_of_a_bundle_weigh_columns_where_that_is_asked_for() {
     let recipe = Recipe::new(codec("int4_g16_v1")).all(true);
     let pack = |method| {
         let source = open_source(&bundle);
-        let options = Options::new(recipe.clone().fit(method), Nonfinite::Error, true, None, true, &source).unwrap();
+        let options = Options::new(recipe.clone().fit(method), Nonfinite::Error, true);
+        let options = options.with_stats(None, true, &source).unwrap();
         let report = compress(&source, &bench.folder.path("out.tenpak"), &options, &mut |_| Ok(())).unwrap();
         let decoded = support::decode(&ArtifactFile::open(bench.folder.path("out.tenpak")).unwrap(), 0).unwrap();
         let lost = |j: usize| (0..4).map(|r| (weights[r * 16 + j] - decoded[r * 16 + j]).powi(2)).sum::<f32>();

@@ -16,7 +16,7 @@ from ._encoded import Encoded, decode, encode
 from ._errors import CorruptError, InvalidError, LimitError, NonfiniteError, TenpakError, UnsupportedError
 from ._huggingface import from_pretrained, watch
 from ._matmul import matmul
-from ._tenpak import DEFAULT_CODEC, Entry, __version__
+from ._tenpak import Entry, __version__
 
 __all__ = [
     "Artifact",
@@ -48,7 +48,9 @@ def compress(
     source: Path,
     output: Path | None = None,
     *,
-    codec: str = DEFAULT_CODEC,
+    codec: str | None = None,
+    target_bits: float | None = None,
+    target_size: int | None = None,
     recipe: str | None = None,
     roles: Mapping[str, str] | None = None,
     rules: Iterable[tuple[str, str]] | None = None,
@@ -67,6 +69,8 @@ def compress(
 ) -> Report:
     """Compress a checkpoint into an artifact, streaming: memory does not grow with the model.
 
+    Only a tensor in ``ecu_v1``, whose size is open, is in memory as a whole while it is quantized.
+
     Parameters
     ----------
     source
@@ -75,7 +79,12 @@ def compress(
         Artifact to write: one file where the name ends in ``.tenpak``, otherwise a Hugging Face directory. It appears
         whole or not at all. May be missing with ``dry_run``.
     codec
-        Id of the codec of linear weights (2-D, ``[out, in]``, groups along ``in``); see :func:`codecs`.
+        Id of the codec of linear weights (2-D, ``[out, in]``, groups along ``in``), see :func:`codecs`;
+        ``int4_g32_fp16_v1`` when not given, or ``ecu_v1`` where a size is asked for.
+    target_bits
+        Bits per weight on disk of the tensors in ``ecu_v1``, any number from 0.1 to 8. In memory they take 8.
+    target_size
+        Bytes of the whole output: the tensors in ``ecu_v1`` get what the rest leaves.
     recipe
         TOML text that says which codec for which tensor, instead of ``codec``.
     roles
@@ -123,6 +132,8 @@ def compress(
             os.fspath(source),
             None if output is None else os.fspath(output),
             codec,
+            target_bits,
+            target_size,
             recipe,
             list((roles or {}).items()),
             list(rules or ()),

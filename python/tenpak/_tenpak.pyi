@@ -34,6 +34,10 @@ class Entry:
     @property
     def stored_bytes(self) -> int: ...
     @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def coding(self) -> dict[str, str]: ...
+    @property
     def bits_per_weight(self) -> float: ...
 
 @final
@@ -83,7 +87,9 @@ def main(argv: list[str]) -> int: ...
 def compress(
     source: str,
     output: str | None,
-    codec: str,
+    codec: str | None,
+    target_bits: float | None,
+    target_size: int | None,
     recipe: str | None,
     roles: list[tuple[str, str]],
     rules: list[tuple[str, str]],

@@ -81,8 +81,13 @@ pub fn delta(
             format!("{path} was made with statistics (fit '{fit}'); pass the same file with --stats, or nothing agrees")
         }));
     }
-    let options = Options { recipe, nonfinite: provenance.nonfinite.parse()?, force, stats };
-    let planned = compress::plan(variant, &options)?;
+    let options = Options { recipe, nonfinite: provenance.nonfinite.parse()?, target_bytes: None, force, stats };
+    let mut planned = compress::plan(variant, &options)?;
+    // A tensor of the base keeps its rate, whatever decided it.
+    for tensor in planned.tensors.iter_mut().filter(|tensor| tensor.rate.is_some()) {
+        let of_base = base.header().find(&tensor.name).and_then(|i| base.tensors()[i].rate());
+        tensor.rate = of_base.or(tensor.rate);
+    }
     let mut writer = Writer::create(target, force)?;
     writer.output().preflight(planned.file_bytes)?;
     let total = planned.tensors.iter().map(|t| t.source_bytes).sum();

@@ -20,8 +20,9 @@ use serde::Deserialize;
 
 use super::attached::AttachedFile;
 use super::checksum::Checksums;
+use super::coded::{self, Coding};
 use super::config::{self, CONFIG};
-use super::entry::{ALIGN, CHUNK, Entry, align};
+use super::entry::{ALIGN, CHUNK, Entry, PlaneEntry, align};
 use super::header::{Header, Provenance};
 use super::map::ArtifactFile;
 use super::store::{Content, Directory, Place, Store};
@@ -59,7 +60,7 @@ pub(crate) fn stored(entries: &[Entry]) -> Result<Vec<Stored>> {
     let mut all = Vec::with_capacity(entries.len() * 2);
     for (tensor, entry) in entries.iter().enumerate() {
         for (plane, place) in entry.planes().iter().enumerate() {
-            let (info, width) = as_tensor(entry, place.plane)?;
+            let (info, width) = as_tensor(entry, place)?;
             all.push(Stored { info, tensor, plane, width });
         }
     }
@@ -81,7 +82,8 @@ pub(crate) fn stored(entries: &[Entry]) -> Result<Vec<Stored>> {
 }
 
 /// A plane of an entry as a tensor, and what its offset is a multiple of.
-fn as_tensor(entry: &Entry, plane: Plane) -> Result<(TensorInfo, u64)> {
+fn as_tensor(entry: &Entry, place: &PlaneEntry) -> Result<(TensorInfo, u64)> {
+    let plane = place.plane;
     let own = entry.info();
     let Layout::Grouped(layout) = &entry.codec().layout else { return Ok((own.clone(), own.dtype().size())) };
     let (rows, cols) = entry.matrix();
@@ -99,6 +101,9 @@ fn as_tensor(entry: &Entry, plane: Plane) -> Result<(TensorInfo, u64)> {
     let stride = entry.codec().layout.stride(plane, own.dtype(), cols) as u64;
     let base = own.name().strip_suffix(".weight").filter(|base| !base.is_empty()).unwrap_or(own.name());
     let name = format!("{base}.{}", plane.name());
+    if place.coding.is_some() {
+        return Ok((TensorInfo::new(name, DType::U8, vec![place.bytes])?, 1));
+    }
     Ok((TensorInfo::new(name, dtype, vec![rows, stride / dtype.size()])?, width))
 }
 
@@ -108,7 +113,11 @@ pub(crate) fn quantization_config(entries: &[Entry]) -> String {
         let [name, codec, dtype] = [e.info().name(), e.codec().id, e.info().dtype().name()].map(json);
         let shape = e.info().shape().iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
         let transposed = if e.transposed() { ", \"transposed\": true" } else { "" };
-        format!("\n      {name}: {{\"codec\": {codec}, \"dtype\": {dtype}, \"shape\": [{shape}]{transposed}}}")
+        let codings = e.planes().iter().filter_map(|p| p.coding.map(|c| (p.plane.name(), c.id())));
+        let codings =
+            codings.map(|(plane, id)| format!("{}: {}", json(plane), json(id))).collect::<Vec<_>>().join(", ");
+        let coding = if codings.is_empty() { String::new() } else { format!(", \"coding\": {{{codings}}}") };
+        format!("\n      {name}: {{\"codec\": {codec}, \"dtype\": {dtype}, \"shape\": [{shape}]{transposed}{coding}}}")
     });
     let tensors = tensors.collect::<Vec<_>>().join(",");
     let method = json(METHOD);
@@ -259,6 +268,9 @@ struct Tensor {
     shape: Vec<u64>,
     #[serde(default)]
     transposed: bool,
+    /// Planes and their codings.
+    #[serde(default)]
+    coding: BTreeMap<String, String>,
 }
 
 /// A directory without a header.
@@ -313,7 +325,23 @@ fn entries(quantized: BTreeMap<String, Tensor>, source: &Source, limits: &Limits
             Error::unsupported(format!("tensor '{name}' has the unknown dtype '{}'; upgrade tenpak", tensor.dtype))
         })?;
         let info = TensorInfo::within(limits, name, dtype, tensor.shape)?;
-        let entry = Entry::unplaced(info, codecs::get(&tensor.codec)?, tensor.transposed)?;
+        let mut entry = Entry::unplaced(info, codecs::get(&tensor.codec)?, tensor.transposed)?;
+        let names = stored(std::slice::from_ref(&entry))?;
+        for (plane, id) in &tensor.coding {
+            let coding = Coding::get(id)?;
+            let index = entry.planes().iter().position(|place| place.plane.name() == plane).ok_or_else(|| {
+                Error::invalid(format!(
+                    "tensor '{}' has a coding of '{}', which is no plane of {}",
+                    entry.info().name(),
+                    plane.escape_debug(),
+                    entry.codec().id
+                ))
+            })?;
+            // A plane that is not there is found, with its name, when planes are looked for.
+            if let Some(&found) = at.get(names[index].info.name()) {
+                entry.set_coding(index, coding, source.tensors()[found].info().bytes())?;
+            }
+        }
         let mut first = usize::MAX;
         for s in stored(std::slice::from_ref(&entry))? {
             // A plane that is not there is found, with its name, when planes are looked for.
@@ -350,6 +378,16 @@ fn measured(
             }
             (plane.crc32c, plane.blake3) = sums.finish();
             end = align(plane.offset + plane.bytes);
+        }
+        for (index, at) in places.iter().enumerate().take(entry.planes().len()) {
+            let place = &entry.planes()[index];
+            if place.coding.is_some() {
+                let file = source.files()[at.shard as usize].file();
+                let len =
+                    usize::try_from(place.bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
+                let digest = coded::digest(&entry, index, &file.read(at.offset, len)?, |_, _| Ok(()));
+                entry.planes_mut()[index].blake3 = digest.map_err(|e| e.in_file(file.path()))?;
+            }
         }
         all.push(entry);
     }

@@ -6,10 +6,12 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::checksum::{chunks, from_hex, to_hex};
+use super::coded::Coding;
 use super::identity::Identity;
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::fit::{Fit, Rate};
 use crate::layout::Plane;
 use crate::limits::Limits;
 use crate::tensor::{DType, TensorInfo};
@@ -24,13 +26,15 @@ pub const CHUNK: u64 = 4 << 20;
 pub struct PlaneEntry {
     /// Which one.
     pub plane: Plane,
+    /// How it lies in the file, where it is not stored as it is.
+    pub coding: Option<Coding>,
     /// Where it begins.
     pub offset: u64,
-    /// Its length.
+    /// Its length in the file.
     pub bytes: u64,
-    /// CRC32C of each chunk.
+    /// CRC32C of each chunk in the file.
     pub crc32c: Box<[u32]>,
-    /// BLAKE3-256 of all of it.
+    /// BLAKE3-256 of all of it, as it is in memory.
     pub blake3: Identity,
 }
 
@@ -40,6 +44,7 @@ pub struct Entry {
     info: TensorInfo,
     codec: &'static Codec,
     transposed: bool,
+    rate: Option<Rate>,
     planes: Box<[PlaneEntry]>,
 }
 
@@ -51,12 +56,13 @@ impl Entry {
     /// [`Error::Invalid`] when the codec cannot hold the tensor: a lossy codec and integers, a transposed tensor that
     /// is not a matrix, or sizes beyond 63 bits.
     pub(crate) fn unplaced(info: TensorInfo, codec: &'static Codec, transposed: bool) -> Result<Self> {
-        let mut entry = Self { info, codec, transposed, planes: Box::default() };
+        let mut entry = Self { info, codec, transposed, rate: None, planes: Box::default() };
         entry.planes = entry
             .plane_bytes()?
             .into_iter()
             .map(|(plane, bytes)| PlaneEntry {
                 plane,
+                coding: None,
                 offset: 0,
                 bytes,
                 crc32c: Box::default(),
@@ -66,6 +72,42 @@ impl Entry {
         Ok(entry)
     }
 
+    /// The same entry, at a rate that was asked for.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when its codec has a size of its own.
+    pub(crate) fn at_rate(mut self, rate: Option<Rate>) -> Result<Self> {
+        if let (Some(rate), true) = (rate, self.codec.fit != Fit::Rate) {
+            return Err(Error::invalid(format!(
+                "tensor '{}' at a rate of {rate} bits, which codec {} does not take",
+                self.info.name(),
+                self.codec.id
+            )));
+        }
+        self.rate = rate;
+        Ok(self)
+    }
+
+    /// Says that a plane lies in the file in a coding, as so many bytes.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the plane has no such coding, or a coded plane no such length.
+    pub(crate) fn set_coding(&mut self, plane: usize, coding: Coding, bytes: u64) -> Result<()> {
+        let (kind, plain) = self.plane_bytes()?[plane];
+        let wrong = if Coding::of(&self.codec.layout, kind) == Some(coding) {
+            coding.check(plain, bytes).err()
+        } else {
+            Some(format!("coding {}, which a plane of {} does not take", coding.id(), self.codec.id))
+        };
+        if let Some(wrong) = wrong {
+            let (kind, name) = (kind.name(), self.info.name());
+            return Err(Error::invalid(format!("plane {kind} of tensor '{name}' has {wrong}")));
+        }
+        (self.planes[plane].coding, self.planes[plane].bytes) = (Some(coding), bytes);
+        Ok(())
+    }
+
+    /// Bytes of every plane in memory.
     fn plane_bytes(&self) -> Result<Vec<(Plane, u64)>> {
         let name = self.info.name();
         if self.transposed && (self.info.shape().len() != 2 || self.codec.grouped().is_err()) {
@@ -115,16 +157,43 @@ impl Entry {
         &mut self.planes
     }
 
+    /// The bits per weight on disk that were asked for, where the codec leaves them open.
+    #[must_use]
+    pub fn rate(&self) -> Option<Rate> {
+        self.rate
+    }
+
+    /// Whether a plane is coded.
+    #[must_use]
+    pub fn is_coded(&self) -> bool {
+        self.planes.iter().any(|plane| plane.coding.is_some())
+    }
+
     /// Rows and columns of the stored matrix.
     #[must_use]
     pub fn matrix(&self) -> (u64, u64) {
         if let (true, &[rows, cols]) = (self.transposed, self.info.shape()) { (cols, rows) } else { self.info.matrix() }
     }
 
-    /// Bytes of all planes, padding not counted.
+    /// Bytes of all planes in the file, padding not counted.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         self.planes.iter().map(|p| p.bytes).sum()
+    }
+
+    /// Bytes of a plane in memory.
+    #[must_use]
+    pub fn plain_bytes(&self, plane: usize) -> u64 {
+        match self.planes[plane].coding {
+            Some(_) => self.plane_bytes().map_or(0, |planes| planes[plane].1),
+            None => self.planes[plane].bytes,
+        }
+    }
+
+    /// Bytes of all planes in memory.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        (0..self.planes.len()).map(|plane| self.plain_bytes(plane)).sum()
     }
 
     /// Average cost of a weight of this tensor, everything in its planes counted.
@@ -160,6 +229,8 @@ struct EntryJson {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     transposed: bool,
     codec: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rate: Option<u32>,
     #[serde(deserialize_with = "short")]
     planes: Vec<PlaneJson>,
 }
@@ -196,6 +267,8 @@ fn short<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Vec<T>,
 #[serde(deny_unknown_fields)]
 struct PlaneJson {
     plane: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    coding: Option<String>,
     offset: u64,
     bytes: u64,
     crc32c: String,
@@ -206,6 +279,7 @@ impl Serialize for Entry {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         let plane = |p: &PlaneEntry| PlaneJson {
             plane: p.plane.name().into(),
+            coding: p.coding.map(|coding| coding.id().into()),
             offset: p.offset,
             bytes: p.bytes,
             crc32c: to_hex(&p.crc32c),
@@ -217,6 +291,7 @@ impl Serialize for Entry {
             shape: self.info.shape().into(),
             transposed: self.transposed,
             codec: self.codec.id.into(),
+            rate: self.rate.map(Rate::thousandths),
             planes: self.planes.iter().map(plane).collect(),
         }
         .serialize(s)
@@ -266,10 +341,16 @@ impl EntryJson {
         // The caller's limits are applied by `HeaderIn::check`; here only what no limit may lift.
         let lifted = Limits { dims: u64::MAX, name_bytes: u64::MAX, ..Limits::DEFAULT };
         let info = TensorInfo::within(&lifted, self.name, dtype, self.shape)?;
-        let mut entry = Entry { info, codec, transposed: self.transposed, planes: Box::default() };
-        let expected = entry.plane_bytes()?;
-        let name = entry.info.name();
-        let wanted: Vec<_> = expected.iter().map(|(plane, bytes)| (plane.name(), *bytes)).collect();
+        let mut entry = Entry::unplaced(info, codec, self.transposed)?
+            .at_rate(self.rate.map(Rate::from_thousandths).transpose()?)?;
+        for (index, plane) in self.planes.iter().enumerate().take(entry.planes.len()) {
+            if let Some(id) = &plane.coding {
+                entry.set_coding(index, Coding::get(id)?, plane.bytes)?;
+            }
+        }
+        let Entry { info, planes, .. } = &mut entry;
+        let name = info.name();
+        let wanted: Vec<_> = planes.iter().map(|p| (p.plane.name(), p.bytes)).collect();
         let found: Vec<_> = self.planes.iter().map(|p| (p.plane.as_str(), p.bytes)).collect();
         if found != wanted {
             return Err(Error::invalid(format!(
@@ -277,19 +358,17 @@ impl EntryJson {
                 codec.id
             )));
         }
-        let place = |(json, (plane, bytes)): (PlaneJson, (Plane, u64))| {
-            let crc32c = from_hex(&json.crc32c, bytes).ok_or_else(|| {
+        for (json, place) in self.planes.into_iter().zip(planes) {
+            place.crc32c = from_hex(&json.crc32c, place.bytes).ok_or_else(|| {
                 Error::invalid(format!(
                     "plane {} of tensor '{name}' has {} digits of checksums, expected {} hex digits",
-                    plane.name(),
+                    json.plane,
                     json.crc32c.len(),
-                    chunks(bytes).saturating_mul(8)
+                    chunks(place.bytes).saturating_mul(8)
                 ))
             })?;
-            Ok(PlaneEntry { plane, bytes, offset: json.offset, crc32c, blake3: json.blake3 })
-        };
-        let planes = self.planes.into_iter().zip(expected).map(place).collect::<Result<_>>()?;
-        entry.planes = planes;
+            (place.offset, place.blake3) = (json.offset, json.blake3);
+        }
         Ok(entry)
     }
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::attached::{self, AttachedFile};
 use super::entry::{ALIGN, EntriesIn, Entry, align};
 use super::identity::{self, Identity};
-use super::preamble::{FLAG_DELTA, Preamble};
+use super::preamble::{FLAG_CODED, FLAG_DELTA, Preamble};
 use super::text::{Count, Text};
 use crate::compress::Nonfinite;
 use crate::error::{Error, Result};
@@ -202,6 +202,12 @@ impl Header {
         self.tensors.iter().map(Entry::stored_bytes).sum::<u64>() + self.attached_bytes()
     }
 
+    /// The flags of the preamble.
+    pub(super) fn flags(&self) -> u32 {
+        let coded = self.tensors.iter().any(Entry::is_coded);
+        (u32::from(self.delta.is_some()) * FLAG_DELTA) | (u32::from(coded) * FLAG_CODED)
+    }
+
     /// Writes the canonical JSON.
     pub(crate) fn print(&self, out: impl Write) -> io::Result<()> {
         serde_json::to_writer(out, &HeaderOut(self)).map_err(io::Error::from)
@@ -310,6 +316,10 @@ impl HeaderIn {
         let tensors = self.tensors.entries;
         if self.delta.is_some() != (flags & FLAG_DELTA != 0) {
             return Err(bad("the delta flag and the delta section contradict each other".into()));
+        }
+        // A header without a preamble has no flags.
+        if ends_planes && tensors.iter().any(Entry::is_coded) != (flags & FLAG_CODED != 0) {
+            return Err(bad("the flag of coded planes and the planes contradict each other".into()));
         }
         if let Some(delta) = &self.delta {
             delta.check_runs(tensors.len() as u64).map_err(|what| bad(format!("delta: {what}")))?;

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::attached::AttachedFile;
+use super::coded;
 use super::entry::{CHUNK, Entry};
 use super::header::Header;
 use super::identity::Identity;
@@ -118,12 +119,12 @@ impl ArtifactFile {
         })
     }
 
-    /// The bytes of a plane, checked.
+    /// The bytes of a plane as they are in memory, checked; a coded one is decoded.
     ///
     /// # Errors
     /// [`Error::Corrupt`] naming tensor, plane and chunk; [`Error::Io`].
     pub fn plane(&self, tensor: usize, plane: usize) -> Result<Block> {
-        let bytes = self.tensors()[tensor].planes()[plane].bytes;
+        let bytes = self.tensors()[tensor].plain_bytes(plane);
         self.range(tensor, plane, 0, bytes)
     }
 
@@ -162,8 +163,41 @@ impl ArtifactFile {
         &self.store
     }
 
-    /// Some bytes of a plane, checked.
+    /// Some bytes of a plane as they are in memory, checked. Of a coded one the blocks are decoded that hold them, each
+    /// time again.
     pub(crate) fn range(&self, tensor: usize, plane: usize, start: u64, bytes: u64) -> Result<Block> {
+        let entry = &self.tensors()[tensor];
+        let place = &entry.planes()[plane];
+        if place.coding.is_none() {
+            return self.stored(tensor, plane, start, bytes);
+        }
+        let stream = self.stored(tensor, plane, 0, place.bytes)?;
+        let part = coded::range(entry, plane, stream, start, bytes).map_err(|e| self.in_plane(tensor, plane, e))?;
+        match bad_content(entry, place.plane, start, &part) {
+            Some(what) => Err(self.in_plane(tensor, plane, Error::corrupt(0, what))),
+            None => Ok(Block::Owned(part)),
+        }
+    }
+
+    /// The digest of a coded plane as it is in memory.
+    pub(super) fn digest(&self, tensor: usize, plane: usize) -> Result<Identity> {
+        let entry = &self.tensors()[tensor];
+        let stream = self.stored(tensor, plane, 0, entry.planes()[plane].bytes)?;
+        coded::digest(entry, plane, &stream, |_, _| Ok(())).map_err(|e| self.in_plane(tensor, plane, e))
+    }
+
+    /// The error of a stream as one of the file.
+    fn in_plane(&self, tensor: usize, plane: usize, error: Error) -> Error {
+        let Error::Corrupt { at, what } = error else { return error };
+        let entry = &self.tensors()[tensor];
+        let (name, kind) = (entry.info().name(), entry.planes()[plane].plane.name());
+        let (file, offset) = self.store.plane(&self.header, tensor, plane);
+        let what = format!("tensor '{name}', plane {kind}: {what}; fetch or write the file again");
+        Error::corrupt(offset + at, what).in_file(file.path())
+    }
+
+    /// Some bytes of a plane as they are in the file, checked.
+    pub(crate) fn stored(&self, tensor: usize, plane: usize, start: u64, bytes: u64) -> Result<Block> {
         if bytes > 0 {
             for chunk in start / CHUNK..=(start + bytes - 1) / CHUNK {
                 self.check(tensor, plane, chunk)?;
@@ -192,7 +226,8 @@ impl ArtifactFile {
         let bytes = file.read(at, len)?;
         let (found, expected) = (crc32c::crc32c(&bytes), place.crc32c[index]);
         let wrong = if found == expected {
-            bad_content(entry, place.plane, start, &bytes)
+            // Of a coded plane that is seen when it is decoded.
+            if place.coding.is_some() { None } else { bad_content(entry, place.plane, start, &bytes) }
         } else {
             Some(format!("checksum is {found:08x}, expected {expected:08x}"))
         };

@@ -8,6 +8,7 @@
 
 pub mod attached;
 mod checksum;
+pub(crate) mod coded;
 pub(crate) mod config;
 pub mod delta;
 pub(crate) mod directory;
@@ -22,11 +23,12 @@ pub mod verify;
 pub mod writer;
 
 pub use attached::AttachedFile;
+pub use coded::Coding;
 pub use entry::{ALIGN, CHUNK, Entry, PlaneEntry};
 pub use header::{Header, Provenance, SourceFile};
 pub use identity::Identity;
 pub use map::ArtifactFile;
-pub use preamble::{FLAG_DELTA, MAGIC, VERSION};
+pub use preamble::{FLAG_CODED, FLAG_DELTA, MAGIC, VERSION};
 pub use writer::Writer;
 
 /// The header of the directory form, as a file of its own.

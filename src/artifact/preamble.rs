@@ -12,6 +12,10 @@ pub const MAGIC: [u8; 8] = *b"\x89TNPK\r\n\x1a";
 pub const VERSION: u32 = 1;
 /// Flag bit of a delta.
 pub const FLAG_DELTA: u32 = 1;
+/// Flag bit of an artifact that has coded planes.
+pub const FLAG_CODED: u32 = 2;
+/// The flags that this build knows.
+const FLAGS: u32 = FLAG_DELTA | FLAG_CODED;
 
 /// The first 64 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,10 +63,10 @@ impl Preamble {
             )));
         }
         let flags = u32_at(12);
-        if flags & !FLAG_DELTA != 0 {
+        if flags & !FLAGS != 0 {
             return Err(Error::unsupported(format!(
-                "the artifact needs features {:#x}, this build knows {FLAG_DELTA:#x}; upgrade tenpak",
-                flags & !FLAG_DELTA
+                "the artifact needs features {:#x}, this build knows {FLAGS:#x}; upgrade tenpak",
+                flags & !FLAGS
             )));
         }
         if bytes[36..60] != [0; 24] {

@@ -10,14 +10,17 @@ use std::path::Path;
 
 use super::attached::AttachedFile;
 use super::checksum::{Checksums, chunks};
+use super::coded::{self, Coding};
 use super::entry::{ALIGN, CHUNK, Entry, align};
 use super::header::{Delta, Header, MOST_BYTES, Provenance};
+use super::identity::Identity;
 use super::map::{ArtifactFile, decode_rows};
-use super::preamble::{FLAG_DELTA, Preamble};
+use super::preamble::Preamble;
 use super::store::Store;
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
+use crate::fit::Rate;
 use crate::limits::Limits;
 use crate::output::OutputFile;
 use crate::tensor::TensorInfo;
@@ -36,6 +39,39 @@ pub struct Writer {
 pub struct TensorWriter {
     entry: Entry,
     planes: Vec<Checksums>,
+    /// The digests of coded planes, which are not those of what is written.
+    digests: Vec<Option<Identity>>,
+}
+
+/// A plane as it will be stored.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    /// How it is coded, unless it is stored as it is.
+    pub coding: Option<Coding>,
+    /// What will stand in the file.
+    pub stored: Vec<u8>,
+    /// Digest of the plane in memory.
+    pub blake3: Identity,
+}
+
+impl Prepared {
+    /// A plane of `plain` bytes in memory: as this stream, unless the plane itself is shorter.
+    pub fn new(plain: Vec<u8>, stream: Option<(Coding, Vec<u8>)>) -> Self {
+        let blake3 = blake3::Hasher::new().update_rayon(&plain).finalize().into();
+        match stream.filter(|(coding, stream)| coding.check(plain.len() as u64, stream.len() as u64).is_ok()) {
+            Some((coding, stored)) => Self { coding: Some(coding), stored, blake3 },
+            None => Self { coding: None, stored: plain, blake3 },
+        }
+    }
+}
+
+/// What an entry says besides tensor and codec.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Whole {
+    /// Whether the matrix is the transpose of the source tensor.
+    pub transposed: bool,
+    /// Bits per weight that were asked for.
+    pub rate: Option<Rate>,
 }
 
 /// What was written.
@@ -66,9 +102,40 @@ impl Writer {
     /// # Errors
     /// [`Error::Invalid`] when the codec cannot hold the tensor.
     pub fn tensor(&self, info: TensorInfo, codec: &'static Codec, transposed: bool) -> Result<TensorWriter> {
-        let entry = place(Entry::unplaced(info, codec, transposed)?, self.end)?;
+        self.start(Entry::unplaced(info, codec, transposed)?)
+    }
+
+    /// Starts a tensor whose codings, coded lengths and rate are known.
+    fn start(&self, entry: Entry) -> Result<TensorWriter> {
+        let entry = place(entry, self.end)?;
         let planes = entry.planes().iter().map(|_| Checksums::default()).collect();
-        Ok(TensorWriter { entry, planes })
+        let digests = vec![None; entry.planes().len()];
+        Ok(TensorWriter { entry, planes, digests })
+    }
+
+    /// Writes a tensor whose planes are in memory.
+    ///
+    /// # Errors
+    /// Those of [`Writer::tensor`], [`Error::Io`].
+    pub(crate) fn whole(
+        &self,
+        info: TensorInfo,
+        codec: &'static Codec,
+        how: Whole,
+        planes: Vec<Prepared>,
+    ) -> Result<TensorWriter> {
+        let mut entry = Entry::unplaced(info, codec, how.transposed)?.at_rate(how.rate)?;
+        for (index, plane) in planes.iter().enumerate() {
+            if let Some(coding) = plane.coding {
+                entry.set_coding(index, coding, plane.stored.len() as u64)?;
+            }
+        }
+        let mut out = self.start(entry)?;
+        for (index, plane) in planes.into_iter().enumerate() {
+            out.write(self, index, &plane.stored)?;
+            out.digests[index] = plane.coding.map(|_| plane.blake3);
+        }
+        Ok(out)
     }
 
     /// Takes a complete tensor into the artifact and gives its entry.
@@ -79,10 +146,11 @@ impl Writer {
     /// # Panics
     /// When a plane has not been written to its end: a bug of the caller.
     pub fn keep(&mut self, tensor: TensorWriter) -> Result<&Entry> {
-        let TensorWriter { mut entry, planes } = tensor;
-        for (place, plane) in entry.planes_mut().iter_mut().zip(planes) {
+        let TensorWriter { mut entry, planes, digests } = tensor;
+        for ((place, plane), digest) in entry.planes_mut().iter_mut().zip(planes).zip(digests) {
             assert_eq!(plane.seen(), place.bytes, "plane {} is not complete", place.plane.name());
             (place.crc32c, place.blake3) = plane.finish();
+            place.blake3 = digest.unwrap_or(place.blake3);
             self.end = pad(&self.out, place.offset + place.bytes)?;
         }
         self.tensors.push(entry);
@@ -100,13 +168,16 @@ impl Writer {
         tick: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let entry = &from.tensors()[index];
-        let mut out = self.tensor(entry.info().clone(), entry.codec(), entry.transposed())?;
+        let mut out = self.start(entry.clone())?;
         for (plane, place) in entry.planes().iter().enumerate() {
             for chunk in 0..place.crc32c.len() as u64 {
                 let start = chunk * CHUNK;
                 let len = CHUNK.min(place.bytes - start);
-                out.write(self, plane, &from.range(index, plane, start, len)?)?;
+                out.write(self, plane, &from.stored(index, plane, start, len)?)?;
                 tick(len)?;
+            }
+            if place.coding.is_some() {
+                out.digests[plane] = Some(from.digest(index, plane)?);
             }
         }
         if !out.same_as(entry) {
@@ -200,13 +271,12 @@ impl Writer {
         provenance: Provenance,
         delta: Option<Delta>,
     ) -> Result<(OutputFile, Written)> {
-        let flags = if delta.is_some() { FLAG_DELTA } else { 0 };
         let header = Header::new(&Limits::DEFAULT, metadata, provenance, delta, self.tensors, self.files)?;
         let mut text = Vec::new();
         header.print(&mut text).map_err(|e| Error::io(self.out.target(), e))?;
         let start = header.start();
         let preamble = Preamble {
-            flags,
+            flags: header.flags(),
             header_bytes: text.len() as u64,
             file_bytes: start + text.len() as u64,
             header_crc32c: crc32c::crc32c(&text),
@@ -240,20 +310,23 @@ fn pad(out: &OutputFile, end: u64) -> Result<u64> {
 }
 
 /// The header of the artifact that would hold these tensors and files (names and lengths), with nothing read or written:
-/// all lengths in it are those of the real one, only checksums are not known.
+/// all lengths in it are those of the real one, only checksums are not known; of planes that will be coded the length is
+/// the one that was asked for.
 ///
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold its tensor or a name occurs twice.
 pub(crate) fn planned<'a>(
-    tensors: impl IntoIterator<Item = (TensorInfo, &'static Codec, bool)>,
+    tensors: impl IntoIterator<Item = (TensorInfo, &'static Codec, Whole)>,
     attached: impl IntoIterator<Item = (&'a str, u64)>,
     metadata: &BTreeMap<String, String>,
     provenance: &Provenance,
 ) -> Result<Header> {
     let mut end = ALIGN;
     let mut entries = Vec::new();
-    for (info, codec, transposed) in tensors {
-        let mut entry = place(Entry::unplaced(info, codec, transposed)?, end)?;
+    for (info, codec, how) in tensors {
+        let mut entry = Entry::unplaced(info, codec, how.transposed)?.at_rate(how.rate)?;
+        coded::plan(&mut entry)?;
+        let mut entry = place(entry, end)?;
         entry.planes_mut().iter_mut().for_each(|plane| plane.crc32c = vec![0; chunks(plane.bytes)].into());
         end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
         entries.push(entry);
@@ -301,10 +374,13 @@ impl TensorWriter {
     /// Rows of what was written, as f32; `out` holds whole rows of the stored matrix.
     pub(crate) fn decode_rows(&self, writer: &Writer, first_row: u64, out: &mut [f32]) -> Result<()> {
         decode_rows(&self.entry, first_row, out, |plane, start, bytes| {
-            let len = usize::try_from(bytes).map_err(|_| Error::invalid("the rows are larger than memory"))?;
+            let place = &self.entry.planes()[plane];
+            let coded = place.coding.is_some();
+            let (from, len) = if coded { (0, place.bytes) } else { (start, bytes) };
+            let len = usize::try_from(len).map_err(|_| Error::invalid("the rows are larger than memory"))?;
             let mut buffer = crate::error::try_zeroed(len, || "rows of a plane".to_owned())?;
-            writer.out.read_at(self.entry.planes()[plane].offset + start, &mut buffer)?;
-            Ok(buffer)
+            writer.out.read_at(place.offset + from, &mut buffer)?;
+            if coded { coded::range(&self.entry, plane, buffer, start, bytes) } else { Ok(buffer) }
         })
     }
 
@@ -313,6 +389,10 @@ impl TensorWriter {
         other.codec() == self.entry.codec()
             && other.transposed() == self.entry.transposed()
             && other.info() == self.entry.info()
-            && other.planes().iter().zip(&self.planes).all(|(a, b)| a.blake3 == b.digest())
+            && other
+                .planes()
+                .iter()
+                .enumerate()
+                .all(|(i, a)| a.blake3 == self.digests[i].unwrap_or_else(|| self.planes[i].digest()))
     }
 }

@@ -4,6 +4,8 @@ use clap::Args;
 
 use super::report::table;
 use super::{Context, Outcome};
+use crate::codecs;
+use crate::fit::{Fit, Rate};
 use crate::layout::ROW;
 use crate::report::Codecs;
 
@@ -19,7 +21,9 @@ pub(super) fn run(context: &mut Context<'_>) -> Outcome {
     }
     let dash = || "-".to_owned();
     let rows = report.codecs.into_iter().map(|c| {
-        let factor = |base: f64| c.bits_per_weight.map_or_else(dash, |bits| format!("{:.2}", base / bits));
+        let any = codecs::get(c.id).is_ok_and(|codec| codec.fit == Fit::Rate);
+        let bits = if any { Some(Rate::DEFAULT.bits()) } else { c.bits_per_weight };
+        let factor = |base: f64| bits.map_or_else(dash, |bits| format!("{:.2}", base / bits));
         let group = match c.group {
             Some(ROW) => "row".to_owned(),
             Some(group) => group.to_string(),
@@ -32,12 +36,18 @@ pub(super) fn run(context: &mut Context<'_>) -> Outcome {
             c.scale.map_or_else(dash, str::to_owned),
             c.offset.map_or_else(dash, str::to_owned),
             c.fit.to_owned(),
-            c.bits_per_weight.map_or_else(|| "source".to_owned(), |bits| format!("{bits:.3}")),
+            match bits {
+                Some(bits) if any => format!("any ({bits:.3})"),
+                Some(bits) => format!("{bits:.3}"),
+                None => "source".to_owned(),
+            },
             factor(32.0),
             factor(16.0),
+            c.memory_bits_per_weight.map_or_else(|| "source".to_owned(), |bits| format!("{bits:.3}")),
         ]
     });
-    let head = ["codec", "levels", "group", "scale", "offset", "fit", "bits/weight", "x vs FP32", "x vs 16-bit"];
+    let head =
+        ["codec", "levels", "group", "scale", "offset", "fit", "bits/weight", "x vs FP32", "x vs 16-bit", "in memory"];
     context.line(table(&head, rows, 6));
     Outcome::Done
 }

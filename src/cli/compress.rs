@@ -9,13 +9,14 @@ use clap::{Args, ValueEnum};
 use super::progress::Bar;
 use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
-use crate::codecs;
-use crate::compress::{Nonfinite, Options, Report, compress_as, plan_as};
+use crate::compress::{Options, Report, compress_as, plan_as};
 use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
+use crate::fit::Rate;
 use crate::measure::Distance;
 use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
+use crate::stats::Stats;
 
 /// Compress a checkpoint into an artifact
 #[derive(Debug, Args)]
@@ -57,9 +58,15 @@ pub(super) struct Arguments {
 /// Which codec for which tensor.
 #[derive(Debug, Args)]
 pub(super) struct Choice {
-    /// Codec of the linear weights; see `tenpak codecs`
-    #[arg(long, value_name = "ID", conflicts_with = "recipe", default_value = codecs::DEFAULT)]
-    codec: String,
+    /// Codec of the linear weights, see `tenpak codecs` [default: int4_g32_fp16_v1, or ecu_v1 where a size is asked for]
+    #[arg(long, value_name = "ID", conflicts_with = "recipe")]
+    codec: Option<String>,
+    /// Bits per weight on disk of the tensors in ecu_v1, such as 4.25; in memory they take 8
+    #[arg(long, value_name = "BITS")]
+    target_bits: Option<Rate>,
+    /// Size of the whole output, such as 4GiB or 900MB: the tensors in ecu_v1 get what the rest leaves
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "target_bits")]
+    target_size: Option<u64>,
     /// TOML file of rules, instead of --codec
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
@@ -89,11 +96,14 @@ enum Sort {
 }
 
 impl Choice {
-    pub fn recipe(&self, fit: Option<&str>) -> Result<Recipe> {
+    /// The recipe, and the size that it is to be fitted to.
+    pub fn recipe(&self, fit: Option<&str>) -> Result<(Recipe, Option<u64>)> {
         let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
         let text = self.recipe.as_ref().map(read).transpose()?;
-        Request {
-            codec: &self.codec,
+        let recipe = Request {
+            codec: self.codec.as_deref(),
+            // A size says that some size is to be chosen, and so does any rate.
+            target_bits: self.target_bits.or_else(|| self.target_size.map(|_| Rate::DEFAULT)),
             toml: text.as_deref().map(|text| (text, self.recipe.as_deref())),
             roles: split(&self.role, "--role", "attention=int4_g16_fp16_v1")?,
             rules: split(&self.rule, "--rule", "*.down_proj.weight=int8_sym_v1")?,
@@ -102,8 +112,38 @@ impl Choice {
             all: self.all,
             fit,
         }
-        .recipe()
+        .recipe()?;
+        Ok((recipe, self.target_size))
     }
+}
+
+/// A number of bytes, with a unit of powers of 1000 or 1024.
+fn bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 9] = [
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("kB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+        ("B", 1),
+    ];
+    let text = text.trim();
+    let unit = UNITS.iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?, *size)));
+    let (number, size) = unit.unwrap_or((text, 1));
+    let wrong = || format!("'{text}' is no size, expected one such as 4GiB, 900MB or 123456");
+    if let Ok(whole) = number.trim().parse::<u64>() {
+        return whole.checked_mul(size).filter(|bytes| *bytes < 1 << 62).ok_or_else(wrong);
+    }
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    let bytes = number * size as f64;
+    if !(bytes >= 0.0 && bytes < (1_u64 << 62) as f64) {
+        return Err(wrong());
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]
+    Ok(bytes as u64)
 }
 
 /// The two sides of the last equals sign of each pair; patterns may hold others.
@@ -115,15 +155,11 @@ fn split<'a>(pairs: &'a [String], option: &str, example: &str) -> Result<Vec<(&'
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
     let source = context.source(input)?;
+    let (recipe, target_bytes) = arguments.choice.recipe(arguments.fit.as_deref())?;
+    let options = Options { target_bytes, ..Options::new(recipe, arguments.nonfinite.parse()?, arguments.force) };
     let access = context.source_options();
-    let options = Options::new(
-        arguments.choice.recipe(arguments.fit.as_deref())?,
-        arguments.nonfinite.parse::<Nonfinite>()?,
-        arguments.force,
-        arguments.stats.as_deref().map(|path| (path, &access)),
-        arguments.fit.is_some(),
-        &source,
-    )?;
+    let stats = arguments.stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
+    let options = options.with_stats(stats, arguments.fit.is_some(), &source)?;
     let start = Instant::now();
     let report = match &arguments.output {
         Some(output) if !arguments.dry_run => {
@@ -153,6 +189,9 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let verb = if json.dry_run { "would write" } else { "wrote" };
     let target = json.output.as_deref().unwrap_or("an artifact");
     context.line(format!("{verb} {target}: {} bytes, {}", thousands(json.file_bytes), phrase(&json.total)));
+    if json.memory.bytes != json.tensors.iter().map(|t| t.stored_bytes).sum::<u64>() {
+        context.line(format!("in memory {} bytes, {}", thousands(json.memory.bytes), phrase(&json.memory)));
+    }
     if let [_, ..] = &*json.files {
         let name = |file: &report::File| file.path.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
         let names: Vec<_> = json.files.iter().map(name).collect();
@@ -199,26 +238,28 @@ fn per_tensor(report: &Report, order: &[usize]) -> String {
             shape(&t.shape),
             thousands(t.stored_bytes),
             format!("{:.3}", sizes.bits_per_weight),
+            format!("{:.3}", Sizes::new(t.elements(), t.memory_bytes).bits_per_weight),
             nmse,
             snr,
             max,
         ]
     });
-    table(&["tensor", "codec", "why", "shape", "bytes", "bpw", "nMSE", "SNR dB", "max error"], rows, 3)
+    table(&["tensor", "codec", "why", "shape", "bytes", "bpw", "in memory", "nMSE", "SNR dB", "max error"], rows, 3)
 }
 
 fn per_codec(report: &Report) -> String {
-    let mut sums: BTreeMap<&str, (u64, u64, u64, Option<Distance>)> = BTreeMap::new();
+    let mut sums: BTreeMap<&str, (u64, u64, u64, u64, Option<Distance>)> = BTreeMap::new();
     for t in &report.tensors {
-        let (count, weights, bytes, distance) = sums.entry(t.codec.id).or_default();
+        let (count, weights, bytes, memory, distance) = sums.entry(t.codec.id).or_default();
         *count += 1;
         *weights += t.elements();
         *bytes += t.stored_bytes;
+        *memory += t.memory_bytes;
         if let Some(d) = &t.distance {
             distance.get_or_insert_default().merge(d);
         }
     }
-    let rows = sums.into_iter().map(|(id, (count, weights, bytes, distance))| {
+    let rows = sums.into_iter().map(|(id, (count, weights, bytes, memory, distance))| {
         let [nmse, snr, max] = loss(distance.as_ref());
         vec![
             id.to_owned(),
@@ -226,10 +267,11 @@ fn per_codec(report: &Report) -> String {
             thousands(weights),
             thousands(bytes),
             format!("{:.3}", Sizes::new(weights, bytes).bits_per_weight),
+            format!("{:.3}", Sizes::new(weights, memory).bits_per_weight),
             nmse,
             snr,
             max,
         ]
     });
-    table(&["codec", "tensors", "weights", "bytes", "bpw", "nMSE", "SNR dB", "max error"], rows, 1)
+    table(&["codec", "tensors", "weights", "bytes", "bpw", "in memory", "nMSE", "SNR dB", "max error"], rows, 1)
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::report::{phrase, plain, shape, table, thousands};
 use super::{Context, Input, Outcome};
 use crate::artifact::header::Delta;
-use crate::artifact::{ArtifactFile, AttachedFile, Entry, PlaneEntry, Provenance};
+use crate::artifact::{ArtifactFile, AttachedFile, Coding, Entry, PlaneEntry, Provenance};
 use crate::error::Result;
 use crate::report::{Sizes, Tensor};
 
@@ -29,6 +29,7 @@ struct Json<'a> {
     file_bytes: u64,
     identity: String,
     total: Sizes,
+    memory: Sizes,
     metadata: &'a BTreeMap<String, String>,
     provenance: &'a Provenance,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -69,8 +70,11 @@ struct WithPlanes {
 #[derive(Serialize)]
 struct PlaneJson {
     plane: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    coding: Option<&'static str>,
     offset: u64,
     bytes: u64,
+    memory_bytes: u64,
     chunks: usize,
     blake3: String,
 }
@@ -83,6 +87,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     };
     let elements = artifact.tensors().iter().map(|t| t.info().elements()).sum();
     let total = Sizes::new(elements, artifact.weight_bytes());
+    let memory = Sizes::new(elements, artifact.tensors().iter().map(Entry::memory_bytes).sum());
     let header = artifact.header();
     if context.json() {
         context.print_json(&Json {
@@ -91,6 +96,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             file_bytes: artifact.bytes(),
             identity: header.identity().to_string(),
             total,
+            memory,
             metadata: header.metadata(),
             provenance: header.provenance(),
             delta: header.delta(),
@@ -111,26 +117,29 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             shape(t.info().shape()),
             thousands(t.stored_bytes()),
             format!("{:.3}", t.bits_per_weight()),
+            format!("{:.3}", Sizes::new(t.info().elements(), t.memory_bytes()).bits_per_weight),
         ]
     });
-    context.line(table(&["tensor", "codec", "dtype", "shape", "bytes", "bpw"], rows, 3));
+    context.line(table(&["tensor", "codec", "dtype", "shape", "bytes", "bpw", "in memory"], rows, 3));
     context.line("");
-    summary(&artifact, &total, context);
+    summary(&artifact, &total, &memory, context);
     Ok(Outcome::Done)
 }
 
 fn with_planes(entry: &Entry) -> WithPlanes {
-    let plane = |p: &PlaneEntry| PlaneJson {
+    let plane = |(index, p): (usize, &PlaneEntry)| PlaneJson {
         plane: p.plane.name(),
+        coding: p.coding.map(Coding::id),
         offset: p.offset,
         bytes: p.bytes,
+        memory_bytes: entry.plain_bytes(index),
         chunks: p.crc32c.len(),
         blake3: p.blake3.to_string(),
     };
     WithPlanes {
         tensor: entry.into(),
         transposed: entry.transposed(),
-        planes: entry.planes().iter().map(plane).collect(),
+        planes: entry.planes().iter().enumerate().map(plane).collect(),
     }
 }
 
@@ -140,24 +149,30 @@ fn one(entry: &Entry, context: &mut Context<'_>) {
     context.line(entry.info().name());
     context.line(format!("source  {} {}", entry.info().dtype(), shape(entry.info().shape())));
     context.line(format!("matrix  {rows} x {cols}{transposed}"));
-    context.line(format!("codec   {}, {:.3} bits/weight", entry.codec().id, entry.bits_per_weight()));
-    let rows = entry.planes().iter().map(|p| {
+    let memory = Sizes::new(entry.info().elements(), entry.memory_bytes()).bits_per_weight;
+    let sizes = format!("{:.3} bits/weight, {memory:.3} in memory", entry.bits_per_weight());
+    let asked = entry.rate().map_or_else(String::new, |rate| format!(", {rate} asked for"));
+    context.line(format!("codec   {}, {sizes}{asked}", entry.codec().id));
+    let rows = entry.planes().iter().enumerate().map(|(index, p)| {
         vec![
             p.plane.name().to_owned(),
+            p.coding.map_or("-", Coding::id).to_owned(),
             thousands(p.offset),
             thousands(p.bytes),
+            thousands(entry.plain_bytes(index)),
             p.crc32c.len().to_string(),
             p.blake3.to_string(),
         ]
     });
-    context.line(table(&["plane", "offset", "bytes", "chunks", "blake3"], rows, 1));
+    context.line(table(&["plane", "coding", "offset", "bytes", "in memory", "chunks", "blake3"], rows, 2));
 }
 
-fn summary(artifact: &ArtifactFile, total: &Sizes, context: &mut Context<'_>) {
+fn summary(artifact: &ArtifactFile, total: &Sizes, memory: &Sizes, context: &mut Context<'_>) {
     let header = artifact.header();
     let provenance = header.provenance();
     context.line(format!("{} tensors, {} weights", header.tensors().len(), thousands(total.weights)));
     context.line(format!("{} bytes, {}", thousands(total.bytes), phrase(total)));
+    context.line(format!("{} bytes in memory, {}", thousands(memory.bytes), phrase(memory)));
     for file in artifact.files() {
         context.line(format!("file     {}, {} bytes, blake3 {}", file.name, thousands(file.bytes), file.blake3));
     }

@@ -3,22 +3,27 @@
 use rayon::prelude::*;
 
 use super::fitting::Fitting;
-use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, report, transposed};
+use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, rated, report, transposed};
 use crate::artifact::Writer;
 use crate::artifact::writer::TensorWriter;
 use crate::codec::{self, Codec, PlanesMut};
 use crate::codecs;
 use crate::error::{Error, Result};
-use crate::fit::OutOfRange;
+use crate::fit::{OutOfRange, Rate};
 use crate::layout::{Grouped, Layout};
 use crate::measure::Distance;
-use crate::source::Source;
+use crate::source::{Source, SourceTensor};
 use crate::tensor;
 
 /// Why a tensor could not be stored with the codec it was meant for.
-enum Misfit {
+pub(super) enum Misfit {
     OutOfRange,
-    Nonfinite { index: u64, count: u64 },
+    Nonfinite {
+        index: u64,
+        count: u64,
+    },
+    /// Too few weights for what a stream takes beside them.
+    TooSmall(Rate),
 }
 
 /// Writes one tensor with the first codec of its line that can hold it: the planned one, its wider twin, raw.
@@ -38,11 +43,6 @@ pub(crate) fn encode_tensor(
     let mut fitting = None;
     loop {
         let codec = done.codec;
-        let mut out = writer.tensor(tensor.info().clone(), codec, transposed(tensor, codec))?;
-        let Layout::Grouped(layout) = &codec.layout else {
-            copy_raw(source, index, writer, &mut out, tick)?;
-            return Ok((done, out));
-        };
         let fitting = match &mut fitting {
             Some(fitting) => fitting,
             none => {
@@ -51,27 +51,43 @@ pub(crate) fn encode_tensor(
                 none.insert(Fitting::new(done.method, options.stats.as_deref(), name, cols)?)
             }
         };
-        let mut job =
-            Job { source, index, layout, codec, nonfinite, fitting, distance: Distance::default(), repaired: 0 };
-        let (fallback, why) = match job.run(writer, &mut out, tick)? {
-            None => {
+        let misfit = if let Some(rate) = done.rate {
+            match rated::encode(source, index, &mut done, (rate, fitting), nonfinite, writer, tick)? {
+                Ok(out) => return Ok((done, out)),
+                Err(misfit) => misfit,
+            }
+        } else {
+            let mut out = writer.tensor(tensor.info().clone(), codec, transposed(tensor, codec))?;
+            let Layout::Grouped(layout) = &codec.layout else {
+                copy_raw(source, index, writer, &mut out, tick)?;
+                return Ok((done, out));
+            };
+            let mut job =
+                Job { source, index, layout, codec, nonfinite, fitting, distance: Distance::default(), repaired: 0 };
+            let Some(misfit) = job.run(writer, &mut out, tick)? else {
                 done.distance = Some(job.distance);
                 done.repaired = job.repaired;
                 return Ok((done, out));
-            }
-            Some(Misfit::Nonfinite { index, count }) if nonfinite == Nonfinite::Error => {
+            };
+            misfit
+        };
+        let (fallback, why) = match misfit {
+            Misfit::Nonfinite { index, count } if nonfinite == Nonfinite::Error => {
                 return Err(Error::Nonfinite { tensor: done.name, index, count });
             }
-            Some(Misfit::Nonfinite { index, .. }) => {
+            Misfit::Nonfinite { index, .. } => {
                 (codecs::get(codecs::RAW)?, format!("weight {index} is not finite and --nonfinite is raw"))
             }
-            Some(Misfit::OutOfRange) => {
+            Misfit::TooSmall(rate) => {
+                (codecs::get(codecs::INT8_ROW)?, format!("no step gives {rate} bits a weight, it has too few for that"))
+            }
+            Misfit::OutOfRange => {
                 (codecs::wider(codec), "a scale or offset leaves the range of its stored type".to_owned())
             }
         };
         let reason = format!("{} instead of {}: {why}", fallback.id, codec.id);
         let (method, method_reason) = (done.method, done.method_reason.take());
-        done = report(tensor, fallback, reason, true)?;
+        done = report(tensor, fallback, None, reason, true)?;
         if fallback.layout != Layout::Raw {
             (done.method, done.method_reason) = (method, method_reason);
         }
@@ -223,13 +239,10 @@ impl Job<'_> {
             let at =
                 (start..).zip(&scratch.weights).filter(|(_, w)| !w.is_finite()).map(|(at, _)| self.stored_index(at));
             task.nonfinite = Some((at.min().unwrap_or_default(), bad as u64));
-            match self.nonfinite {
-                Nonfinite::Error | Nonfinite::Raw => return task,
-                Nonfinite::Zero => repair(&mut scratch.weights, cols, |_, _| 0.0),
-                Nonfinite::Clamp => {
-                    repair(&mut scratch.weights, cols, |w, peak| if w.is_nan() { 0.0 } else { peak.copysign(w) })
-                }
+            if matches!(self.nonfinite, Nonfinite::Error | Nonfinite::Raw) {
+                return task;
             }
+            make_finite(self.nonfinite, &mut scratch.weights, cols);
         }
         let encoded = self.fitting.encode_rows(self.layout, self.codec.fit, &scratch.weights, cols, planes);
         if encoded == Err(OutOfRange) {
@@ -244,9 +257,22 @@ impl Job<'_> {
 
     /// The flat index in the source of a weight of the matrix.
     fn stored_index(&self, index: u64) -> u64 {
-        let tensor = &self.source.tensors()[self.index];
-        let (rows, cols) = tensor.matrix();
-        if tensor.transposed() { (index % cols) * rows + index / cols } else { index }
+        stored_index(&self.source.tensors()[self.index], index)
+    }
+}
+
+/// The flat index in the source of a weight of the matrix.
+pub(super) fn stored_index(tensor: &SourceTensor, index: u64) -> u64 {
+    let (rows, cols) = tensor.matrix();
+    if tensor.transposed() { (index % cols) * rows + index / cols } else { index }
+}
+
+/// Puts numbers in the place of weights that are not finite, as the policy says.
+pub(super) fn make_finite(nonfinite: Nonfinite, weights: &mut [f32], cols: usize) {
+    match nonfinite {
+        Nonfinite::Error | Nonfinite::Raw => {}
+        Nonfinite::Zero => repair(weights, cols, |_, _| 0.0),
+        Nonfinite::Clamp => repair(weights, cols, |w, peak| if w.is_nan() { 0.0 } else { peak.copysign(w) }),
     }
 }
 

@@ -5,7 +5,7 @@
 //! made when the tensor's turn comes, and gone before the next one's.
 
 use crate::codec::reference::{self, store_params};
-use crate::codec::{self, PlanesMut};
+use crate::codec::{self, Codec, PlanesMut};
 use crate::error::{Error, Result};
 use crate::fit::gptq;
 use crate::fit::hessian::{Hessian, PANEL};
@@ -21,18 +21,24 @@ const DAMPING: f64 = 0.05;
 /// The way of one tensor, and why it is not the one that was asked for.
 pub(super) fn method(
     wanted: Method,
+    codec: &Codec,
     stats: Option<&Stats>,
     name: &str,
     cols: u64,
 ) -> Result<(Method, Option<String>)> {
     if !wanted.needs_stats() {
-        return Ok((wanted, None));
+        // A codec with a rate searches for the least squared error by itself.
+        return Ok((if codec.fit == Fit::Rate { Method::Codec } else { wanted }, None));
     }
-    let stats = stats.ok_or_else(|| Error::invalid(format!("fit '{}' needs statistics; pass --stats", wanted.name())))?;
+    let stats =
+        stats.ok_or_else(|| Error::invalid(format!("fit '{}' needs statistics; pass --stats", wanted.name())))?;
     let Some(moments) = stats.get(name) else {
         return Ok((Method::Codec, Some(format!("no statistics in {}", stats.name()))));
     };
     moments.check_cols(cols)?;
+    if wanted == Method::Gptq && codec.fit == Fit::Rate {
+        return Ok((Method::Weighted, Some(format!("{} has no gptq", codec.id))));
+    }
     if wanted == Method::Gptq && !moments.has_second_moment() {
         return Ok((Method::Weighted, Some(format!("no second moment in {}", stats.name()))));
     }
@@ -62,6 +68,14 @@ impl Fitting {
             }
             _ => Self::Codec,
         })
+    }
+
+    /// What the error of each column counts for, where that is known.
+    pub(super) fn importance(&self) -> Option<&[f32]> {
+        match self {
+            Self::Codec => None,
+            Self::Weighted(importance) | Self::Gptq(_, importance) => Some(importance.columns()),
+        }
     }
 
     /// How many rows one task takes.

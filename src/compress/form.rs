@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use super::{Options, Report, fill, plan, planned_header, reports};
+use super::{Options, Report, fill, plan, planned_header, reports, size};
 use crate::artifact::header::Header;
 use crate::artifact::{HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
@@ -21,9 +21,10 @@ use crate::source::{Kind, Source};
 /// Those of [`plan`], and those of [`compress_as`] that can be known without reading weights.
 pub fn plan_as(source: &Source, target: Option<&Path>, options: &Options, max_shard_bytes: u64) -> Result<Report> {
     let Some(target) = target.filter(|target| To::of(target) == To::Hf) else { return plan(source, options) };
+    let directory = Directory::of(source, max_shard_bytes)?;
+    let options = &size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
     let tensors = reports(source, options)?;
     let header = planned_header(source, options, &tensors)?;
-    let directory = Directory::of(source, max_shard_bytes)?;
     Ok(directory.report(Report::new(tensors, &header, None), &directory.plan(&header)?, target))
 }
 
@@ -43,9 +44,10 @@ pub fn compress_as(
         return super::compress(source, target, options, on_progress);
     }
     OutputDirectory::check(target, options.force, HEADER_FILE, super::inputs(source, options))?;
+    let directory = Directory::of(source, max_shard_bytes)?;
+    let options = &size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
     let tensors = reports(source, options)?;
     let header = planned_header(source, options, &tensors)?;
-    let directory = Directory::of(source, max_shard_bytes)?;
     preflight(target, header.file_bytes() + directory.plan(&header)?.bytes())?;
     let mut writer = Writer::nameless_in(output::directory(target))?;
     let total = tensors.iter().map(|t| t.source_bytes).sum::<u64>();

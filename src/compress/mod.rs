@@ -2,22 +2,25 @@
 //! directory.
 //!
 //! A tensor goes by in blocks of rows, each about [`BLOCK_BYTES`] of source: read, widened to f32, encoded, decoded
-//! again for the error report, hashed and written, so memory does not grow with the model.
+//! again for the error report, hashed and written, so memory does not grow with the model. Only a tensor of a codec whose
+//! size is open is in memory as a whole, since what one weight costs depends on all the others.
 
 mod encode;
 mod fitting;
 mod form;
+mod rated;
+mod size;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::artifact::header::Header;
-use crate::artifact::writer::{Written, planned};
+use crate::artifact::writer::{Whole, Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
-use crate::fit::Method;
+use crate::fit::{Method, Rate};
 use crate::layout::Layout;
 use crate::measure::Distance;
 use crate::output;
@@ -88,6 +91,8 @@ pub struct Options {
     pub recipe: Recipe,
     /// What to do about NaN and infinities.
     pub nonfinite: Nonfinite,
+    /// The most bytes of the output; the recipe's rate is chosen so that it is filled.
+    pub target_bytes: Option<u64>,
     /// Replace an existing output.
     pub force: bool,
     /// What is known of the inputs of the weights, for the fits of the recipe that need it.
@@ -95,27 +100,24 @@ pub struct Options {
 }
 
 impl Options {
-    /// Opens what a user gives: a statistics file, and a recipe, whose fit it decides where that is the codecs' own and
-    /// none is asked for: `gptq` where the file has second moments, and `weighted` where it has none. For `weighted`
-    /// without a file, the `activation_stats` of a JSON bundle serve.
+    /// A recipe with nothing known of the inputs, at no size in particular.
+    #[must_use]
+    pub fn new(recipe: Recipe, nonfinite: Nonfinite, force: bool) -> Self {
+        Self { recipe, nonfinite, target_bytes: None, force, stats: None }
+    }
+
+    /// Adds what is known of the inputs. It decides the fit where that is the codecs' own and none is asked for: `gptq`
+    /// with second moments, `weighted` without. For `weighted` without statistics, the `activation_stats` of a JSON bundle
+    /// serve.
     ///
     /// # Errors
-    /// Those of [`Stats::open`]; [`Error::Invalid`] when the fit needs statistics and there are none, or has no use for
-    /// those that are given.
-    pub fn new(
-        recipe: Recipe,
-        nonfinite: Nonfinite,
-        force: bool,
-        stats: Option<(&Path, &source::Options)>,
-        fit_asked: bool,
-        source: &Source,
-    ) -> Result<Self> {
-        let given = stats.map(|(path, options)| Stats::open(path, options)).transpose()?;
+    /// [`Error::Invalid`] when the fit needs statistics and there are none, or has no use for those that are given.
+    pub fn with_stats(self, given: Option<Stats>, fit_asked: bool, source: &Source) -> Result<Self> {
         let recipe = match &given {
-            Some(stats) if !fit_asked && recipe.method() == Method::Codec => {
-                recipe.fit(if stats.has_second_moments() { Method::Gptq } else { Method::Weighted })
+            Some(stats) if !fit_asked && self.recipe.method() == Method::Codec => {
+                self.recipe.fit(if stats.has_second_moments() { Method::Gptq } else { Method::Weighted })
             }
-            _ => recipe,
+            _ => self.recipe,
         };
         let method = recipe.method();
         if let (Some(stats), false) = (&given, method.needs_stats()) {
@@ -132,7 +134,7 @@ impl Options {
                 method.name()
             )));
         }
-        Ok(Self { recipe, nonfinite, force, stats: stats.map(Arc::new) })
+        Ok(Self { recipe, stats: stats.map(Arc::new), ..self })
     }
 }
 
@@ -147,6 +149,8 @@ pub struct TensorReport {
     pub shape: Vec<u64>,
     /// The codec it is stored with.
     pub codec: &'static Codec,
+    /// Bits per weight on disk that were asked for, where the codec leaves them open.
+    pub rate: Option<Rate>,
     /// Why that codec.
     pub reason: String,
     /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
@@ -157,8 +161,10 @@ pub struct TensorReport {
     pub method_reason: Option<String>,
     /// Bytes in the source.
     pub source_bytes: u64,
-    /// Bytes of its planes.
+    /// Bytes of its planes in the file.
     pub stored_bytes: u64,
+    /// Bytes of its planes in memory.
+    pub memory_bytes: u64,
     /// Distance to the source, where the codec is lossy; `None` before it has been encoded.
     pub distance: Option<Distance>,
     /// Weights that were NaN or infinite and have been replaced.
@@ -209,12 +215,18 @@ impl Report {
 
 /// What will be written, to the byte, from the source's headers alone.
 ///
-/// A tensor whose scales turn out not to fit its codec, or that holds NaN, is the only thing headers cannot tell;
-/// [`compress`] then reports the codec that it took instead.
+/// A tensor whose scales turn out not to fit its codec, or that holds NaN, is what headers cannot tell; [`compress`] then
+/// reports the codec that it took instead. Nor can they tell the length of coded planes: for them stands what was asked
+/// for.
 ///
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
+    plan_sized(source, &size::settled(source, options, |header| Ok(header.file_bytes()))?)
+}
+
+/// The same for options that ask for no size.
+fn plan_sized(source: &Source, options: &Options) -> Result<Report> {
     let tensors = reports(source, options)?;
     let header = planned_header(source, options, &tensors)?;
     Ok(Report::new(tensors, &header, None))
@@ -226,13 +238,13 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
         .tensors()
         .iter()
         .map(|t| {
-            let Choice { codec, reason } = options.recipe.choose(t.info(), t.matrix().1);
+            let Choice { codec, rate, reason } = options.recipe.choose(t.info(), t.matrix().1);
             let changed = matches!(reason, Reason::ShortRows { .. });
-            let mut report = report(t, codec, reason.to_string(), changed)?;
+            let mut report = report(t, codec, rate, reason.to_string(), changed)?;
             if codec.layout != Layout::Raw {
                 let (name, cols) = (t.info().name(), t.matrix().1);
                 (report.method, report.method_reason) =
-                    fitting::method(options.recipe.method(), options.stats.as_deref(), name, cols)?;
+                    fitting::method(options.recipe.method(), codec, options.stats.as_deref(), name, cols)?;
             }
             Ok(report)
         })
@@ -243,7 +255,10 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
 fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
     planned(
-        tensors.iter().zip(source.tensors()).map(|(r, t)| (t.info().clone(), r.codec, transposed(t, r.codec))),
+        tensors
+            .iter()
+            .zip(source.tensors())
+            .map(|(r, t)| (t.info().clone(), r.codec, Whole { transposed: transposed(t, r.codec), rate: r.rate })),
         source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
@@ -257,7 +272,8 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
     output::refuse_input(target, inputs(source, options))?;
-    let planned = plan(source, options)?;
+    let options = &size::settled(source, options, |header| Ok(header.file_bytes()))?;
+    let planned = plan_sized(source, options)?;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
     let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;
@@ -308,21 +324,30 @@ fn transposed(tensor: &SourceTensor, codec: &Codec) -> bool {
     tensor.transposed() && codec.layout != Layout::Raw
 }
 
-fn report(tensor: &SourceTensor, codec: &'static Codec, reason: String, changed_codec: bool) -> Result<TensorReport> {
+fn report(
+    tensor: &SourceTensor,
+    codec: &'static Codec,
+    rate: Option<Rate>,
+    reason: String,
+    changed_codec: bool,
+) -> Result<TensorReport> {
     let info = tensor.info();
     let (rows, cols) = tensor.matrix();
-    let stored_bytes = codec.layout.plane_bytes(info.dtype(), rows, cols)?.iter().map(|(_, bytes)| bytes).sum();
+    let memory_bytes = codec.layout.plane_bytes(info.dtype(), rows, cols)?.iter().map(|(_, bytes)| bytes).sum();
+    let stored_bytes = rate.map_or(memory_bytes, |rate| rate.bytes(info.elements()).min(memory_bytes));
     Ok(TensorReport {
         name: info.name().to_owned(),
         dtype: info.dtype(),
         shape: info.shape().to_vec(),
         codec,
+        rate,
         reason,
         changed_codec,
         method: Method::Codec,
         method_reason: None,
         source_bytes: info.bytes(),
         stored_bytes,
+        memory_bytes,
         distance: None,
         repaired: 0,
     })

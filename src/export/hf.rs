@@ -119,7 +119,7 @@ impl Plan {
                 let mut at = 0;
                 while at < bytes {
                     let len = CHUNK.min(bytes - at);
-                    file.write(&artifact.range(s.tensor, s.plane, at, len)?)?;
+                    file.write(&artifact.stored(s.tensor, s.plane, at, len)?)?;
                     at += len;
                     done += len;
                     on_progress(Progress { done, total, tensor })?;

@@ -3,12 +3,16 @@
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
 //! [`crate::codec::reference`]), or, with [`gptq`], any code at all: bytes written with any fit decode by the same rule.
 
+pub mod entropy;
 pub mod gptq;
 pub mod hessian;
 pub(crate) mod lanes;
 pub mod polish;
+mod rate;
 pub mod search;
 pub mod weighted;
+
+pub use rate::Rate;
 
 use crate::error::Error;
 use crate::layout::{Float, Grouped, Levels};
@@ -29,6 +33,8 @@ pub enum Fit {
     ZeroPoint,
     /// The scale and offset of least squared error; see [`search`].
     Search,
+    /// Scales and codes together, for a number of bits on disk; where no rate is asked for, as [`Fit::AbsMax`].
+    Rate,
 }
 
 impl Fit {
@@ -41,6 +47,7 @@ impl Fit {
             Self::AbsMax => "absmax",
             Self::ZeroPoint => "minmax with zero",
             Self::Search => "mse search",
+            Self::Rate => "rate",
         }
     }
 }
@@ -81,9 +88,11 @@ impl std::str::FromStr for Method {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self, Error> {
-        Self::ALL.iter().find(|(name, _)| *name == s).map(|(_, method)| *method).ok_or_else(|| {
-            Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted or gptq"))
-        })
+        Self::ALL
+            .iter()
+            .find(|(name, _)| *name == s)
+            .map(|(_, method)| *method)
+            .ok_or_else(|| Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted or gptq")))
     }
 }
 
@@ -203,7 +212,7 @@ pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params,
 pub fn range_params(fit: Fit, layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
     match fit {
         Fit::MinMax | Fit::Search => min_max_params(layout, min, max),
-        Fit::AbsMax => abs_max_params(layout, min, max),
+        Fit::AbsMax | Fit::Rate => abs_max_params(layout, min, max),
         Fit::ZeroPoint => zero_point_params(layout, min, max),
         Fit::Exact => panic!("the raw codec has no groups"),
     }

@@ -76,13 +76,26 @@ impl PyEntry {
         self.entry().matrix().1
     }
 
-    /// Bytes of all planes.
+    /// Bytes of all planes in the file.
     #[getter]
     fn stored_bytes(&self) -> u64 {
         self.entry().stored_bytes()
     }
 
-    /// Bits of a weight on average, everything in the planes counted.
+    /// Bytes of all planes in memory.
+    #[getter]
+    fn memory_bytes(&self) -> u64 {
+        self.entry().memory_bytes()
+    }
+
+    /// Ids of the codings of planes that are not stored as they are.
+    #[getter]
+    fn coding(&self) -> std::collections::BTreeMap<&'static str, &'static str> {
+        let planes = self.entry().planes().iter();
+        planes.filter_map(|place| Some((place.plane.name(), place.coding?.id()))).collect()
+    }
+
+    /// Bits of a weight on average in the file, everything in the planes counted.
     #[getter]
     fn bits_per_weight(&self) -> f64 {
         self.entry().bits_per_weight()
@@ -168,7 +181,8 @@ impl PyArtifact {
         })
     }
 
-    /// Name, dtype of the numbers and bytes of each plane; the arrays look into the file.
+    /// Name, dtype of the numbers and bytes of each plane; the arrays look into the file, or into memory where
+    /// a plane is coded.
     fn planes<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<PlaneView<'py>>> {
         let (index, blocks) = guarded(py, || {
             let index = self.0.find(name)?;

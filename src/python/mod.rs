@@ -20,6 +20,7 @@ use crate::compress as engine;
 use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
+use crate::fit::Rate;
 use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
@@ -50,15 +51,17 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite, max_shard_size, force,
-    threads, mmap, dry_run, progress
+    source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite,
+    max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
     py: Python<'_>,
     source: PathBuf,
     output: Option<PathBuf>,
-    codec: &str,
+    codec: Option<&str>,
+    target_bits: Option<f64>,
+    target_size: Option<u64>,
     recipe: Option<&str>,
     roles: Pairs,
     rules: Pairs,
@@ -75,20 +78,27 @@ fn compress(
     dry_run: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
-    let wishes = || -> Result<_> {
+    let wishes = || -> Result<engine::Options> {
         let toml = recipe.map(|text| (text, None));
         let [roles, rules] = [&roles, &rules].map(|list| list.iter().map(|(name, id)| (&**name, &**id)).collect());
-        let request = Request { codec, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
-        Ok((request.recipe()?, nonfinite.parse()?))
+        if target_bits.is_some() && target_size.is_some() {
+            return Err(Error::invalid("target_bits and target_size are both given, pass one of them"));
+        }
+        // A size says that some size is to be chosen, and so does any rate.
+        let target_bits = target_bits.map(Rate::from_bits).transpose()?.or_else(|| target_size.map(|_| Rate::DEFAULT));
+        let request =
+            Request { codec, target_bits, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
+        let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
+        Ok(engine::Options { target_bytes: target_size, ..options })
     };
-    let (recipe, nonfinite) = wishes().map_err(|e| run::raise(py, e))?;
+    let wishes = wishes().map_err(|e| run::raise(py, e))?;
     let fit_asked = fit.is_some();
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
         let opened = open_source(&source, mmap)?;
         let access = source::Options { access: access(mmap), limits: Limits::DEFAULT };
-        let stats = stats.as_deref().map(|path| (path, &access));
-        let options = engine::Options::new(recipe, nonfinite, force, stats, fit_asked, &opened)?;
+        let stats = stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
+        let options = wishes.with_stats(stats, fit_asked, &opened)?;
         let report = match (&output, dry_run) {
             (Some(output), false) => engine::compress_as(&opened, output, &options, max_shard_size, on_progress)?,
             (None, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),

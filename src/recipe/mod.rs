@@ -13,6 +13,8 @@
 //! | its [`Role`] has a codec | the role's: the recipe's for matrices, `int8_sym_v1` for embeddings and heads |
 //! | anything else: routers, norms, biases, vectors, convolutions | `raw_v1` |
 //!
+//! A codec whose size is open, such as `ecu_v1`, gets the rate of the rule that decided, or else the recipe's.
+//!
 //! Last of all, whoever decided: a codec whose group is longer than a row of the tensor gives way to `int8_sym_v1`,
 //! since a group may not span rows.
 //!
@@ -42,7 +44,7 @@ use std::fmt;
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
-use crate::fit::Method;
+use crate::fit::{Fit, Method, Rate};
 use crate::layout::Layout;
 use crate::tensor::{DType, TensorInfo};
 
@@ -54,6 +56,8 @@ pub use role::Role;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
     codec: &'static Codec,
+    /// Of the codecs that leave it open.
+    rate: Rate,
     all: bool,
     include: Vec<Pattern>,
     exclude: Vec<Pattern>,
@@ -68,6 +72,7 @@ pub struct Recipe {
 struct Rule {
     pattern: Pattern,
     codec: &'static Codec,
+    rate: Option<Rate>,
 }
 
 /// The codec of a tensor.
@@ -75,6 +80,8 @@ struct Rule {
 pub struct Choice {
     /// What the tensor is stored with.
     pub codec: &'static Codec,
+    /// Bits per weight on disk, where the codec leaves them open.
+    pub rate: Option<Rate>,
     /// What decided.
     pub reason: Reason,
 }
@@ -139,7 +146,16 @@ impl Recipe {
             Role::Embedding | Role::Head => registered(codecs::INT8_ROW),
             _ => registered(codecs::RAW),
         });
-        Self { codec, all: false, include: Vec::new(), exclude: Vec::new(), roles, rules: Vec::new(), method: Method::Codec }
+        Self {
+            codec,
+            rate: Rate::DEFAULT,
+            all: false,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            roles,
+            rules: Vec::new(),
+            method: Method::Codec,
+        }
     }
 
     /// Adds a rule after those there are: tensors that match get `codec`.
@@ -147,8 +163,22 @@ impl Recipe {
     /// # Errors
     /// [`Error::Invalid`] when the pattern is empty, has control characters or is not well formed.
     pub fn rule(mut self, pattern: &str, codec: &'static Codec) -> Result<Self> {
-        self.rules.push(Rule { pattern: Pattern::new(pattern)?, codec });
+        self.rules.push(Rule { pattern: Pattern::new(pattern)?, codec, rate: None });
         Ok(self)
+    }
+
+    /// Bits per weight on disk of the codecs that leave them open, where no rule says otherwise.
+    #[must_use]
+    pub fn target_bits(mut self, rate: Rate) -> Self {
+        self.rate = rate;
+        self
+    }
+
+    /// Whether the recipe's own rate may decide anything.
+    #[must_use]
+    pub fn takes_rate(&self) -> bool {
+        let rules = self.rules.iter().filter(|rule| rule.rate.is_none()).map(|rule| rule.codec);
+        rules.chain(self.roles).chain([self.codec]).any(|codec| codec.fit == Fit::Rate)
     }
 
     /// Keeps raw what matches neither this pattern nor another one that was included.
@@ -205,6 +235,12 @@ impl Recipe {
         self.method
     }
 
+    /// Whether the rate of a tensor is the recipe's own, and not that of a rule.
+    #[must_use]
+    pub fn is_open(&self, reason: &Reason) -> bool {
+        !matches!(reason, Reason::Rule { index, .. } if self.rules[*index].rate.is_some())
+    }
+
     /// The codec of a tensor whose matrix has `cols` columns, which is not its last dimension when it is stored
     /// transposed.
     #[must_use]
@@ -213,9 +249,16 @@ impl Recipe {
         match &codec.layout {
             Layout::Grouped(layout) if layout.group() as u64 > cols => Choice {
                 codec: registered(codecs::INT8_ROW),
+                rate: None,
                 reason: Reason::ShortRows { wanted: codec, group: layout.group(), cols },
             },
-            _ => Choice { codec, reason },
+            _ => {
+                let own = match &reason {
+                    Reason::Rule { index, .. } => self.rules[*index].rate,
+                    _ => None,
+                };
+                Choice { codec, rate: (codec.fit == Fit::Rate).then(|| own.unwrap_or(self.rate)), reason }
+            }
         }
     }
 

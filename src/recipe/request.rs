@@ -4,13 +4,16 @@ use std::path::Path;
 
 use super::Recipe;
 use crate::codecs;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::fit::Rate;
 
 /// The wishes of a user, ids and roles still being names.
 #[derive(Debug, Clone, Default)]
 pub struct Request<'a> {
-    /// Id of the codec; of no effect beside `toml`.
-    pub codec: &'a str,
+    /// Id of the codec, of no effect beside `toml`; `None` for the usual one.
+    pub codec: Option<&'a str>,
+    /// Bits per weight on disk of codecs that leave them open; `None` leaves it to `toml`.
+    pub target_bits: Option<Rate>,
     /// A recipe as TOML, and the file that it was read from, where there is one.
     pub toml: Option<(&'a str, Option<&'a Path>)>,
     /// Roles and the ids of their codecs.
@@ -37,13 +40,25 @@ impl Request<'_> {
         let mut recipe = match self.toml {
             Some((text, None)) => Recipe::from_toml(text)?,
             Some((text, Some(path))) => Recipe::from_toml(text).map_err(|e| e.in_file(path))?,
-            None => Recipe::new(codecs::get(self.codec)?),
+            None => Recipe::new(codecs::get(self.codec.unwrap_or(match self.target_bits {
+                Some(_) => codecs::ANY_RATE,
+                None => codecs::DEFAULT,
+            }))?),
         };
         for (role, id) in &self.roles {
             recipe = recipe.role(role.parse()?, codecs::get(id)?)?;
         }
         for (pattern, id) in &self.rules {
             recipe = recipe.rule(pattern, codecs::get(id)?)?;
+        }
+        if let Some(rate) = self.target_bits {
+            recipe = recipe.target_bits(rate);
+            if !recipe.takes_rate() {
+                return Err(Error::invalid(format!(
+                    "{rate} bits per weight are asked for, but no codec of the recipe leaves its size open; use {}",
+                    codecs::ANY_RATE
+                )));
+            }
         }
         recipe = recipe.narrow(self.include, self.exclude)?;
         if let Some(fit) = self.fit {

@@ -3,11 +3,12 @@
 //! | key | value | when missing |
 //! |---|---|---|
 //! | `codec` | id | refused |
+//! | `target_bits` | bits per weight on disk of codecs that leave them open | 4.5 |
 //! | `all` | boolean | `false` |
 //! | `fit` | `codec`, `search`, `weighted` or `gptq` | `codec` |
 //! | `include`, `exclude` | array of patterns | everything, nothing |
 //! | `roles.attention`, `.mlp`, `.linear`, `.router`, `.embedding`, `.head` | id | see [`Recipe::new`] |
-//! | `[[rule]]` with `match` and `codec` | pattern and id | no rules |
+//! | `[[rule]]` with `match`, `codec` and, where the codec leaves it open, `target_bits` | pattern, id, bits | no rules |
 //!
 //! What is printed spells out every role, so that it keeps its meaning when a later build has other defaults, and is
 //! printed here rather than by a library, so that equal recipes are equal bytes for ever.
@@ -20,10 +21,10 @@ use super::{Recipe, Rule};
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
-use crate::fit::Method;
+use crate::fit::{Fit, Method, Rate};
 
-const KEYS: &[&str] = &["codec", "all", "include", "exclude", "roles", "rule", "fit"];
-const RULE_KEYS: &[&str] = &["match", "codec"];
+const KEYS: &[&str] = &["codec", "target_bits", "all", "include", "exclude", "roles", "rule", "fit"];
+const RULE_KEYS: &[&str] = &["match", "codec", "target_bits"];
 
 impl Recipe {
     /// Reads a recipe.
@@ -59,13 +60,25 @@ impl Recipe {
             }
         }
         recipe.rules = rules(&table)?;
+        if let Some(rate) = rate(&table, "")? {
+            recipe.rate = rate;
+            if !recipe.takes_rate() {
+                return Err(Error::invalid(
+                    "recipe key 'target_bits' has no effect: no codec of the recipe leaves its size open, as ecu_v1 does",
+                ));
+            }
+        }
         Ok(recipe)
     }
 
     /// The recipe as text: complete, and the same for equal recipes.
     #[must_use]
     pub fn to_toml(&self) -> String {
-        let mut out = format!("codec = {}\nall = {}\n", quoted(self.codec.id), self.all);
+        let mut out = format!("codec = {}\n", quoted(self.codec.id));
+        if self.takes_rate() {
+            out += &format!("target_bits = {}\n", self.rate);
+        }
+        out += &format!("all = {}\n", self.all);
         // Left out where it is the default, as it was before there was another.
         if self.method != Method::Codec {
             out += &format!("fit = {}\n", quoted(self.method.name()));
@@ -82,6 +95,9 @@ impl Recipe {
         }
         for rule in &self.rules {
             out += &format!("\n[[rule]]\nmatch = {}\ncodec = {}\n", quoted(rule.pattern.text()), quoted(rule.codec.id));
+            if let Some(rate) = rule.rate {
+                out += &format!("target_bits = {rate}\n");
+            }
         }
         out
     }
@@ -98,10 +114,14 @@ fn rules(table: &Table) -> Result<Vec<Rule>> {
         refuse_unknown(table, RULE_KEYS, &place)?;
         let key = format!("{place}match");
         let pattern = string(table, "match", &place, "a pattern such as '*.down_proj.weight'")?;
-        Ok(Rule {
-            pattern: Pattern::new(pattern).map_err(|error| at(&key, error))?,
-            codec: codec(table, "codec", &place)?,
-        })
+        let (codec, rate) = (codec(table, "codec", &place)?, rate(table, &place)?);
+        if rate.is_some() && codec.fit != Fit::Rate {
+            return Err(Error::invalid(format!(
+                "recipe key '{place}target_bits' has no effect: codec {} has a size of its own, use ecu_v1",
+                codec.id
+            )));
+        }
+        Ok(Rule { pattern: Pattern::new(pattern).map_err(|error| at(&key, error))?, codec, rate })
     };
     values.iter().enumerate().map(rule).collect()
 }
@@ -122,6 +142,16 @@ fn patterns(table: &Table, key: &str) -> Result<Vec<Pattern>> {
 fn codec(table: &Table, key: &str, place: &str) -> Result<&'static Codec> {
     let id = string(table, key, place, "a codec id such as 'int4_g16_fp16_v1'")?;
     codecs::get(id).map_err(|error| at(&format!("{place}{key}"), error))
+}
+
+/// The rate of a table; none when the key is missing.
+fn rate(table: &Table, place: &str) -> Result<Option<Rate>> {
+    let Some(value) = table.get("target_bits") else { return Ok(None) };
+    let key = format!("{place}target_bits");
+    #[expect(clippy::cast_precision_loss, reason = "far beyond what is accepted where precision is lost")]
+    let bits = value.as_float().or_else(|| value.as_integer().map(|bits| bits as f64));
+    let bits = bits.ok_or_else(|| wrong_type(&key, value, "a number of bits per weight such as 4.25"))?;
+    Rate::from_bits(bits).map(Some).map_err(|error| at(&key, error))
 }
 
 /// The string under `key`.

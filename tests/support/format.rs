@@ -6,6 +6,8 @@ use tenpak::{Codec, DType, codecs};
 #[derive(Debug, Clone, Default)]
 pub struct Plane {
     pub name: String,
+    /// Where it is set, `bytes` are the stream, and `blake3` is to be set too.
+    pub coding: Option<String>,
     pub bytes: Vec<u8>,
     pub offset: Option<u64>,
     pub len: Option<u64>,
@@ -21,6 +23,7 @@ pub struct Entry {
     pub shape: Vec<u64>,
     pub transposed: bool,
     pub codec: String,
+    pub rate: Option<u64>,
     pub planes: Vec<Plane>,
 }
 
@@ -42,6 +45,31 @@ impl Entry {
         Self { planes, codec: codec.id.to_owned(), transposed, ..Self::new(name, DType::F32, shape) }
     }
 
+    /// An F32 tensor of codes and one scale in `ecu_v1`, both planes coded.
+    pub fn coded(name: &str, shape: [usize; 2], codes: &[u8], scale: f32) -> Self {
+        let [rows, cols] = shape;
+        let mut plain = Vec::new();
+        for row in codes.chunks(cols) {
+            plain.extend(row);
+            plain.resize(plain.len().next_multiple_of(4), 0);
+        }
+        let scales = vec![scale; rows];
+        let plane = |name: &str, coding: &str, bytes: Vec<u8>, plain: &[u8]| Plane {
+            name: name.to_owned(),
+            coding: Some(coding.to_owned()),
+            bytes,
+            blake3: Some(blake3::hash(plain).to_string()),
+            ..Plane::default()
+        };
+        let scale_bytes: Vec<u8> = scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+        let planes = vec![
+            plane("codes", "rows_v1", tenpak::coding::encode(codes, rows, cols).unwrap(), &plain),
+            plane("scales", "scales_v1", tenpak::coding::encode_scales(&scales), &scale_bytes),
+        ];
+        let shape = shape.map(|n| n as u64);
+        Self { planes, codec: "ecu_v1".to_owned(), rate: Some(4250), ..Self::new(name, DType::F32, &shape) }
+    }
+
     fn new(name: &str, dtype: DType, shape: &[u64]) -> Self {
         Self {
             name: name.to_owned(),
@@ -49,6 +77,7 @@ impl Entry {
             shape: shape.to_vec(),
             transposed: false,
             codec: String::new(),
+            rate: None,
             planes: Vec::new(),
         }
     }
@@ -137,11 +166,12 @@ impl Artifact {
                 body.resize(body.len().next_multiple_of(64), 0);
                 planes.push(p.json("plane", offset));
             }
+            let rate = t.rate.map_or_else(String::new, |rate| format!(",\"rate\":{rate}"));
             let transposed = if t.transposed { ",\"transposed\":true" } else { "" };
             let (shape, planes) = (serde_json::to_string(&t.shape).unwrap(), planes.join(","));
             let [name, dtype, codec] = [&t.name, &t.dtype, &t.codec].map(|s| serde_json::to_string(s).unwrap());
             tensors.push(format!(
-                "{{\"name\":{name},\"dtype\":{dtype},\"shape\":{shape}{transposed},\"codec\":{codec},\"planes\":[{planes}]}}"
+                "{{\"name\":{name},\"dtype\":{dtype},\"shape\":{shape}{transposed},\"codec\":{codec}{rate},\"planes\":[{planes}]}}"
             ));
         }
         let mut files = Vec::new();
@@ -167,10 +197,11 @@ impl Artifact {
         let header = format!(
             "{{{metadata}\"provenance\":{provenance},{delta}\"identity\":\"{identity}\",\"tensors\":[{tensors}]{files}}}"
         );
+        let coded = self.tensors.iter().flat_map(|t| &t.planes).any(|p| p.coding.is_some());
         File {
             magic: *b"\x89TNPK\r\n\x1a",
             version: 1,
-            flags: u32::from(self.delta.is_some()),
+            flags: u32::from(self.delta.is_some()) + 2 * u32::from(coded),
             header_bytes: header.len() as u64,
             file_bytes: None,
             header_crc32c: None,
@@ -194,9 +225,13 @@ impl Plane {
     fn json(&self, kind: &str, offset: u64) -> String {
         let crcs = || self.bytes.chunks(4 << 20).map(|c| format!("{:08x}", crc32c::crc32c(c))).collect();
         let (name, crc32c) = (serde_json::to_string(&self.name).unwrap(), self.crc32c.clone().unwrap_or_else(crcs));
+        let coding = self
+            .coding
+            .as_ref()
+            .map_or_else(String::new, |id| format!(",\"coding\":{}", serde_json::to_string(id).unwrap()));
         let (bytes, digest) = (self.len.unwrap_or(self.bytes.len() as u64), self.digest());
         format!(
-            "{{\"{kind}\":{name},\"offset\":{offset},\"bytes\":{bytes},\"crc32c\":\"{crc32c}\",\"blake3\":\"{digest}\"}}"
+            "{{\"{kind}\":{name}{coding},\"offset\":{offset},\"bytes\":{bytes},\"crc32c\":\"{crc32c}\",\"blake3\":\"{digest}\"}}"
         )
     }
 }
@@ -238,7 +273,9 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     let raw = Entry::raw("a", DType::U8, &[5], &[1, 2, 3, 4, 5]);
     let weights: Vec<f32> = [0.5, -0.25, 0.125, 1.0].repeat(6);
     let encoded = Entry::encoded("b", &[8, 3], true, codecs::get(codecs::INT8_ROW).unwrap(), &weights);
-    let mut artifact = Artifact::new(vec![raw, encoded]);
+    let codes: Vec<u8> = (0..40 * 30_usize).map(|i| [126, 127, 128, 129][i * i % 7 % 4]).collect();
+    let coded = Entry::coded("c", [40, 30], &codes, 0.5);
+    let mut artifact = Artifact::new(vec![raw, encoded, coded]);
     artifact.metadata.push(("format".to_owned(), "pt".to_owned()));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.tenpak");
@@ -246,6 +283,9 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     let found = tenpak::artifact::ArtifactFile::open(&path).unwrap();
     assert_eq!(found.header().identity().to_string(), artifact.identity());
     assert_eq!(found.tensors()[1].matrix(), (3, 8));
+    let plane = found.plane(2, 0).unwrap();
+    assert!(plane.chunks(32).zip(codes.chunks(30)).all(|(row, codes)| row[..30] == *codes && row[30..] == [0; 2]));
+    assert_eq!(found.tensors()[2].rate().unwrap().to_string(), "4.25");
 
     let config = Plane { name: "config.json".to_owned(), bytes: b"{}".to_vec(), ..Plane::default() };
     artifact.files.push(config);
@@ -254,8 +294,8 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     assert_eq!(*found.read_file("config.json").unwrap(), *b"{}");
     assert_eq!(found.header().identity().to_string(), artifact.identity());
 
-    artifact.delta = Some(Delta { base: artifact.identity(), result: artifact.identity(), runs: vec![(-1, 2)] });
+    artifact.delta = Some(Delta { base: artifact.identity(), result: artifact.identity(), runs: vec![(-1, 3)] });
     std::fs::write(&path, artifact.file().edit("a test", "a program").bytes()).unwrap();
     let found = tenpak::artifact::ArtifactFile::open(&path).unwrap();
-    assert_eq!(found.header().delta().unwrap().runs, [(-1, 2)]);
+    assert_eq!(found.header().delta().unwrap().runs, [(-1, 3)]);
 }

@@ -142,7 +142,7 @@ impl Folder {
 
 /// The codec for every float tensor.
 pub fn with(codec: &'static Codec) -> Options {
-    Options { recipe: Recipe::new(codec).all(true), nonfinite: Nonfinite::Error, force: false, stats: None }
+    Options::new(Recipe::new(codec).all(true), Nonfinite::Error, false)
 }
 
 /// A codec of the registry.

@@ -1,0 +1,228 @@
+//! Coded planes: shorter on disk than in memory, and the same bytes once they are read.
+//!
+//! How a plane lies on disk is a matter of the plane and not of the codec: whoever reads it gets the bytes that the
+//! layout describes, so kernels and decoders know nothing of codings. Digests are of those bytes too, so that what
+//! an artifact *is* does not depend on how it is stored.
+
+use std::ops::{Deref, Range};
+
+use super::entry::Entry;
+use super::identity::Identity;
+use crate::coding::{self, Stream};
+use crate::error::{Error, Result, try_zeroed};
+use crate::layout::{Float, Layout, Plane};
+
+/// How a plane lies on disk, where it is not stored as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coding {
+    /// Rows of 8-bit codes, close to their entropy; see [`mod@crate::coding`].
+    Rows,
+    /// F32 scales of which many are equal.
+    Scales,
+}
+
+/// A plane is at most so many times as long as its stream, so that a short file cannot ask for memory without end: no
+/// code takes less than a thousandth of a bit.
+pub(super) const EXPANSION: u64 = 1 << 14;
+
+/// Bytes of scales that are all equal.
+const EQUAL_SCALES: u64 = 5;
+
+impl Coding {
+    /// Every coding, with its id.
+    pub const ALL: &[(&'static str, Self)] = &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales)];
+
+    /// The id in files.
+    #[must_use]
+    pub fn id(self) -> &'static str {
+        Self::ALL.iter().find(|(_, coding)| *coding == self).map_or("", |(id, _)| id)
+    }
+
+    /// The coding of an id.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when this build does not know it.
+    pub fn get(id: &str) -> Result<Self> {
+        Self::ALL.iter().find(|(known, _)| *known == id).map(|(_, coding)| *coding).ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|(id, _)| *id).collect();
+            Error::unsupported(format!(
+                "unknown coding '{id}' of a plane, this build of tenpak {} knows {}; upgrade",
+                env!("CARGO_PKG_VERSION"),
+                known.join(", ")
+            ))
+        })
+    }
+
+    /// The coding that planes of this kind take.
+    #[must_use]
+    pub fn of(layout: &Layout, plane: Plane) -> Option<Self> {
+        match (layout, plane) {
+            (Layout::Grouped(g), Plane::Codes) if g.bits() == 8 => Some(Self::Rows),
+            (Layout::Grouped(g), Plane::Scales) if g.scale() == Float::F32 => Some(Self::Scales),
+            _ => None,
+        }
+    }
+
+    /// Checks the length of a coded plane, given what it has in memory.
+    pub(super) fn check(self, plain: u64, bytes: u64) -> Result<(), String> {
+        if bytes >= plain {
+            return Err(format!("{bytes} coded bytes of a plane of {plain}, expected fewer"));
+        }
+        // Scales are few beside the codes, whose length bounds the rows.
+        if self == Self::Rows && plain / EXPANSION > bytes {
+            return Err(format!("{bytes} coded bytes of a plane of {plain}, expected more"));
+        }
+        Ok(())
+    }
+}
+
+/// Gives the planes of an entry the coded lengths that its rate asks for, as far as streams can have them.
+pub(super) fn plan(entry: &mut Entry) -> Result<()> {
+    let Some(rate) = entry.rate() else { return Ok(()) };
+    let mut left = rate.bytes(entry.info().elements());
+    for plane in (0..entry.planes().len()).rev() {
+        let Some(coding) = Coding::of(&entry.codec().layout, entry.planes()[plane].plane) else { continue };
+        let bytes = if coding == Coding::Scales { EQUAL_SCALES } else { left };
+        if coding.check(entry.plain_bytes(plane), bytes).is_ok() {
+            entry.set_coding(plane, coding, bytes)?;
+            left = left.saturating_sub(bytes);
+        }
+    }
+    Ok(())
+}
+
+/// A coded plane of an entry, open for reading.
+pub(super) struct Coded<'a> {
+    stream: Inner<'a>,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+enum Inner<'a> {
+    Rows(Stream<'a>),
+    Scales(Vec<u8>),
+}
+
+impl<'a> Coded<'a> {
+    /// Opens the stream of a plane.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], with the byte of the stream, when it is not that of a plane of this matrix.
+    pub fn open(entry: &Entry, plane: usize, stored: &'a [u8]) -> Result<Self> {
+        let too_large = |_| Error::invalid("the plane is larger than memory");
+        let (rows, cols) = entry.matrix();
+        let (rows, cols) = (usize::try_from(rows).map_err(too_large)?, usize::try_from(cols).map_err(too_large)?);
+        let place = &entry.planes()[plane];
+        let stride = entry.codec().layout.stride(place.plane, entry.info().dtype(), cols);
+        let stream = match place.coding {
+            Some(Coding::Rows) => Inner::Rows(Stream::open(stored, rows, cols)?),
+            Some(Coding::Scales) => {
+                let scales = coding::decode_scales(stored, rows * stride / 4)?;
+                let mut bytes = try_zeroed(rows * stride, || "a plane of scales".to_owned())?;
+                scales.iter().enumerate().for_each(|(i, &scale)| Float::F32.store(&mut bytes, i, scale));
+                Inner::Scales(bytes)
+            }
+            None => return Err(Error::invalid("the plane is not coded")),
+        };
+        Ok(Self { stream, rows, cols, stride })
+    }
+
+    /// The bytes of the plane in pieces, each of whole rows, from the one that holds row `first` on; `take` is given the
+    /// first byte of each piece, and says whether to go on.
+    pub fn pieces(&self, first: usize, mut take: impl FnMut(usize, &[u8]) -> Result<bool>) -> Result<()> {
+        let stream = match &self.stream {
+            Inner::Scales(bytes) => return take(0, bytes).map(drop),
+            Inner::Rows(stream) => stream,
+        };
+        if stream.blocks() == 0 {
+            return Ok(());
+        }
+        let per_block = stream.rows(0).len();
+        let together = rayon::current_num_threads();
+        let mut block = first / per_block;
+        let mut buffer = Vec::new();
+        while block < stream.blocks() {
+            let last = (block + together).min(stream.blocks());
+            let (start, end) = (stream.rows(block).start, stream.rows(last - 1).end);
+            if buffer.len() != (end - start) * self.stride {
+                buffer = try_zeroed((end - start) * self.stride, || "rows of a coded plane".to_owned())?;
+            }
+            self.decode(stream, block, per_block, &mut buffer)?;
+            if !take(start * self.stride, &buffer)? {
+                return Ok(());
+            }
+            block = last;
+        }
+        Ok(())
+    }
+
+    /// Decodes consecutive blocks, from `block` on, into rows of the plane.
+    fn decode(&self, stream: &Stream<'_>, block: usize, per_block: usize, out: &mut [u8]) -> Result<()> {
+        use rayon::prelude::*;
+        out.par_chunks_mut(per_block * self.stride).enumerate().try_for_each(|(i, out)| {
+            if self.stride == self.cols {
+                return stream.decode_block(block + i, out);
+            }
+            let rows = out.len() / self.stride;
+            let mut codes = try_zeroed(rows * self.cols, || "rows of a coded plane".to_owned())?;
+            stream.decode_block(block + i, &mut codes)?;
+            for (row, codes) in out.chunks_exact_mut(self.stride).zip(codes.chunks_exact(self.cols)) {
+                row[..self.cols].copy_from_slice(codes);
+            }
+            Ok(())
+        })
+    }
+
+    /// A range of the plane.
+    pub fn range(&self, range: Range<usize>) -> Result<Vec<u8>> {
+        let mut out = try_zeroed(range.len(), || "a part of a coded plane".to_owned())?;
+        if range.is_empty() {
+            return Ok(out);
+        }
+        assert!(range.end <= self.rows * self.stride, "beyond the plane");
+        self.pieces(range.start / self.stride.max(1), |at, piece| {
+            let (from, until) = (range.start.max(at), range.end.min(at + piece.len()));
+            if from < until {
+                out[from - range.start..until - range.start].copy_from_slice(&piece[from - at..until - at]);
+            }
+            Ok(at + piece.len() < range.end)
+        })?;
+        Ok(out)
+    }
+}
+
+/// The digest of a coded plane, given all of its stream.
+///
+/// # Errors
+/// Those of [`Coded::open`], and whatever `look` returns: it is given every piece.
+pub(super) fn digest(
+    entry: &Entry,
+    plane: usize,
+    stored: &[u8],
+    mut look: impl FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<Identity> {
+    let mut hasher = blake3::Hasher::new();
+    Coded::open(entry, plane, stored)?.pieces(0, |at, piece| {
+        hasher.update_rayon(piece);
+        look(at, piece).map(|()| true)
+    })?;
+    Ok(hasher.finalize().into())
+}
+
+/// The bytes of a part of a coded plane, given all of its stream.
+///
+/// # Errors
+/// Those of [`Coded::open`].
+pub(super) fn range(
+    entry: &Entry,
+    plane: usize,
+    stored: impl Deref<Target = [u8]>,
+    start: u64,
+    bytes: u64,
+) -> Result<Vec<u8>> {
+    let too_large = |_| Error::invalid("the plane is larger than memory");
+    let start = usize::try_from(start).map_err(too_large)?;
+    let bytes = usize::try_from(bytes).map_err(too_large)?;
+    Coded::open(entry, plane, &stored)?.range(start..start + bytes)
+}

@@ -1,0 +1,57 @@
+//! A size that was asked for, made into the rate that fills it.
+
+use super::{Options, planned_header, reports};
+use crate::artifact::header::Header;
+use crate::error::{Error, Result};
+use crate::fit::Rate;
+use crate::source::Source;
+
+/// What is kept free per coded tensor: padding behind its planes, and digits of numbers in the header that are longer
+/// than planned.
+const SPARE: u64 = 192;
+
+/// The options with the recipe's rate chosen such that the output, whose length `bytes` gives, takes at most what is
+/// asked for; as they are where no size is asked for.
+///
+/// # Errors
+/// [`Error::Invalid`] when no tensor takes the recipe's rate, or no rate is low enough; those of `bytes`.
+pub(super) fn settled(source: &Source, options: &Options, bytes: impl Fn(&Header) -> Result<u64>) -> Result<Options> {
+    let Some(most) = options.target_bytes else { return Ok(options.clone()) };
+    let at = |rate: Rate| -> Result<(Options, u64)> {
+        let recipe = options.recipe.clone().target_bits(rate);
+        let options = Options { recipe, target_bytes: None, ..options.clone() };
+        let tensors = reports(source, &options)?;
+        let coded = tensors.iter().filter(|t| t.rate.is_some()).count() as u64;
+        let bytes = bytes(&planned_header(source, &options, &tensors)?)?;
+        Ok((options, bytes + coded * SPARE))
+    };
+    let open = source.tensors().iter().any(|t| {
+        let choice = options.recipe.choose(t.info(), t.matrix().1);
+        choice.rate.is_some() && options.recipe.is_open(&choice.reason)
+    });
+    if !open {
+        return Err(Error::invalid(
+            "a size is asked for, but no tensor has a codec whose size is open, as ecu_v1 is; choose it for some",
+        ));
+    }
+    let (mut best, least) = at(Rate::LEAST)?;
+    if least > most {
+        return Err(Error::invalid(format!(
+            "{most} bytes are asked for, but at {} bits per weight the output still takes {least}; ask for more, or \
+             choose smaller codecs for embeddings, heads and what is kept raw",
+            Rate::LEAST
+        )));
+    }
+    // The greatest rate that fits, in thousandths of a bit.
+    let (mut fits, mut beyond) = (Rate::LEAST.thousandths(), Rate::MOST.thousandths() + 1);
+    while fits + 1 < beyond {
+        let middle = fits.midpoint(beyond);
+        let (options, bytes) = at(Rate::from_thousandths(middle)?)?;
+        if bytes <= most {
+            (fits, best) = (middle, options);
+        } else {
+            beyond = middle;
+        }
+    }
+    Ok(best)
+}

@@ -1,0 +1,145 @@
+//! The step that gives a rate.
+
+#![expect(clippy::cast_possible_truncation, reason = "a step is a single, and exponents are small")]
+
+use super::viterbi::LANES;
+use super::{Choice, Matrix, Quantized, step_of};
+use crate::coding::Trellis;
+use crate::coding::context::log2;
+use crate::error::{Error, Result};
+
+/// A search that meets the rate this closely from below ends.
+const CLOSE: f64 = 0.0015;
+/// The most steps that a search tries.
+const TRIES: usize = 10;
+/// Logarithm of the number of states.
+const LOG_STATES: u8 = 5;
+
+/// `2^x`, by a series in a fixed order.
+fn exp2(x: f64) -> f64 {
+    let whole = x.floor();
+    let y = (x - whole) * std::f64::consts::LN_2;
+    let (mut term, mut sum) = (1.0, 1.0);
+    for i in 1..24 {
+        term *= y / f64::from(i);
+        sum += term;
+    }
+    let scale = if whole < 0.0 { 0.5 } else { 2.0 };
+    for _ in 0..whole.abs().min(2000.0) as i32 {
+        sum *= scale;
+    }
+    sum
+}
+
+/// Quantizes a matrix so that it takes at most `target_bits` per weight on disk, and nearly that.
+///
+/// # Errors
+/// [`Error::Invalid`] when no step gives that few bits.
+///
+/// # Panics
+/// When weights or importance do not have the size of the matrix.
+pub fn quantize(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    target_bits: f64,
+    importance: Option<&[f32]>,
+) -> Result<Quantized> {
+    let matrix = Matrix::new(weights, rows, cols, importance);
+    let chosen = aim(&matrix, target_bits, Choice::of(Trellis::new(LOG_STATES)))?;
+    // Levels without a trellis reach twice as far at equal bits: that can pay where rows needed steps of their own.
+    if chosen.stretched > 0 {
+        let plain = aim(&matrix, target_bits, Choice::of(None))?;
+        if plain.weighted_error < chosen.weighted_error {
+            return Ok(plain);
+        }
+    }
+    Ok(chosen)
+}
+
+/// The same with levels chosen in one way.
+///
+/// # Errors
+/// [`Error::Invalid`] when no step gives that few bits.
+///
+/// # Panics
+/// When weights or importance do not have the size of the matrix.
+pub fn quantize_with(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    target_bits: f64,
+    choice: Choice,
+    importance: Option<&[f32]>,
+) -> Result<Quantized> {
+    aim(&Matrix::new(weights, rows, cols, importance), target_bits, choice)
+}
+
+/// Of a matrix with more weights, a sample of about half as many says where the search starts.
+const LARGE: usize = 1 << 21;
+
+fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
+    let power: f64 = matrix.weights.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
+    let deviation = (power / matrix.weights.len().max(1) as f64).sqrt();
+    if deviation == 0.0 {
+        return step_of(matrix, 1.0, choice);
+    }
+    // A Gaussian has log2(deviation / step) + 2.05 bits.
+    let states = if choice.trellis.is_some() { 1.0 } else { 0.0 };
+    let mut start = log2(deviation) + 2.05 - states - target;
+    let chunk = LANES * matrix.cols;
+    let every = (2 * matrix.weights.len() / LARGE).min(matrix.weights.len() / chunk);
+    if matrix.weights.len() > LARGE && every > 1 {
+        let weights: Vec<f32> = matrix.weights.chunks_exact(chunk).step_by(every).flatten().copied().collect();
+        if weights.iter().any(|&w| w != 0.0) {
+            let rows = weights.len() / matrix.cols;
+            let sample = Matrix { weights: &weights, rows, cols: matrix.cols, importance: matrix.importance.clone() };
+            if let Some((_, exponent)) = meet(&sample, target, choice, start)? {
+                start = exponent;
+            }
+        }
+    }
+    match meet(matrix, target, choice, start)? {
+        Some((met, _)) => Ok(met),
+        None => Err(Error::invalid(format!("no step gives {target} bits per weight; ask for more"))),
+    }
+}
+
+/// Tries steps from `2^exponent` on; gives the best one that keeps the rate, and its exponent.
+fn meet(matrix: &Matrix<'_>, target: f64, choice: Choice, mut exponent: f64) -> Result<Option<(Quantized, f64)>> {
+    // Exponents and bits of the nearest steps tried on both sides.
+    let mut low: Option<(f64, f64)> = None;
+    let mut high: Option<(f64, f64)> = None;
+    let mut best: Option<(Quantized, f64)> = None;
+    for _ in 0..TRIES {
+        let step = (exp2(exponent) as f32).clamp(f32::MIN_POSITIVE, f32::MAX / 128.0);
+        let tried = step_of(matrix, step, choice)?;
+        let bits = tried.bits_per_weight();
+        if bits <= target {
+            // Where rows have steps of their own already, a smaller common one no longer gives more bits.
+            if let (None, Some((before, had))) = (low, high)
+                && bits - had < 0.01 * (before - exponent)
+            {
+                break;
+            }
+            high = Some((exponent, bits));
+            if best.as_ref().is_none_or(|(best, _)| tried.weighted_error <= best.weighted_error) {
+                best = Some((tried, exponent));
+            }
+            if bits >= target * (1.0 - CLOSE) {
+                break;
+            }
+        } else {
+            low = Some((exponent, bits));
+        }
+        let aim = target * (1.0 - CLOSE / 2.0);
+        exponent = match (low, high) {
+            (Some((e0, b0)), Some((e1, b1))) => {
+                let part = if b0 > b1 { ((b0 - aim) / (b0 - b1)).clamp(0.05, 0.95) } else { 0.5 };
+                e0 + (e1 - e0) * part
+            }
+            _ => exponent + (bits - aim),
+        };
+    }
+    Ok(best)
+}

@@ -1,0 +1,280 @@
+//! Coded planes: lossless, the same on any number of threads, and no bytes of any kind do harm.
+
+#![expect(clippy::cast_possible_truncation, reason = "levels are clamped to those of codes")]
+
+use proptest::prelude::*;
+use tenpak::coding::{self, Stream, Trellis};
+use tenpak::fit::entropy::{Choice, quantize, quantize_step, quantize_with};
+
+/// Numbers that look like a Gaussian's, from a fixed seed.
+fn gaussian(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut uniform = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    (0..count).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect()
+}
+
+/// Rows and columns of very different size.
+fn uneven(rows: usize, cols: usize) -> Vec<f32> {
+    let mut weights = gaussian(rows * cols, 5);
+    for (i, w) in weights.iter_mut().enumerate() {
+        *w *= 0.25 * (1 + i / cols % 7) as f32 * (1 + i % cols % 5) as f32;
+    }
+    weights
+}
+
+fn decoded(stream: &[u8], rows: usize, cols: usize) -> tenpak::Result<Vec<u8>> {
+    let stream = Stream::open(stream, rows, cols)?;
+    let mut codes = vec![0; rows * cols];
+    stream.decode_all(&mut codes)?;
+    Ok(codes)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_codes_come_back(rows in 1usize..80, cols in 1usize..90, spread in 1u32..128, seed in any::<u64>()) {
+        let codes: Vec<u8> = gaussian(rows * cols, seed)
+            .iter()
+            .map(|x| (x * spread as f32 / 3.0).clamp(-127.0, 127.0) as i16)
+            .map(|level| u8::try_from(level + 128).expect("clamped"))
+            .collect();
+        let stream = coding::encode(&codes, rows, cols).expect("these are codes");
+        prop_assert_eq!(decoded(&stream, rows, cols).expect("what was encoded decodes"), codes);
+    }
+
+    #[test]
+    fn codes_that_follow_a_trellis_come_back(rows in 1usize..70, cols in 1usize..90, log in 2u8..=8, exponent in -6i32..4) {
+        let weights = uneven(rows, cols);
+        let choice = Choice::of(Trellis::new(log));
+        let q = quantize_step(&weights, rows, cols, 2f32.powi(exponent), choice, None).expect("finite weights");
+        prop_assert_eq!(decoded(&q.stream, rows, cols).expect("what was encoded decodes"), q.codes);
+        prop_assert_eq!(Stream::open(&q.stream, rows, cols).expect("a stream").trellis(), Trellis::new(log));
+        prop_assert_eq!(coding::decode_scales(&q.scales_stream, rows).expect("scales"), q.scales);
+    }
+
+    #[test]
+    fn any_scales_come_back(bits in prop::collection::vec(any::<u32>(), 0..300), values in 1usize..300) {
+        let scales: Vec<f32> = bits.iter().map(|b| f32::from_bits(bits[*b as usize % bits.len().min(values)])).collect();
+        let stream = coding::encode_scales(&scales);
+        prop_assert!(stream.len() <= 1 + 4 * scales.len());
+        let back = coding::decode_scales(&stream, scales.len()).expect("what was encoded decodes");
+        prop_assert!(back.iter().map(|s| s.to_bits()).eq(scales.iter().map(|s| s.to_bits())));
+    }
+
+    #[test]
+    fn no_bytes_do_harm(bytes in prop::collection::vec(any::<u8>(), 0..400), rows in 0usize..70, cols in 0usize..70) {
+        let _ = decoded(&bytes, rows, cols);
+        let _ = coding::decode_scales(&bytes, rows);
+    }
+}
+
+#[test]
+fn any_byte_changed_gives_an_error_or_codes() {
+    for trellis in [None, Trellis::new(4)] {
+        let (rows, cols) = (40, 50);
+        let q = quantize_step(&uneven(rows, cols), rows, cols, 0.4, Choice::of(trellis), None).expect("finite weights");
+        for at in 0..q.stream.len() {
+            for change in [1, 0x90] {
+                let mut bytes = q.stream.clone();
+                bytes[at] ^= change;
+                if let Ok(codes) = decoded(&bytes, rows, cols) {
+                    assert!(codes.iter().all(|&code| code != 0), "code 0 is no level");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_of_another_length_is_refused_at_every_length() {
+    let (rows, cols) = (33, 40);
+    let q =
+        quantize_step(&uneven(rows, cols), rows, cols, 0.3, Choice::of(Trellis::new(3)), None).expect("finite weights");
+    for end in 0..q.stream.len() {
+        assert!(Stream::open(&q.stream[..end], rows, cols).is_err(), "cut at {end}");
+    }
+    assert!(Stream::open(&[&q.stream[..], &[0]].concat(), rows, cols).is_err());
+    for end in 0..q.scales_stream.len() {
+        assert!(coding::decode_scales(&q.scales_stream[..end], rows).is_err(), "cut at {end}");
+    }
+}
+
+#[test]
+fn a_matrix_that_the_stream_is_not_of_is_refused_or_fails() {
+    let codes = vec![131u8; 64 * 64];
+    let stream = coding::encode(&codes, 64, 64).expect("these are codes");
+    for (rows, cols) in [
+        (0, 64),
+        (64, 0),
+        (usize::MAX, 1),
+        (1, usize::MAX),
+        (1, 1 << 40),
+        (1 << 40, 1 << 20),
+        (64, 1 << 20),
+        (1 << 19, 64),
+    ] {
+        assert!(Stream::open(&stream, rows, cols).is_err(), "{rows}x{cols}");
+    }
+}
+
+#[test]
+fn code_zero_and_codes_off_the_trellis_are_refused() {
+    assert!(coding::encode(&[128, 0], 1, 2).is_err());
+    // The first state is even.
+    assert!(coding::encode_following(&[129], 1, 1, Trellis::new(3)).is_err());
+    assert!(coding::encode_following(&[130], 1, 1, Trellis::new(3)).is_ok());
+    assert!(Trellis::new(1).is_none() && Trellis::new(9).is_none());
+}
+
+#[test]
+fn blocks_are_whole_rows_that_decode_alone() {
+    let (rows, cols) = (700, 1024);
+    let codes: Vec<u8> =
+        gaussian(rows * cols, 9).iter().map(|x| 128u8.saturating_add_signed((x * 4.0) as i8)).collect();
+    let stream = coding::encode(&codes, rows, cols).expect("these are codes");
+    let stream = Stream::open(&stream, rows, cols).expect("a stream");
+    assert!(stream.blocks() > 1);
+    let mut next = 0;
+    for block in (0..stream.blocks()).rev() {
+        let rows = stream.rows(block);
+        let mut out = vec![0; rows.len() * cols];
+        stream.decode_block(block, &mut out).expect("a block");
+        assert_eq!(out, codes[rows.start * cols..rows.end * cols]);
+        next += rows.len();
+    }
+    assert_eq!(next, rows);
+}
+
+#[test]
+fn constant_planes_cost_nearly_nothing() {
+    let stream = coding::encode(&vec![128; 512 * 512], 512, 512).expect("these are codes");
+    assert!(stream.len() < 400, "{} bytes", stream.len());
+    assert_eq!(coding::encode_scales(&[0.25; 4096]).len(), 5);
+    assert!(decoded(&[], 0, 7).expect("nothing").is_empty());
+    assert!(coding::encode(&[], 7, 0).expect("nothing").is_empty());
+}
+
+#[test]
+fn bytes_do_not_depend_on_threads() {
+    let (rows, cols) = (300, 256);
+    let weights = uneven(rows, cols);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        pool.install(|| quantize(&weights, rows, cols, 3.5, None).expect("finite weights"))
+    };
+    let (one, three) = (run(1), run(3));
+    assert_eq!((one.stream, one.scales_stream, one.step), (three.stream, three.scales_stream, three.step));
+}
+
+#[test]
+fn a_rate_is_met_from_below_and_errors_are_those_of_the_codes() {
+    let (rows, cols) = (96, 256);
+    let weights = uneven(rows, cols);
+    for target in [2.0, 3.0, 4.25] {
+        let q = quantize(&weights, rows, cols, target, None).expect("finite weights");
+        let bits = q.bits_per_weight();
+        assert!(bits <= target && bits >= target * 0.995, "{bits} for {target}");
+        let level = |i: usize| f64::from((f32::from(q.codes[i]) - 128.0) * q.scales[i / cols]);
+        let error: f64 = weights.iter().enumerate().map(|(i, &w)| (f64::from(w) - level(i)).powi(2)).sum();
+        assert!((error - q.squared_error).abs() <= 1e-9 * error, "{error} is not {}", q.squared_error);
+    }
+    assert!(quantize(&weights, rows, cols, 0.001, None).is_err());
+}
+
+#[test]
+fn a_trellis_gains_over_rounding_at_equal_bits() {
+    let (rows, cols) = (128, 256);
+    let weights = gaussian(rows * cols, 3);
+    let error = |choice| quantize_with(&weights, rows, cols, 4.0, choice, None).expect("finite weights").squared_error;
+    let rounded = error(Choice { trellis: None, lambda: 0.0 });
+    assert!(error(Choice::of(None)) < 1.01 * rounded);
+    // 0.99 and 1.22 dB in theory, for 4 and 32 states.
+    assert!(error(Choice::of(Trellis::new(2))) < 0.82 * rounded);
+    assert!(error(Choice::of(Trellis::new(5))) < 0.78 * rounded);
+}
+
+#[test]
+fn importance_moves_error_to_where_it_counts_less() {
+    let (rows, cols) = (64, 128);
+    let weights = gaussian(rows * cols, 8);
+    let importance: Vec<f32> = (0..cols).map(|c| if c < 16 { 8.0 } else { 0.2 }).collect();
+    let with = quantize(&weights, rows, cols, 3.0, Some(&importance)).expect("finite weights");
+    let choice = Choice { lambda: 0.0, ..Choice::of(with.choice.trellis) };
+    let without = quantize_with(&weights, rows, cols, 3.0, choice, Some(&importance)).expect("finite weights");
+    assert!(with.weighted_error < without.weighted_error);
+}
+
+#[test]
+fn outliers_and_zeros_are_quantized() {
+    let (rows, cols) = (40, 96);
+    let mut weights = gaussian(rows * cols, 4);
+    weights[..cols].fill(0.0);
+    weights[5 * cols + 7] = 1e4;
+    let q = quantize(&weights, rows, cols, 4.0, None).expect("finite weights");
+    assert_eq!(q.stretched, 1, "the row with the outlier has a step of its own");
+    assert!(q.scales[5] > 2.0 * q.scales[6]);
+    assert!(q.codes[..cols].iter().all(|&code| code == 128));
+    let zeros = quantize(&vec![0.0; 300], 3, 100, 2.0, None).expect("finite weights");
+    assert_eq!(zeros.squared_error, 0.0);
+    assert!(quantize(&[], 0, 5, 4.0, None).is_ok());
+}
+
+/// Codes that a formula gives, as `tests/python/test_coded.py` states it too.
+fn pinned(rows: usize, cols: usize, spread: i32, trellis: Option<Trellis>) -> Vec<u8> {
+    let mut seed = 1u64;
+    let mut codes = Vec::new();
+    for row in 0..rows as i32 {
+        let mut state = 0u8;
+        for col in 0..cols as i32 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let level: i32 = [40, 46, 52, 58].iter().map(|shift| (seed >> shift & 63) as i32).sum::<i32>() - 126;
+            let level = (level * spread * (row % 5 + 1) * (col % 3 + 1)).div_euclid(512);
+            let mut code = u8::try_from(level.clamp(-120, 120) + 128).expect("clamped");
+            if let Some(trellis) = trellis {
+                code += (code ^ state) & 1;
+                state = trellis.next(state, code);
+            }
+            codes.push(code);
+        }
+    }
+    codes
+}
+
+/// Compares with a file of `tests/data/coded`; `TENPAK_GOLDEN=create` makes one where there is none.
+fn compare(name: &str, bytes: &[u8]) {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/coded").join(name);
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    if !path.exists() && std::env::var("TENPAK_GOLDEN").as_deref() == Ok("create") {
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("the folder can be made");
+        std::fs::write(&path, hex + "\n").expect("the file can be written");
+        return;
+    }
+    let want = std::fs::read_to_string(&path).expect("TENPAK_GOLDEN=create cargo test --test coding makes the file");
+    assert!(want.trim_end() == hex, "{name}: the bytes changed; streams that were written must stay readable");
+}
+
+#[test]
+fn the_bytes_of_streams_stay_as_they_are() {
+    for (rows, cols, spread, method) in
+        [(40, 50, 6, 0), (3, 20, 400, 0), (70, 33, 40, 5), (33, 65, 3, 3), (1, 9, 90, 2), (34, 31, 500, 8)]
+    {
+        let trellis = Trellis::new(method);
+        let codes = pinned(rows, cols, spread, trellis);
+        let stream = coding::encode_following(&codes, rows, cols, trellis).expect("codes");
+        assert_eq!(decoded(&stream, rows, cols).expect("a stream"), codes);
+        compare(&format!("codes-{rows}-{cols}-{spread}-{method}.hex"), &stream);
+    }
+    let mixed: Vec<f32> = (0..35).map(|row| if row % 4 == 1 { 1.5 } else { 0.5 }).collect();
+    let rising: Vec<f32> = (0..15).map(|row| 0.5 + row as f32).collect();
+    for (kind, scales) in [vec![0.5; 5], mixed, rising].iter().enumerate() {
+        let bytes = coding::encode_scales(scales);
+        assert_eq!(usize::from(bytes[0]), kind);
+        compare(&format!("scales-{kind}.hex"), &bytes);
+    }
+}

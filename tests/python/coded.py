@@ -1,0 +1,274 @@
+"""An independent decoder of coded planes, in numpy.
+
+Written from *Coded planes* in `src/artifact/FORMAT.md` alone, so that the text and the Rust code check each other. It
+favours being obviously right over being fast, and shares no code with the package.
+
+| function | what |
+|---|---|
+| `decode_codes` | a stream to codes `[rows, cols]` |
+| `decode_scales` | coded scales to float32 `[rows]` |
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+LANES = 32
+TOTAL = 4096
+LOW = 1 << 16
+ZERO = 128
+SHAPES = (2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+ROOTS = (
+    1.0108892860517005,
+    1.0218971486541167,
+    1.0442737824274138,
+    1.0905077326652577,
+    1.189207115002721,
+    1.4142135623730951,
+)
+TRELLISES = {2: (2, 1), 3: (5, 2), 4: (9, 2), 5: (18, 4), 6: (33, 10), 7: (78, 43), 8: (166, 121)}
+
+
+class CodedError(Exception):
+    """Bytes that the text refuses."""
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise `CodedError` unless the condition holds."""
+    if not condition:
+        raise CodedError(what)
+
+
+class Decisions:
+    """The binary range coder, reading."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.at = 0
+        self.range = 2**32 - 1
+        self.code = 0
+        for _ in range(4):
+            self.code = self.code * 256 + self._next()
+
+    def _next(self) -> int:
+        byte = self.data[self.at] if self.at < len(self.data) else 0
+        self.at += 1
+        return byte
+
+    def bit(self, odds: list[int], index: int) -> int:
+        """One decision, whose probability `odds[index]` learns from it."""
+        bound = self.range // 4096 * odds[index]
+        bit = int(self.code >= bound)
+        if bit:
+            self.range -= bound
+            self.code -= bound
+            odds[index] -= odds[index] // 16
+        else:
+            self.range = bound
+            odds[index] += (4096 - odds[index]) // 16
+        while self.range < 1 << 24:
+            self.range *= 256
+            self.code = self.code * 256 + self._next()
+        return bit
+
+    def finish(self) -> None:
+        """Refuse bytes that were not read, and a zero at the end."""
+        require(self.at >= len(self.data) and self.data[-1:] != b"\0", "bytes left over")
+
+
+def deviations(source: Decisions, count: int) -> list[int]:
+    """Read as many deviations."""
+    more = [[2048] * 16 for _ in range(3)]
+    sign = [2048]
+    values = []
+    before = 0
+    for _ in range(count):
+        n = 0
+        while n < 127 and source.bit(more[min(before, 2)], min(n, 15)):
+            n += 1
+        before = n
+        values.append(-n if n > 0 and source.bit(sign, 0) else n)
+    return values
+
+
+def half(nu: int, x: float) -> float:
+    """Probability from 0 to `x` of Student's t with `nu` degrees of freedom."""
+    square = x * x
+    ratio = nu / (nu + square)
+    term = total = 1.0
+    for i in range(1, nu // 2):
+        term = term * (ratio * ((2 * i - 1) / (2 * i)))
+        total = total + term
+    return (0.5 * (x / math.sqrt(nu + square))) * total
+
+
+def deviation(exponent: int) -> float:
+    """`2^(exponent / 64)`."""
+    sigma = 1.0
+    for bit, root in enumerate(ROOTS):
+        if exponent >> bit & 1:
+            sigma *= root
+    octaves = exponent >> 6
+    for _ in range(abs(octaves)):
+        sigma *= 0.5 if octaves < 0 else 2.0
+    return sigma
+
+
+@dataclass
+class Table:
+    """For each of 4096 slots: the symbol, its start and its frequency."""
+
+    symbol: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int64]
+    freq: npt.NDArray[np.int64]
+
+
+def table(nu: int, sigma: float, kind: str) -> Table:
+    """Build the table of a context; `kind` is `plain`, `even` or `odd`."""
+    escapes = {"plain": [0], "even": [0, 2], "odd": [1, 3]}[kind]
+    levels = list({"plain": range(128), "even": range(0, 125, 2), "odd": range(1, 124, 2)}[kind])
+    rooms = [0.5 if kind == "plain" else 1.0] * len(levels)
+    if kind == "odd" and sigma < 1.5:
+        levels, rooms = [0, *levels], [0.5, *rooms]
+    upper: list[float] = []
+    for level, room in zip(levels, rooms, strict=True):
+        end = half(nu, (level + room) / sigma)
+        if len(upper) >= 2 and end - upper[-1] < 1 / 8192:
+            break
+        upper.append(end)
+    levels = levels[: len(upper)]
+    inside = upper[-1]
+    outside = 1.0 - 2.0 * inside
+    symbols = [(escape, outside * (j + 1) / len(escapes)) for j, escape in enumerate(escapes)]
+    for i in reversed(range(len(levels))):
+        if levels[i] > 0:
+            symbols.append((ZERO - levels[i], outside + (inside - (upper[i - 1] if i else 0.0))))
+    symbols += [(ZERO + level, outside + (inside + end)) for level, end in zip(levels, upper, strict=True)]
+    built = Table(*(np.zeros(TOTAL, np.int64) for _ in range(3)))
+    start = 0
+    for i, (symbol, end) in enumerate(symbols, 1):
+        stop = max(start + 1, min(TOTAL - len(symbols) + i, math.floor(end * TOTAL + 0.5)))
+        built.symbol[start:stop], built.start[start:stop], built.freq[start:stop] = symbol, start, stop - start
+        start = stop
+    require(start == TOTAL, "frequencies that do not sum to 4096")
+    return built
+
+
+def decode_codes(data: bytes, rows: int, cols: int) -> Bytes:
+    """Codes `[rows, cols]` of a stream.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the stream.
+    """
+    if rows * cols == 0:
+        require(not data, "a stream for no codes")
+        return np.zeros((rows, cols), np.uint8)
+    require(rows * cols // 8192 <= len(data) and len(data) >= 12, "a short stream")
+    method, shape, base, contexts, centre, vary, zero, length = struct.unpack_from("<BBhBBBBI", data)
+    require(method == 0 or method in TRELLISES, "method")
+    require(shape < len(SHAPES) and -384 <= base <= 448, "shape or base")
+    require(1 <= contexts <= 96 and centre < contexts and vary <= 3 and zero == 0, "contexts or flags")
+    rows_per_block = LANES * max(1, 8192 // cols)
+    blocks = -(-rows // rows_per_block)
+    require(len(data) >= 12 + length + 8 * blocks, "a short head")
+    source = Decisions(data[12 : 12 + length])
+    row_deviations = np.array(deviations(source, rows) if vary & 1 else [0] * rows)
+    col_deviations = np.array(deviations(source, cols) if vary & 2 else [0] * cols)
+    if vary:
+        source.finish()
+    else:
+        require(length == 0, "deviations that do not follow")
+    kinds = ("even", "odd") if method else ("plain",)
+    tables = [[table(SHAPES[shape], deviation(base + 8 * k), kind) for k in range(contexts)] for kind in kinds]
+    symbols, starts, freqs = (
+        np.array([[getattr(t, name) for t in kind] for kind in tables]) for name in ("symbol", "start", "freq")
+    )
+    odd, second = TRELLISES.get(method, (0, 0))
+    codes = np.zeros((rows, cols), np.uint8)
+    at = 12 + length + 8 * blocks
+    for block in range(blocks):
+        words_count, escapes_count = struct.unpack_from("<II", data, 12 + length + 8 * block)
+        first, last = block * rows_per_block, min((block + 1) * rows_per_block, rows)
+        lanes = min(LANES, last - first)
+        require(max(words_count, escapes_count) <= (last - first) * cols, "more words or escapes than codes")
+        end = at + 4 * lanes + 2 * words_count + escapes_count
+        require(end <= len(data), "a short block")
+        state = np.frombuffer(data, "<u4", lanes, at).astype(np.int64)
+        words = np.frombuffer(data, "<u2", words_count, at + 4 * lanes).astype(np.int64)
+        escaped = data[end - escapes_count : end]
+        require(bool((state >= LOW).all()), "a low state")
+        taken = 0
+        for set_ in range(first, last, LANES):
+            here = np.arange(set_, min(set_ + LANES, last))
+            machine = np.zeros(len(here), np.int64)
+            for col in range(cols):
+                context = np.clip(centre + row_deviations[here] + col_deviations[col], 0, contexts - 1)
+                quantizer = machine & 1 if method else 0
+                x = state[: len(here)]
+                slot = x % TOTAL
+                symbol = symbols[quantizer, context, slot]
+                x = freqs[quantizer, context, slot] * (x // TOTAL) + slot - starts[quantizer, context, slot]
+                low = np.flatnonzero(x < LOW)
+                require(taken + len(low) <= words_count, "too few words")
+                x[low] = x[low] * LOW + words[taken : taken + len(low)]
+                taken += len(low)
+                state[: len(here)] = x
+                codes[here, col] = symbol
+                machine = machine >> 1 ^ odd * (machine & 1) ^ second * (symbol >> 1 & 1)
+        require(taken == words_count and bool((state == LOW).all()), "words left over, or a wrong state")
+        flat = codes[first:last].reshape(-1)
+        places = np.flatnonzero(flat < (4 if method else 1))
+        require(len(places) == escapes_count, "escapes and escaped codes do not match")
+        for place, code in zip(places, escaped, strict=True):
+            escape = int(flat[place])
+            fits = not method or code % 4 == escape or (code == ZERO and escape == 1)
+            require(code != 0 and fits, "an escaped code of another kind")
+            flat[place] = code
+        codes[first:last] = flat.reshape(last - first, cols)
+        at = end
+    require(at == len(data), "bytes left over")
+    return codes
+
+
+def decode_scales(data: bytes, rows: int) -> F32:
+    """Scales `[rows]` of coded scales.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the bytes.
+    """
+    if rows == 0:
+        require(not data, "bytes for no scales")
+        return np.zeros(0, np.float32)
+    require(len(data) > 0, "no bytes")
+    if data[0] == 0:
+        require(len(data) == 5, "length")
+        return np.repeat(np.frombuffer(data, "<f4", 1, 1), rows).astype(np.float32)
+    if data[0] == 2:
+        require(len(data) == 1 + 4 * rows, "length")
+        return np.frombuffer(data, "<f4", rows, 1).astype(np.float32)
+    require(data[0] == 1 and len(data) >= 2 and len(data) >= 2 + 4 * (data[1] + 1), "kind or length")
+    count = data[1] + 1
+    values = np.frombuffer(data, "<f4", count, 2)
+    source = Decisions(data[2 + 4 * count :])
+    odds = [2048] * 256
+    which = []
+    for _ in range(rows):
+        node = 1
+        for _ in range(8):
+            node = 2 * node + source.bit(odds, node)
+        require(node - 256 < count, "a scale that is not there")
+        which.append(node - 256)
+    source.finish()
+    return values[which].astype(np.float32)

@@ -1,0 +1,60 @@
+"""Coded planes: the decoder that was written from the text alone reads what the Rust code writes.
+
+`tests/data/coded` holds streams that a Rust test pins; their codes follow from a formula that both tests state.
+"""
+
+from pathlib import Path
+
+import coded
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent.parent / "data" / "coded"
+STREAMS = sorted(DATA.glob("codes-*.hex"))
+
+
+def codes(rows: int, cols: int, spread: int, method: int) -> np.ndarray:
+    seed = 1
+    out = np.zeros((rows, cols), np.uint8)
+    for row in range(rows):
+        state = 0
+        for col in range(cols):
+            seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**64
+            level = sum(seed >> shift & 63 for shift in (40, 46, 52, 58)) - 126
+            level = level * spread * (row % 5 + 1) * (col % 3 + 1) // 512
+            code = min(max(level, -120), 120) + 128
+            if method:
+                odd, second = coded.TRELLISES[method]
+                code += (code ^ state) & 1
+                state = state >> 1 ^ odd * (state & 1) ^ second * (code >> 1 & 1)
+            out[row, col] = code
+    return out
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
+def test_a_pinned_stream_decodes_to_its_codes(path):
+    rows, cols, spread, method = map(int, path.stem.split("-")[1:])
+    stream = bytes.fromhex(path.read_text())
+    np.testing.assert_array_equal(coded.decode_codes(stream, rows, cols), codes(rows, cols, spread, method))
+
+
+def test_there_are_streams_of_both_kinds():
+    assert {path.stem.split("-")[4] == "0" for path in STREAMS} == {True, False}
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_pinned_scales_decode(kind):
+    rows = [1, 7, 3][kind] * 5
+    want = np.float32(0.5) + np.arange(rows) * [0, 0, 1][kind] + (np.arange(rows) % 4 == 1) * np.float32(kind == 1)
+    data = bytes.fromhex((DATA / f"scales-{kind}.hex").read_text())
+    assert data[0] == kind
+    np.testing.assert_array_equal(coded.decode_scales(data, rows), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("path", STREAMS[:2], ids=lambda path: path.stem)
+def test_a_stream_of_another_length_is_refused(path):
+    rows, cols, _, _ = map(int, path.stem.split("-")[1:])
+    stream = bytes.fromhex(path.read_text())
+    for bad in (stream[:-1], stream[: len(stream) // 2], stream + b"\0", b""):
+        with pytest.raises(coded.CodedError):
+            coded.decode_codes(bad, rows, cols)

@@ -1,0 +1,190 @@
+//! Any size that is asked for: what `ecu_v1` promises of sizes, and that planes on disk and in memory are the same.
+
+mod support;
+
+use std::fs;
+
+use support::{Folder, Tensor, bits, codec, decode, open_source, pack, with};
+use tenpak::artifact::{ArtifactFile, delta, verify};
+use tenpak::compress::{Nonfinite, Options, compress_as, plan};
+use tenpak::export::{self, Conversion, To};
+use tenpak::fit::Rate;
+use tenpak::recipe::Recipe;
+use tenpak::{DType, Encoded};
+
+const SHAPE: [u64; 2] = [160, 192];
+
+/// Matrices of a model, one of them not a multiple of four wide, one transposed in spirit, and an embedding.
+fn model() -> Vec<Tensor> {
+    vec![
+        Tensor::random("model.embed_tokens.weight", DType::F32, &[300, 64], 1),
+        Tensor::random("model.layers.0.self_attn.q_proj.weight", DType::F32, &SHAPE, 2),
+        Tensor::random("model.layers.0.mlp.up_proj.weight", DType::BF16, &[200, 183], 3),
+        Tensor::random("model.layers.0.mlp.down_proj.weight", DType::F16, &[192, 160], 4),
+        Tensor::random("model.norm.weight", DType::F32, &[192], 5),
+    ]
+}
+
+fn at(rate: &str) -> Options {
+    let recipe = Recipe::new(codec("ecu_v1")).target_bits(rate.parse().unwrap());
+    Options::new(recipe, Nonfinite::Error, true)
+}
+
+#[test]
+fn every_rate_is_met_from_below_and_more_bits_are_less_error() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &model());
+    let mut before = f64::INFINITY;
+    for rate in ["2.5", "3", "3.77", "4.25", "5", "6"] {
+        let report = pack(&input, &folder.path("a.tenpak"), &at(rate)).unwrap();
+        let (mut noise, mut coded) = (0.0, 0);
+        for t in report.tensors.iter().filter(|t| t.codec.id == "ecu_v1") {
+            let asked = t.rate.unwrap().bytes(t.elements());
+            assert!(t.stored_bytes <= asked, "{}: {} bytes at {rate} bits, asked for {asked}", t.name, t.stored_bytes);
+            noise += t.distance.unwrap().noise;
+            coded += 1;
+        }
+        assert_eq!(coded, 3, "{rate}");
+        assert!(noise < before, "{rate} bits: {noise:e} of error, with fewer bits {before:e}");
+        before = noise;
+    }
+}
+
+#[test]
+fn a_size_of_the_whole_output_is_not_exceeded_as_a_file_or_as_a_directory() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &model());
+    let whole = pack(&input, &folder.path("a.tenpak"), &at("6")).unwrap().file_bytes;
+    for share in [6, 7, 8, 9] {
+        let options = Options { target_bytes: Some(whole * share / 10), ..at("4") };
+        for name in ["b.tenpak", "b-directory"] {
+            let target = folder.path(name);
+            let report = compress_as(&open_source(&input), &target, &options, u64::MAX, &mut |_| Ok(())).unwrap();
+            assert!(report.file_bytes <= whole * share / 10, "{name}: {} of {whole}", report.file_bytes);
+            let rates: Vec<_> = report.tensors.iter().filter_map(|t| t.rate).collect();
+            assert!(rates.len() == 3 && rates.iter().all(|rate| *rate == rates[0]), "{rates:?}");
+        }
+    }
+    let none = Options { target_bytes: Some(1000), ..at("4") };
+    let message = plan(&open_source(&input), &none).unwrap_err().to_string();
+    assert!(message.contains("1000 bytes are asked for, but at 0.1 bits"), "{message}");
+    let other = Options { target_bytes: Some(whole), ..with(codec("int8_sym_v1")) };
+    let message = plan(&open_source(&input), &other).unwrap_err().to_string();
+    assert!(message.contains("no tensor has a codec whose size is open"), "{message}");
+}
+
+#[test]
+fn a_coded_plane_reads_as_if_it_were_stored_as_it_is() {
+    let folder = Folder::new();
+    let tensors = model();
+    let input = folder.checkpoint("model.safetensors", &tensors);
+    let output = folder.path("a.tenpak");
+    let report = pack(&input, &output, &at("4.25")).unwrap();
+    let artifact = ArtifactFile::open(&output).unwrap();
+    assert_eq!(verify::verify(&artifact, |_| Ok(())).unwrap().problems, []);
+    for (index, entry) in artifact.tensors().iter().enumerate().filter(|(_, entry)| entry.is_coded()) {
+        let (rows, cols) = entry.matrix();
+        let [rows, cols] = [rows, cols].map(|n| usize::try_from(n).unwrap());
+        let planes: Vec<Vec<u8>> = (0..2).map(|plane| artifact.plane(index, plane).unwrap().to_vec()).collect();
+        for (plane, place) in planes.iter().zip(entry.planes()) {
+            assert_eq!(*blake3::hash(plane).as_bytes(), place.blake3.0, "{}", entry.info().name());
+            assert!(place.bytes < plane.len() as u64);
+        }
+        assert_eq!(entry.memory_bytes(), planes.iter().map(|plane| plane.len() as u64).sum::<u64>());
+        assert_eq!(entry.memory_bytes(), report.tensors[index].memory_bytes);
+        let encoded = Encoded::from_planes(entry.codec(), rows, cols, planes).unwrap();
+        let all = decode(&artifact, index).unwrap();
+        assert_eq!(bits(&all), bits(&encoded.decode()));
+        // Rows from the middle of blocks.
+        let mut part = vec![0.0; 7 * cols];
+        artifact.decode_rows(index, 61, &mut part).unwrap();
+        assert_eq!(bits(&part), bits(&all[61 * cols..68 * cols]));
+    }
+}
+
+#[test]
+fn what_an_artifact_is_does_not_depend_on_how_its_planes_are_coded() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &model());
+    let [file, directory, back, bare] = ["a.tenpak", "a", "b.tenpak", "c.tenpak"].map(|name| folder.path(name));
+    pack(&input, &file, &at("3.5")).unwrap();
+    let artifact = ArtifactFile::open(&file).unwrap();
+    let to = |to| Conversion { to, force: true, max_shard_bytes: 40_000 };
+    export::convert(&artifact, &directory, &to(To::Hf), &mut |_| Ok(())).unwrap();
+    let form = ArtifactFile::open(&directory).unwrap();
+    assert_eq!(verify::verify(&form, |_| Ok(())).unwrap().problems, []);
+    export::convert(&form, &back, &to(To::Tenpak), &mut |_| Ok(())).unwrap();
+    assert!(fs::read(&file).unwrap() == fs::read(&back).unwrap());
+
+    // Without the header, the config alone says which planes are coded, and digests are computed.
+    fs::remove_file(directory.join("tenpak.json")).unwrap();
+    let form = ArtifactFile::open(&directory).unwrap();
+    export::convert(&form, &bare, &to(To::Tenpak), &mut |_| Ok(())).unwrap();
+    let bare = ArtifactFile::open(&bare).unwrap();
+    for (index, entry) in bare.tensors().iter().enumerate() {
+        let same = artifact.find(entry.info().name()).unwrap();
+        assert!(entry.same_content(&artifact.tensors()[same]), "{}", entry.info().name());
+        assert_eq!(bits(&decode(&bare, index).unwrap()), bits(&decode(&artifact, same).unwrap()));
+    }
+}
+
+#[test]
+fn a_variant_is_compressed_at_the_rates_of_its_base() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &model());
+    let [base, made, result] = ["base.tenpak", "v.delta", "result.tenpak"].map(|name| folder.path(name));
+    let whole = pack(&input, &base, &at("5")).unwrap().file_bytes;
+    // A rate that a size gave, which no recipe of the variant could know.
+    pack(&input, &base, &Options { target_bytes: Some(whole * 9 / 10), ..at("5") }).unwrap();
+    let opened = ArtifactFile::open(&base).unwrap();
+    let mut variant = model();
+    variant[2] = Tensor::random(&variant[2].name, DType::BF16, &[200, 183], 33);
+    let variant = folder.checkpoint("variant.safetensors", &variant);
+    let report = delta::delta(&opened, &open_source(&variant), 0.0, None, &made, false, &mut |_| Ok(())).unwrap();
+    assert_eq!((report.changed.len(), report.unchanged), (1, 4));
+    let chain = [ArtifactFile::open(&made).unwrap()];
+    delta::materialize(&opened, &chain, &result, false, &mut |_| Ok(())).unwrap();
+    let result = ArtifactFile::open(&result).unwrap();
+    assert_eq!(verify::verify(&result, |_| Ok(())).unwrap().problems, []);
+    assert_eq!(result.tensors()[2].rate(), opened.tensors()[2].rate());
+    assert_eq!(result.header().identity(), report.result);
+}
+
+#[test]
+fn a_matrix_too_small_for_its_rate_is_stored_otherwise_and_says_so() {
+    let folder = Folder::new();
+    let input = folder.checkpoint(
+        "model.safetensors",
+        &[Tensor::random("model.layers.0.self_attn.q_proj.weight", DType::F32, &[8, 8], 1)],
+    );
+    let options = Options { recipe: at("3").recipe.all(true), ..at("3") };
+    let report = pack(&input, &folder.path("a.tenpak"), &options).unwrap();
+    assert_eq!((report.tensors[0].codec.id, report.tensors[0].changed_codec), ("int8_sym_v1", true));
+    assert!(report.tensors[0].reason.contains("no step gives 3 bits"), "{}", report.tensors[0].reason);
+}
+
+#[test]
+fn recipes_say_rates_and_refuse_those_that_decide_nothing() {
+    let text = "codec = \"ecu_v1\"\ntarget_bits = 4\n\n[[rule]]\nmatch = \"*.down_proj.*\"\ncodec = \"ecu_v1\"\ntarget_bits = 5.5\n";
+    let recipe = Recipe::from_toml(text).unwrap();
+    let rate = |name: &str| recipe.choose(&tenpak::TensorInfo::new(name, DType::F32, vec![64, 64]).unwrap(), 64).rate;
+    assert_eq!(rate("a.q_proj.weight"), Some("4".parse().unwrap()));
+    assert_eq!(rate("a.down_proj.weight"), Some("5.5".parse().unwrap()));
+    assert_eq!(rate("model.embed_tokens.weight"), None);
+    assert_eq!(Recipe::from_toml(&recipe.to_toml()).unwrap(), recipe);
+    assert!(recipe.to_toml().contains("target_bits = 4\n"), "{}", recipe.to_toml());
+    let spelled = Recipe::new(codec("ecu_v1")).to_toml();
+    assert!(spelled.contains(&format!("target_bits = {}\n", Rate::DEFAULT)), "{spelled}");
+    for (text, says) in [
+        ("codec = \"raw_v1\"\ntarget_bits = 4\n", "no codec of the recipe leaves its size open"),
+        ("codec = \"ecu_v1\"\ntarget_bits = \"4\"\n", "of type string, expected a number of bits"),
+        ("codec = \"ecu_v1\"\ntarget_bits = 9\n", "9 bits per weight, expected 0.1 to 8"),
+        (
+            "codec = \"ecu_v1\"\n[[rule]]\nmatch = \"a\"\ncodec = \"int4_g8_v1\"\ntarget_bits = 4\n",
+            "rule 1: target_bits",
+        ),
+    ] {
+        let message = Recipe::from_toml(text).unwrap_err().to_string();
+        assert!(message.contains(says), "{message}");
+    }
+}
