@@ -245,7 +245,8 @@ fn a_directory_is_an_artifact_to_every_reader() {
     let variant = folder.checkpoint("variant/model.safetensors", &variant);
     let variant = variant.parent().unwrap();
     pack(variant, &path("direct.tenpak"), &options).unwrap();
-    let made = delta::delta(&base, &open_source(variant), 0.0, None, &path("d.tenpak"), false, &mut |_| Ok(())).unwrap();
+    let made =
+        delta::delta(&base, &open_source(variant), 0.0, None, &path("d.tenpak"), false, &mut |_| Ok(())).unwrap();
     assert_eq!(made.changed.len(), 1);
     let chain = [ArtifactFile::open(path("d.tenpak")).unwrap()];
     delta::materialize(&base, &chain, &path("made.tenpak"), false, &mut |_| Ok(())).unwrap();

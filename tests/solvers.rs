@@ -166,7 +166,8 @@ fn gptq_lies_between_brute_force_and_rounding_to_nearest_on_four_columns_for_eve
             for (row, weights) in plain.iter().zip(weights.chunks(4)) {
                 let choices: Vec<f64> = (0..16).map(|c| f64::from(weight(layout, &row.params[0], c))).collect();
                 let least = brute_force(&hessian, weights, &vec![choices; 4]);
-                let e: Vec<f64> = weights.iter().zip(decode(layout, row)).map(|(&w, d)| f64::from(w) - f64::from(d)).collect();
+                let e: Vec<f64> =
+                    weights.iter().zip(decode(layout, row)).map(|(&w, d)| f64::from(w) - f64::from(d)).collect();
                 assert!((proxy(&hessian, &e) - row.loss).abs() <= slack(&hessian, &e) + slack(&hessian, &[1.0; 4]));
                 assert!(row.loss >= least - slack(&hessian, &[1.0; 4]), "{}", codec.id);
                 assert!(row.loss <= row.nearest, "{}", codec.id);
@@ -190,9 +191,8 @@ fn gptq_is_never_worse_than_rounding_to_nearest_and_polishing_never_worse_than_g
             let importance = Importance::new(&mean_sq);
             let mut weights = stream.normals(3 * cols);
             weights[cols..2 * cols].fill(0.25);
-            let [plain, polished] = [0, 4].map(|polish| {
-                solve(layout, codec.fit, &hessian, &importance, &weights, &Options { polish }).unwrap()
-            });
+            let [plain, polished] = [0, 4]
+                .map(|polish| solve(layout, codec.fit, &hessian, &importance, &weights, &Options { polish }).unwrap());
             for (r, (plain, polished)) in plain.iter().zip(&polished).enumerate() {
                 let id = codec.id;
                 assert!(plain.loss <= plain.nearest, "{id}: {} is above {}", plain.loss, plain.nearest);

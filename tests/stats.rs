@@ -28,9 +28,11 @@ fn statistics(cols: usize, seed: u64) -> Vec<Tensor> {
     let size = cols as u64;
     let x: Vec<Vec<f32>> = (0..3 * cols).map(|_| (0..cols).map(|_| random.weight() + 0.05).collect()).collect();
     let mean = |i: usize, j: usize| x.iter().map(|x| x[i] * x[j]).sum::<f32>() / x.len() as f32;
-    let moment: Vec<f32> = (0..cols * cols).map(|at| mean((at / cols).min(at % cols), (at / cols).max(at % cols))).collect();
+    let moment: Vec<f32> =
+        (0..cols * cols).map(|at| mean((at / cols).min(at % cols), (at / cols).max(at % cols))).collect();
     let mean_sq: Vec<f32> = (0..cols).map(|j| moment[j * cols + j]).collect();
-    let tokens = Tensor { name: "a.weight.tokens".into(), dtype: DType::I64, shape: vec![], bytes: 96_i64.to_le_bytes().into() };
+    let tokens =
+        Tensor { name: "a.weight.tokens".into(), dtype: DType::I64, shape: vec![], bytes: 96_i64.to_le_bytes().into() };
     vec![
         tokens,
         Tensor::of("a.weight.mean_sq", DType::F32, &[size], &mean_sq),
@@ -78,13 +80,17 @@ fn every_tensor_gets_the_best_fit_that_its_statistics_allow_and_the_report_names
     let (methods, notes) = bench.methods(Some("stats.safetensors"), None);
     assert_eq!(methods, [Method::Gptq, Method::Weighted, Method::Codec]);
     assert!(notes.iter().any(|n| n.starts_with("b.weight is fitted by weighted: no second moment in ")), "{notes:?}");
-    assert!(notes.iter().any(|n| n.starts_with("c.weight is fitted by its codec's fit: no statistics in ")), "{notes:?}");
+    assert!(
+        notes.iter().any(|n| n.starts_with("c.weight is fitted by its codec's fit: no statistics in ")),
+        "{notes:?}"
+    );
 
     let (methods, _) = bench.methods(Some("stats.safetensors"), Some(Method::Weighted));
     assert_eq!(methods, [Method::Weighted, Method::Weighted, Method::Codec]);
-    assert_eq!(bench.methods(None, Some(Method::Search)), (vec![Method::Search; 3], vec![
-        "3 tensors were fitted by 'search' instead of by their codec's fit".to_owned()
-    ]));
+    assert_eq!(
+        bench.methods(None, Some(Method::Search)),
+        (vec![Method::Search; 3], vec!["3 tensors were fitted by 'search' instead of by their codec's fit".to_owned()])
+    );
     assert_eq!(bench.methods(None, None), (vec![Method::Codec; 3], vec![]));
 }
 
@@ -113,7 +119,10 @@ fn the_artifact_says_which_statistics_made_it_and_is_the_same_at_any_number_of_t
     let provenance = artifact.header().provenance();
     let recipe = Recipe::from_toml(&provenance.recipe).unwrap();
     assert_eq!(recipe.method(), Method::Gptq);
-    assert_eq!(provenance.sources.iter().map(|s| &*s.name).collect::<Vec<_>>(), ["model.safetensors", "stats.safetensors"]);
+    assert_eq!(
+        provenance.sources.iter().map(|s| &*s.name).collect::<Vec<_>>(),
+        ["model.safetensors", "stats.safetensors"]
+    );
     let digest = blake3::hash(&fs::read(bench.folder.path("stats.safetensors")).unwrap());
     assert_eq!(provenance.sources[1].blake3.to_string(), digest.to_string());
 }

@@ -19,16 +19,12 @@ use crate::stats::Stats;
 const DAMPING: f64 = 0.05;
 
 /// The way of one tensor, and why it is not the one that was asked for.
-pub(super) fn method(
-    wanted: Method,
-    stats: Option<&Stats>,
-    name: &str,
-    cols: u64,
-) -> Result<(Method, Option<String>)> {
+pub(super) fn method(wanted: Method, stats: Option<&Stats>, name: &str, cols: u64) -> Result<(Method, Option<String>)> {
     if !wanted.needs_stats() {
         return Ok((wanted, None));
     }
-    let stats = stats.ok_or_else(|| Error::invalid(format!("fit '{}' needs statistics; pass --stats", wanted.name())))?;
+    let stats =
+        stats.ok_or_else(|| Error::invalid(format!("fit '{}' needs statistics; pass --stats", wanted.name())))?;
     let Some(moments) = stats.get(name) else {
         return Ok((Method::Codec, Some(format!("no statistics in {}", stats.name()))));
     };

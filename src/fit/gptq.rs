@@ -11,8 +11,8 @@ use super::hessian::{Hessian, PANEL, ldlq};
 use super::polish::Polish;
 use super::weighted::{self, Importance};
 use super::{Fit, OutOfRange, Params};
-use crate::codec::reference::{self, min_code, threshold};
 use crate::codec::PlanesMut;
+use crate::codec::reference::{self, min_code, threshold};
 use crate::layout::{Grouped, Levels};
 
 /// How a matrix is solved.
@@ -81,9 +81,8 @@ fn panel(
         let codes = weights.iter().enumerate().map(code).collect();
         rows.push(Row { params, codes, loss: 0.0, nearest: 0.0 });
     }
-    let value = |row: &Row, column: usize, code: u8| {
-        f64::from(reference::weight(layout, &row.params[column / len], code))
-    };
+    let value =
+        |row: &Row, column: usize, code: u8| f64::from(reference::weight(layout, &row.params[column / len], code));
     let nearest = ldlq(hessian, weights, |column, _, chosen| {
         for (row, chosen) in rows.iter().zip(chosen) {
             *chosen = value(row, column, row.codes[column]);

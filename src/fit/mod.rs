@@ -81,9 +81,11 @@ impl std::str::FromStr for Method {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self, Error> {
-        Self::ALL.iter().find(|(name, _)| *name == s).map(|(_, method)| *method).ok_or_else(|| {
-            Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted or gptq"))
-        })
+        Self::ALL
+            .iter()
+            .find(|(name, _)| *name == s)
+            .map(|(_, method)| *method)
+            .ok_or_else(|| Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted or gptq")))
     }
 }
 

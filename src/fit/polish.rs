@@ -108,9 +108,8 @@ impl<'a> Polish<'a> {
     fn refits(&self, params: &Params, codes: &[u8], state: &State, first: usize) -> Vec<Params> {
         let levels: Vec<f64> = codes.iter().map(|&c| f64::from(self.layout.level(c, params.zero_point))).collect();
         let ones = vec![1.0; codes.len()];
-        let along = |direction: &[f64]| -> f64 {
-            direction.iter().zip(&state.gradient[first..]).map(|(d, g)| d * g).sum()
-        };
+        let along =
+            |direction: &[f64]| -> f64 { direction.iter().zip(&state.gradient[first..]).map(|(d, g)| d * g).sum() };
         let (slope, square) = (along(&levels), self.square(&levels, first));
         if params.scale == 0.0 || !(square > 0.0) {
             return Vec::new();

@@ -392,5 +392,6 @@ fn add(lanes: &[f32; LANES]) -> f32 {
 fn around(float: Float, x: f32) -> impl Iterator<Item = f32> {
     let bits = half::f16::from_f32(x).to_bits();
     let steps: &[i16] = if float == Float::F16 { &[1, -1] } else { &[] };
-    std::iter::once(x).chain(steps.iter().map(move |&step| half::f16::from_bits(bits.wrapping_add_signed(step)).to_f32()))
+    std::iter::once(x)
+        .chain(steps.iter().map(move |&step| half::f16::from_bits(bits.wrapping_add_signed(step)).to_f32()))
 }

@@ -139,7 +139,15 @@ impl Recipe {
             Role::Embedding | Role::Head => registered(codecs::INT8_ROW),
             _ => registered(codecs::RAW),
         });
-        Self { codec, all: false, include: Vec::new(), exclude: Vec::new(), roles, rules: Vec::new(), method: Method::Codec }
+        Self {
+            codec,
+            all: false,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            roles,
+            rules: Vec::new(),
+            method: Method::Codec,
+        }
     }
 
     /// Adds a rule after those there are: tensors that match get `codec`.

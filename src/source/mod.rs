@@ -43,8 +43,8 @@ use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
 pub(crate) use directory::{HEADER_FILE, INDEX, member, open_shards};
 pub(crate) use json::parse_file;
-pub(crate) use safetensors::plain as plain_safetensors;
 use rows::{Order, Place, Store};
+pub(crate) use safetensors::plain as plain_safetensors;
 pub(crate) use side::side_files;
 
 /// The `quant_method` of a `config.json` whose weights are compressed.
