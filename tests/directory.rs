@@ -271,7 +271,8 @@ fn a_directory_without_its_header_is_read_through_its_config() {
     assert_eq!(all(&found), expected);
     assert_eq!(verify::verify(&found, |_| Ok(())).unwrap().problems, []);
     assert_eq!(*found.read_file("config.json").unwrap(), *b"{\"model_type\": \"gpt2\"}");
-    let variant = delta::delta(&found, &open_source(&input), 0.0, &folder.path("d.tenpak"), false, &mut |_| Ok(()));
+    let variant =
+        delta::delta(&found, &open_source(&input), 0.0, None, &folder.path("d.tenpak"), false, &mut |_| Ok(()));
     assert!(refusal(variant, "invalid").contains("does not say which recipe made it"));
     let (file, dir) = (folder.path("m.tenpak"), folder.path("again"));
     convert(&found, &file, &to(To::Tenpak, 0), &mut |_| Ok(())).unwrap();
