@@ -1,5 +1,7 @@
 //! Promises of the fits that know what flows in: the weighted search, LDLQ and GPTQ, held against brute force.
 
+#![expect(clippy::print_stdout, reason = "figures for whoever asks with --nocapture")]
+
 use tenpak::codec::reference::{code, weight};
 use tenpak::fit::gptq::{Options, decode, solve};
 use tenpak::fit::hessian::{Hessian, ldlq};

@@ -44,8 +44,8 @@ impl<'a> Polish<'a> {
             let decode = |(j, &code): (usize, &u8)| f64::from(weight(self.layout, &row.params[j / len], code));
             let decoded: Vec<f64> = row.codes.iter().enumerate().map(decode).collect();
             let mut state = State { gradient: vec![0.0; cols], decoded, loss: row.loss };
-            for j in 0..cols {
-                let error = f64::from(weights[j]) - state.decoded[j];
+            for (j, &w) in weights.iter().enumerate() {
+                let error = f64::from(w) - state.decoded[j];
                 state.add(self.hessian, j, error);
             }
             for _ in 0..rounds {
@@ -111,7 +111,7 @@ impl<'a> Polish<'a> {
         let along =
             |direction: &[f64]| -> f64 { direction.iter().zip(&state.gradient[first..]).map(|(d, g)| d * g).sum() };
         let (slope, square) = (along(&levels), self.square(&levels, first));
-        if params.scale == 0.0 || !(square > 0.0) {
+        if params.scale == 0.0 || square <= 0.0 {
             return Vec::new();
         }
         let mut found = Vec::new();
