@@ -104,7 +104,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     context.line("");
     for row in rows.iter().filter(|row| !row.left_out.is_empty()) {
         context.line(format!(
-            "note: {}: {} tensors left out, their rows are shorter than the group: {}",
+            "note: {}: {} tensors left out, their rows are shorter than the group or they are too small: {}",
             row.codec.id,
             row.left_out.len(),
             row.left_out.join(", ")
