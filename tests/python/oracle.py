@@ -897,7 +897,9 @@ def write(
         out += content
     out += bytes(align(len(out)) - len(out))
     header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries), tuple(attached))
-    return seal(bytes(out), print_header(header), (DELTA_FLAG if delta else 0) | (CODED_FLAG if is_coded(entries) else 0))
+    return seal(
+        bytes(out), print_header(header), (DELTA_FLAG if delta else 0) | (CODED_FLAG if is_coded(entries) else 0)
+    )
 
 
 def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) -> bytes:

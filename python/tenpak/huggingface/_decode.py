@@ -36,14 +36,14 @@ class DecodePlane(ConversionOps):
         """Return the planes by the same patterns; one that is not merged with others, by its target."""
         path = full_layer_name.rpartition(".")[0]
         module = model.get_submodule(path)
-        if not isinstance(module, Quantized):
-            return input_dict
-        # Of a stack, every source holds a part of each expert's rows.
-        rows = module.rows // getattr(module, "experts", 1) // len(source_patterns)
         decoded = {}
         for pattern, found in input_dict.items():
-            tensors = found if isinstance(found, list) else [found]
-            decoded[pattern] = [self._decode(tensor, module, rows) for tensor in tensors]
+            decoded[pattern] = found if isinstance(found, list) else [found]
+            # Anything else of this name is no plane.
+            if isinstance(module, Quantized):
+                # Of a stack, every source holds a part of each expert's rows.
+                rows = module.rows // getattr(module, "experts", 1) // len(source_patterns)
+                decoded[pattern] = [self._decode(tensor, module, rows) for tensor in decoded[pattern]]
         if len(source_patterns) == 1 and len(next(iter(decoded.values()))) == 1:
             return {target_patterns[0]: next(iter(decoded.values()))[0]}
         return decoded

@@ -208,13 +208,13 @@ class TenpakQuantizer(HfQuantizer):
                     conversion.copy(renamed, f"{target}.{plane}", operations=[*first, *conversion.operations])
                 )
         # Behind those above: a key goes to the first one that matches.
-        return updated + [
-            WeightConverter(rf"\.{plane}$", f".{plane}", operations=[DecodePlane(plane)]) for plane in self._coded()
-        ]
+        return updated + [WeightConverter(plane, plane, operations=[DecodePlane(plane)]) for plane in self._coded()]
 
     def _coded(self) -> list[str]:
         """Return the planes that are coded in some tensor."""
-        return sorted({plane for entry in self.quantization_config.tensors.values() for plane in entry.get("coding", ())})
+        return sorted(
+            {plane for entry in self.quantization_config.tensors.values() for plane in entry.get("coding", ())}
+        )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Let tied modules share planes, and refuse a model whose planes were not all found."""
