@@ -57,6 +57,19 @@ fn the_figures_of_the_tour_are_those_that_bench_and_compress_give() {
 }
 
 #[test]
+fn the_size_that_is_asked_for_is_shown_as_it_is_printed() {
+    let shown = block("<!-- any size -->");
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("any.tenpak").to_str().unwrap().to_owned();
+    let command = shown.lines().next().unwrap().strip_prefix("$ tenpak ").unwrap();
+    let arguments = command.split_whitespace().map(|word| if word.ends_with(".tenpak") { &*target } else { word });
+    let printed = tenpak(&arguments.collect::<Vec<_>>()).replace(&target, "target/tour/any.tenpak");
+    // Only the time differs from run to run.
+    let figures = |text: &str| text.lines().filter(|line| !line.contains(" s, ")).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(figures(shown)[1..], figures(printed.trim_end()), "copy what `tenpak {command}` prints into README.md");
+}
+
+#[test]
 fn the_directory_of_the_tour_has_the_files_that_export_writes() {
     let dir = tempfile::tempdir().unwrap();
     let [file, form] = ["tiny.tenpak", "tiny-hf"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());

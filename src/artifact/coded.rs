@@ -8,9 +8,13 @@ use std::ops::{Deref, Range};
 
 use super::entry::Entry;
 use super::identity::Identity;
+#[cfg(feature = "python")]
+use crate::codec::Codec;
 use crate::coding::{self, Stream};
 use crate::error::{Error, Result, try_zeroed};
 use crate::layout::{Float, Layout, Plane};
+#[cfg(feature = "python")]
+use crate::tensor::DType;
 
 /// How a plane lies on disk, where it is not stored as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,16 +118,21 @@ impl<'a> Coded<'a> {
         let (rows, cols) = entry.matrix();
         let (rows, cols) = (usize::try_from(rows).map_err(too_large)?, usize::try_from(cols).map_err(too_large)?);
         let place = &entry.planes()[plane];
+        let coding = place.coding.ok_or_else(|| Error::invalid("the plane is not coded"))?;
         let stride = entry.codec().layout.stride(place.plane, entry.info().dtype(), cols);
-        let stream = match place.coding {
-            Some(Coding::Rows) => Inner::Rows(Stream::open(stored, rows, cols)?),
-            Some(Coding::Scales) => {
+        Self::of(coding, [rows, cols, stride], stored)
+    }
+
+    /// The same for a plane of a matrix, given its rows, its columns and the bytes of a row of the plane.
+    fn of(coding: Coding, [rows, cols, stride]: [usize; 3], stored: &'a [u8]) -> Result<Self> {
+        let stream = match coding {
+            Coding::Rows => Inner::Rows(Stream::open(stored, rows, cols)?),
+            Coding::Scales => {
                 let scales = coding::decode_scales(stored, rows * stride / 4)?;
                 let mut bytes = try_zeroed(rows * stride, || "a plane of scales".to_owned())?;
                 scales.iter().enumerate().for_each(|(i, &scale)| Float::F32.store(&mut bytes, i, scale));
                 Inner::Scales(bytes)
             }
-            None => return Err(Error::invalid("the plane is not coded")),
         };
         Ok(Self { stream, rows, cols, stride })
     }
@@ -225,4 +234,26 @@ pub(super) fn range(
     let start = usize::try_from(start).map_err(too_large)?;
     let bytes = usize::try_from(bytes).map_err(too_large)?;
     Coded::open(entry, plane, &stored)?.range(start..start + bytes)
+}
+
+/// A plane of a matrix in a codec, given all of its stream.
+///
+/// # Errors
+/// [`Error::Invalid`] when planes of this kind are not coded, those of [`Coded::open`].
+#[cfg(feature = "python")]
+pub(crate) fn decode(codec: &Codec, plane: &str, rows: usize, cols: usize, stored: &[u8]) -> Result<Vec<u8>> {
+    let kind = codec.layout.planes().iter().copied().find(|kind| kind.name() == plane);
+    let Some((kind, coding)) = kind.and_then(|kind| Some((kind, Coding::of(&codec.layout, kind)?))) else {
+        return Err(Error::invalid(format!("codec {} has no coded plane '{}'", codec.id, plane.escape_debug())));
+    };
+    let (_, bytes) = *codec
+        .layout
+        .plane_bytes(DType::F32, rows as u64, cols as u64)?
+        .iter()
+        .find(|(found, _)| *found == kind)
+        .ok_or_else(|| Error::invalid("the codec has no such plane"))?;
+    coding.check(bytes, stored.len() as u64).map_err(|what| Error::corrupt(0, format!("plane {plane}: {what}")))?;
+    let bytes = usize::try_from(bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
+    let stride = codec.layout.stride(kind, DType::F32, cols);
+    Coded::of(coding, [rows, cols, stride], stored)?.range(0..bytes)
 }

@@ -15,7 +15,7 @@ use numpy::{PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::artifact::delta as deltas;
+use crate::artifact::{coded, delta as deltas};
 use crate::compress as engine;
 use crate::error::{Error, Result};
 use crate::export as exports;
@@ -208,6 +208,21 @@ fn materialize(
     })
 }
 
+/// The bytes of a plane of a matrix, given its stream.
+#[pyfunction]
+fn decode_plane<'py>(
+    py: Python<'py>,
+    codec: &str,
+    plane: &str,
+    rows: usize,
+    cols: usize,
+    stream: PyReadonlyArray1<'_, u8>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let stream = stream.as_slice()?;
+    let bytes = guarded(py, || coded::decode(codecs::get(codec)?, plane, rows, cols, stream))?;
+    Ok(PyBytes::new(py, &bytes))
+}
+
 /// The registry as JSON.
 #[pyfunction]
 fn codecs_json(py: Python<'_>) -> PyResult<String> {
@@ -318,6 +333,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(export, module)?)?;
     module.add_function(wrap_pyfunction!(materialize, module)?)?;
     module.add_function(wrap_pyfunction!(codecs_json, module)?)?;
+    module.add_function(wrap_pyfunction!(decode_plane, module)?)?;
     module.add_function(wrap_pyfunction!(encode, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::multiply, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::decode_rows, module)?)?;

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import coded
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
@@ -36,6 +37,7 @@ Object = dict[str, Any]
 MAGIC = bytes.fromhex("89544E504B0D0A1A")
 VERSION = 1
 DELTA_FLAG = 1
+CODED_FLAG = 2
 PREAMBLE = 64
 CHUNK = 4 << 20
 HEADER_LIMIT = 64 << 20
@@ -166,6 +168,7 @@ CODECS = {
         Codec("int8_sym_g32_fp16_v1", 8, "signed", 32, "F16"),
         Codec("int8_sym_g128_fp16_v1", 8, "signed", 128, "F16"),
         Codec("nf4_g64_fp16_v1", 4, "table", 64, "F16"),
+        Codec("ecu_v1", 8, "signed", 0, "F32"),
     ]
 }
 
@@ -251,6 +254,7 @@ class Plane:
     bytes: int
     crc32c: str
     blake3: str
+    coding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ class Entry:
     transposed: bool
     codec: str
     planes: tuple[Plane, ...]
+    rate: int | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -359,8 +364,12 @@ def _print_entry(entry: Entry) -> Object:
     if entry.transposed:
         out["transposed"] = True
     out["codec"] = entry.codec
+    if entry.rate is not None:
+        out["rate"] = entry.rate
     out["planes"] = [
-        {"plane": p.plane, "offset": p.offset, "bytes": p.bytes, "crc32c": p.crc32c, "blake3": p.blake3}
+        {"plane": p.plane}
+        | ({"coding": p.coding} if p.coding is not None else {})
+        | {"offset": p.offset, "bytes": p.bytes, "crc32c": p.crc32c, "blake3": p.blake3}
         for p in entry.planes
     ]
     return out
@@ -409,6 +418,11 @@ def _hex(value: object, where: str, digits: int | None = 64) -> str:
 def is_control(c: str) -> bool:
     """Whether a character is a control character: U+0000 … U+001F and U+007F … U+009F."""
     return c < " " or "\x7f" <= c <= "\x9f"
+
+
+def is_coded(tensors: Iterable[Entry]) -> bool:
+    """Whether a plane is coded."""
+    return any(p.coding is not None for entry in tensors for p in entry.planes)
 
 
 def parse_header(text: bytes, *, is_delta: bool) -> Header:
@@ -485,7 +499,7 @@ def _check_runs(delta: Delta, own: int) -> None:
 
 
 def _parse_entry(value: object) -> Entry:
-    out = _fields(value, "tensor", ["name", "dtype", "shape", "codec", "planes"], ["transposed"])
+    out = _fields(value, "tensor", ["name", "dtype", "shape", "codec", "planes"], ["transposed", "rate"])
     name = _text(out["name"], "name")
     require(not any(is_control(c) for c in name), "control character in a name")
     require(1 <= len(name.encode("utf-8", "surrogatepass")) <= NAME_LIMIT, "a name is not of 1 to 1024 bytes")
@@ -505,10 +519,16 @@ def _parse_entry(value: object) -> Entry:
         require(codec != RAW, "a raw tensor is never transposed")
     if codec != RAW:
         require(dtype in FLOAT_DTYPES, f"{codec} cannot hold {dtype}")
+    rate = None
+    if "rate" in out:
+        rate = _number(out["rate"], "rate", 100)
+        require(rate <= 8000 and codec == "ecu_v1", "a rate above 8000, or of a codec that takes none")
     lengths = plane_lengths(codec, dtype, shape, transposed)
     planes = []
     for item in _array(out["planes"], "planes"):
-        _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"])
+        _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"], ["coding"])
+        coding = _text(item["coding"], "coding") if "coding" in item else None
+        require(coding in (None, "rows_v1", "scales_v1"), f"unknown coding {coding}", "unsupported")
         planes.append(
             Plane(
                 _text(item["plane"], "plane"),
@@ -516,13 +536,26 @@ def _parse_entry(value: object) -> Entry:
                 _number(item["bytes"], "bytes"),
                 _hex(item["crc32c"], "crc32c", None),
                 _hex(item["blake3"], "blake3"),
+                coding,
             )
         )
     require([p.plane for p in planes] == list(lengths), f"the planes of {codec} are {list(lengths)}")
     for p in planes:
-        require(p.bytes == lengths[p.plane], f"plane {p.plane} has not {lengths[p.plane]} bytes")
+        length = lengths[p.plane]
+        if p.coding is None:
+            require(p.bytes == length, f"plane {p.plane} has not {length} bytes")
+        else:
+            layout = CODECS.get(codec)
+            takes = layout is not None and (
+                (p.plane == "codes" and layout.bits == 8)
+                if p.coding == "rows_v1"
+                else (p.plane == "scales" and layout.scale == "F32")
+            )
+            require(takes, f"coding {p.coding} of plane {p.plane} of {codec}")
+            require(p.bytes < length, f"coded plane {p.plane} is not shorter than {length} bytes")
+            require(p.coding != "rows_v1" or length // 16384 <= p.bytes, f"coded plane {p.plane} is too short")
         require(len(p.crc32c) == 8 * -(-p.bytes // CHUNK), "crc32c has not 8 digits per chunk")
-    return Entry(name, dtype, shape, transposed, codec, tuple(planes))
+    return Entry(name, dtype, shape, transposed, codec, tuple(planes), rate)
 
 
 def _parse_file(value: object) -> File:
@@ -693,10 +726,23 @@ class Artifact:
         """Find the entry of a name."""
         return next(entry for entry in self.header.tensors if entry.name == name)
 
-    def plane(self, entry: Entry, name: str) -> bytes:
-        """Bytes of a plane."""
-        p = next(p for p in entry.planes if p.plane == name)
+    def stored(self, p: Plane) -> bytes:
+        """Bytes of a plane in the file."""
         return self.data[p.offset : p.offset + p.bytes]
+
+    def plane(self, entry: Entry, name: str) -> bytes:
+        """Bytes of a plane, decoded where it is coded."""
+        p = next(p for p in entry.planes if p.plane == name)
+        if p.coding is None:
+            return self.stored(p)
+        rows, cols = entry.matrix
+        try:
+            if p.coding == "scales_v1":
+                return coded.decode_scales(self.stored(p), rows).astype("<f4").tobytes()
+            codes = coded.decode_codes(self.stored(p), rows, cols)
+        except coded.CodedError as e:
+            raise FormatError(f"plane {name} of {entry.name}: {e}") from e
+        return pack(codes, 8, CODECS[entry.codec].row_bytes("codes", cols)).tobytes()
 
     def file(self, name: str) -> bytes:
         """Bytes of an attached file."""
@@ -730,7 +776,16 @@ class Artifact:
     def tensors(self) -> list[Tensor]:
         """Give the tensors as `write` takes them."""
         return [
-            Tensor(e.name, e.dtype, e.shape, e.codec, {p.plane: self.plane(e, p.plane) for p in e.planes}, e.transposed)
+            Tensor(
+                e.name,
+                e.dtype,
+                e.shape,
+                e.codec,
+                {p.plane: self.plane(e, p.plane) for p in e.planes},
+                e.transposed,
+                {p.plane: (p.coding, self.stored(p)) for p in e.planes if p.coding is not None},
+                e.rate,
+            )
             for e in self.header.tensors
         ]
 
@@ -750,7 +805,7 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     require(magic == MAGIC, "wrong magic")
     require(preamble_crc == crc32c(data[:60]), "wrong checksum of the preamble")
     require(version == VERSION, f"unknown version {version}", "unsupported")
-    require(flags & ~DELTA_FLAG == 0, f"unknown flags {flags:#x}", "unsupported")
+    require(flags & ~(DELTA_FLAG | CODED_FLAG) == 0, f"unknown flags {flags:#x}", "unsupported")
     require(rest == bytes(24), "bytes 36 to 60 are not zero")
     require(file_length <= len(data), "truncated")
     require(file_length >= len(data), "trailing data")
@@ -759,6 +814,7 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     header_at = len(data) - header_length
     require(header_crc == crc32c(data[header_at:]), "wrong checksum of the header")
     header = parse_header(data[header_at:], is_delta=bool(flags & DELTA_FLAG))
+    require(is_coded(header.tensors) == bool(flags & CODED_FLAG), "coded planes and flag bit 1 disagree")
     require(header_at == _check_offsets(header), "the header is not where planes and files end")
     end = PREAMBLE
     view = memoryview(data)
@@ -767,10 +823,14 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
         end = p.offset + p.bytes
         content = view[p.offset : end]
         require(chunk_checksums(content) == p.crc32c, f"wrong checksum in {what}")
-        require(blake3(content).hexdigest() == p.blake3, f"wrong digest of {what}")
+        whole = isinstance(p, Plane) and p.coding is not None
+        require(whole or blake3(content).hexdigest() == p.blake3, f"wrong digest of {what}")
     require(not any(data[end:header_at]), "padding before the header is not zero")
     artifact = Artifact(header, data)
     for entry in header.tensors:
+        for plane in entry.planes:
+            digest = blake3(artifact.plane(entry, plane.plane)).hexdigest()
+            require(digest == plane.blake3, f"wrong digest of plane {plane.plane} of {entry.name}")
         if entry.codec != RAW:
             _check_content(artifact, entry)
     return artifact
@@ -798,6 +858,8 @@ class Tensor:
     codec: str
     planes: Mapping[str, bytes | npt.NDArray[Any]] = field(default_factory=dict)
     transposed: bool = False
+    coded: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
+    rate: int | None = None
 
 
 PROVENANCE: Object = {"tool": "oracle", "recipe": "", "nonfinite": "error", "sources": []}
@@ -822,9 +884,11 @@ def write(
             require(len(content) == length, f"plane {name} of {tensor.name} takes {length} bytes, got {len(content)}")
             out += bytes(align(len(out)) - len(out))
             digest = str(blake3(content).hexdigest())
-            planes.append(Plane(name, len(out), length, chunk_checksums(content), digest))
-            out += content
-        entries.append(Entry(tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec, tuple(planes)))
+            coding, stored = tensor.coded.get(name, (None, content))
+            planes.append(Plane(name, len(out), len(stored), chunk_checksums(stored), digest, coding))
+            out += stored
+        what = tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec
+        entries.append(Entry(*what, tuple(planes), tensor.rate))
     attached = []
     for name, content in sorted((files or {}).items(), key=lambda item: item[0].encode()):
         out += bytes(align(len(out)) - len(out))
@@ -833,7 +897,9 @@ def write(
         out += content
     out += bytes(align(len(out)) - len(out))
     header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries), tuple(attached))
-    return seal(bytes(out), print_header(header), DELTA_FLAG if delta else 0)
+    return seal(
+        bytes(out), print_header(header), (DELTA_FLAG if delta else 0) | (CODED_FLAG if is_coded(entries) else 0)
+    )
 
 
 def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) -> bytes:
@@ -878,10 +944,13 @@ def join(directory: Path) -> bytes:
                 name = f"{base}.{p.plane}"
                 dtype = {"scales": layout.scale, "offsets": layout.offset or ""}.get(p.plane, "U8")
                 shape = [rows, layout.row_bytes(p.plane, cols) // ELEMENT_BYTES[dtype]]
+                if p.coding is not None:
+                    dtype, shape = "U8", [p.bytes]
                 told_here = config["tensors"][entry.name]
                 require(told_here.get("transposed", False) == entry.transposed, "config.json differs in transposed")
                 fields = [told_here["codec"], told_here["dtype"], told_here["shape"]]
                 require(fields == [entry.codec, entry.dtype, list(entry.shape)], "config.json differs")
+                require(told_here.get("coding", {}).get(p.plane) == p.coding, "config.json differs in coding")
             got_dtype, got_shape, content = found.pop(name)
             require((got_dtype, got_shape) == (dtype, shape), f"{name} is {got_dtype} of {got_shape}")
             out += bytes(p.offset - len(out)) + content
@@ -890,7 +959,7 @@ def join(directory: Path) -> bytes:
         content = (directory / file.name).read_bytes()
         out += bytes(file.offset - len(out)) + (_restored(content) if file.name == "config.json" else content)
     out += bytes(align(len(out)) - len(out))
-    return seal(bytes(out), text)
+    return seal(bytes(out), text, CODED_FLAG if is_coded(header.tensors) else 0)
 
 
 def _restored(config: bytes) -> bytes:

@@ -13,6 +13,7 @@ from ..torch._embedding import QuantizedEmbedding, beside, hindrance_of
 from ..torch._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ..torch._linear import QuantizedLinear
 from ..torch._planes import Quantized
+from ._decode import DecodePlane
 
 METHOD = "tenpak"
 FORMAT = 1
@@ -29,7 +30,7 @@ class TenpakConfig(QuantizationConfigMixin):
         Version of the description; this build knows 1.
     tensors
         For each encoded tensor, by its name in the source: ``codec``, ``dtype`` (as safetensors names it), ``shape``
-        and, where it is stored transposed, ``transposed``.
+        and, where it is stored transposed, ``transposed``; ``coding`` of the planes that are coded, by plane.
 
     Raises
     ------
@@ -202,8 +203,18 @@ class TenpakQuantizer(HfQuantizer):
             planes = {plane for name, stack in stacks.items() if name.endswith(target) for plane in stack.plane_names}
             for plane in sorted(planes):
                 renamed = [f"{source.removesuffix('.weight')}.{plane}" for source in sources]
-                updated.append(conversion.copy(renamed, f"{target}.{plane}", operations=list(conversion.operations)))
-        return updated
+                first = [DecodePlane(plane)] if plane in self._coded() else []
+                updated.append(
+                    conversion.copy(renamed, f"{target}.{plane}", operations=[*first, *conversion.operations])
+                )
+        # Behind those above: a key goes to the first one that matches.
+        return updated + [WeightConverter(plane, plane, operations=[DecodePlane(plane)]) for plane in self._coded()]
+
+    def _coded(self) -> list[str]:
+        """Return the planes that are coded in some tensor."""
+        return sorted(
+            {plane for entry in self.quantization_config.tensors.values() for plane in entry.get("coding", ())}
+        )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Let tied modules share planes, and refuse a model whose planes were not all found."""

@@ -1,0 +1,81 @@
+"""Coded planes on their way from a file into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+
+from .. import _tenpak
+from .._errors import CorruptError
+from ..torch._planes import Quantized
+
+
+class DecodePlane(ConversionOps):
+    """Decodes planes that are coded, which have one dimension, and leaves others as they are.
+
+    Parameters
+    ----------
+    plane
+        Name of the plane, such as ``codes``.
+    """
+
+    def __init__(self, plane: str) -> None:
+        self.plane = plane
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Return the planes by the same patterns; one that is not merged with others, by its target."""
+        path = full_layer_name.rpartition(".")[0]
+        module = model.get_submodule(path)
+        decoded = {}
+        for pattern, found in input_dict.items():
+            decoded[pattern] = found if isinstance(found, list) else [found]
+            # Anything else of this name is no plane.
+            if isinstance(module, Quantized):
+                # Of a stack, every source holds a part of each expert's rows.
+                rows = module.rows // getattr(module, "experts", 1) // len(source_patterns)
+                decoded[pattern] = [self._decode(tensor, module, rows) for tensor in decoded[pattern]]
+        if len(source_patterns) == 1 and len(next(iter(decoded.values()))) == 1:
+            return {target_patterns[0]: next(iter(decoded.values()))[0]}
+        return decoded
+
+    def _decode(self, tensor: torch.Tensor, module: Quantized, rows: int) -> torch.Tensor:
+        """Return a plane of ``rows`` rows."""
+        if tensor.dim() != 1:
+            return tensor
+        if tensor.dtype != torch.uint8:
+            raise CorruptError(f"plane '{self.plane}' has one dimension and dtype {tensor.dtype}, expected torch.uint8")
+        stream = tensor.cpu().contiguous().numpy()
+        data = bytearray(_tenpak.decode_plane(module.codec, self.plane, rows, module.cols, stream))
+        dtype = getattr(module, self.plane).dtype
+        plane = torch.frombuffer(data, dtype=dtype).reshape(rows, -1) if data else torch.empty((rows, 0), dtype=dtype)
+        return plane.to(tensor.device)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What saving does: planes are written as they are."""
+        return _Keep()
+
+
+class _Keep(ConversionOps):
+    """Leaves planes as they are."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
+        """Return what came in."""
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The same."""
+        return self
