@@ -7,10 +7,11 @@
 use crate::codec::reference::{self, store_params};
 use crate::codec::{self, Codec, PlanesMut};
 use crate::error::{Error, Result};
+use crate::fit::entropy::{self, Quantized};
 use crate::fit::gptq;
 use crate::fit::hessian::{Hessian, PANEL};
 use crate::fit::weighted::{self, Importance};
-use crate::fit::{Fit, Method, OutOfRange};
+use crate::fit::{Fit, Method, OutOfRange, Rate};
 use crate::layout::Grouped;
 use crate::stats::Stats;
 
@@ -36,9 +37,6 @@ pub(super) fn method(
         return Ok((Method::Codec, Some(format!("no statistics in {}", stats.name()))));
     };
     moments.check_cols(cols)?;
-    if wanted == Method::Gptq && codec.fit == Fit::Rate {
-        return Ok((Method::Weighted, Some(format!("{} has no gptq", codec.id))));
-    }
     if wanted == Method::Gptq && !moments.has_second_moment() {
         return Ok((Method::Weighted, Some(format!("no second moment in {}", stats.name()))));
     }
@@ -70,11 +68,13 @@ impl Fitting {
         })
     }
 
-    /// What the error of each column counts for, where that is known.
-    pub(super) fn importance(&self) -> Option<&[f32]> {
+    /// Quantizes a whole matrix for a rate.
+    pub(super) fn quantize(&self, weights: &[f32], rows: usize, cols: usize, rate: Rate) -> Result<Quantized> {
+        let bits = rate.bits();
         match self {
-            Self::Codec => None,
-            Self::Weighted(importance) | Self::Gptq(_, importance) => Some(importance.columns()),
+            Self::Codec => entropy::quantize(weights, rows, cols, bits, None),
+            Self::Weighted(importance) => entropy::quantize(weights, rows, cols, bits, Some(importance.columns())),
+            Self::Gptq(hessian, importance) => entropy::solve(weights, rows, cols, bits, hessian, importance.columns()),
         }
     }
 

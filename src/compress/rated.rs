@@ -10,7 +10,7 @@ use crate::artifact::Writer;
 use crate::artifact::writer::{Prepared, TensorWriter, Whole};
 use crate::codec::{self, Planes};
 use crate::error::{Error, Result};
-use crate::fit::{self, Rate, entropy};
+use crate::fit::{self, Rate};
 use crate::layout::Grouped;
 use crate::measure::Distance;
 use crate::source::Source;
@@ -48,7 +48,7 @@ pub(super) fn encode(
         let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
         return writer.whole(tensor.info().clone(), codec, how, planes).map(Ok);
     }
-    let quantized = match entropy::quantize(&weights, rows, cols, rate.bits(), fitting.importance()) {
+    let quantized = match fitting.quantize(&weights, rows, cols, rate) {
         // A step that is too fine is no error of the caller's, who knows no steps.
         Err(Error::Invalid(_)) => return Ok(Err(Misfit::TooSmall(rate))),
         quantized => quantized?,

@@ -11,11 +11,13 @@
 )]
 
 mod rate;
+mod solve;
 mod viterbi;
 
 use rayon::prelude::*;
 
 pub use rate::{quantize, quantize_with};
+pub use solve::solve;
 
 use crate::coding::context::{self, lengths};
 use crate::coding::head::Contexts;

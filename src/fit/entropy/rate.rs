@@ -31,6 +31,11 @@ fn exp2(x: f64) -> f64 {
     sum
 }
 
+/// The exponent of a step.
+pub(super) fn exponent_of(step: f32) -> f64 {
+    log2(f64::from(step))
+}
+
 /// Quantizes a matrix so that it takes at most `target_bits` per weight on disk, and nearly that.
 ///
 /// # Errors
@@ -78,7 +83,7 @@ pub fn quantize_with(
 /// Of a matrix with more weights, a sample of about half as many says where the search starts.
 const LARGE: usize = 1 << 21;
 
-fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
+pub(super) fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
     let power: f64 = matrix.weights.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
     let deviation = (power / matrix.weights.len().max(1) as f64).sqrt();
     if deviation == 0.0 {
@@ -94,26 +99,30 @@ fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
         if weights.iter().any(|&w| w != 0.0) {
             let rows = weights.len() / matrix.cols;
             let sample = Matrix { weights: &weights, rows, cols: matrix.cols, importance: matrix.importance.clone() };
-            if let Some((_, exponent)) = meet(&sample, target, choice, start)? {
+            if let Some((_, exponent)) = meet(target, start, |step| step_of(&sample, step, choice))? {
                 start = exponent;
             }
         }
     }
-    match meet(matrix, target, choice, start)? {
+    match meet(target, start, |step| step_of(matrix, step, choice))? {
         Some((met, _)) => Ok(met),
         None => Err(Error::invalid(format!("no step gives {target} bits per weight; ask for more"))),
     }
 }
 
 /// Tries steps from `2^exponent` on; gives the best one that keeps the rate, and its exponent.
-fn meet(matrix: &Matrix<'_>, target: f64, choice: Choice, mut exponent: f64) -> Result<Option<(Quantized, f64)>> {
+pub(super) fn meet(
+    target: f64,
+    mut exponent: f64,
+    quantize: impl Fn(f32) -> Result<Quantized>,
+) -> Result<Option<(Quantized, f64)>> {
     // Exponents and bits of the nearest steps tried on both sides.
     let mut low: Option<(f64, f64)> = None;
     let mut high: Option<(f64, f64)> = None;
     let mut best: Option<(Quantized, f64)> = None;
     for _ in 0..TRIES {
         let step = (exp2(exponent) as f32).clamp(f32::MIN_POSITIVE, f32::MAX / 128.0);
-        let tried = step_of(matrix, step, choice)?;
+        let tried = quantize(step)?;
         let bits = tried.bits_per_weight();
         if bits <= target {
             // Where rows have steps of their own already, a smaller common one no longer gives more bits.
