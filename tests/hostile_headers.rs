@@ -121,7 +121,9 @@ fn codings(cases: &mut Cases) {
         change(&mut artifact);
         cases.add(name, artifact.bytes(), kind, says);
     };
-    case("unknown coding", Unsupported, "unknown coding 'zip'", &|a| a.tensors[0].planes[0].coding = Some("zip".into()));
+    case("unknown coding", Unsupported, "unknown coding 'zip'", &|a| {
+        a.tensors[0].planes[0].coding = Some("zip".into())
+    });
     case("coding of another plane", Corrupt, "coding scales_v1, which a plane of ecu_v1 does not take", &|a| {
         a.tensors[0].planes[0].coding = Some("scales_v1".into());
     });

@@ -36,7 +36,12 @@ fn open(path: &Path) -> Source {
 }
 
 fn options(id: &str) -> Options {
-    Options { recipe: Recipe::new(codecs::get(id).unwrap()), nonfinite: Nonfinite::Error, target_bytes: None, force: false }
+    Options {
+        recipe: Recipe::new(codecs::get(id).unwrap()),
+        nonfinite: Nonfinite::Error,
+        target_bytes: None,
+        force: false,
+    }
 }
 
 /// Every tensor of a checkpoint as f32, by name.

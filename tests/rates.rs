@@ -153,7 +153,10 @@ fn a_variant_is_compressed_at_the_rates_of_its_base() {
 #[test]
 fn a_matrix_too_small_for_its_rate_is_stored_otherwise_and_says_so() {
     let folder = Folder::new();
-    let input = folder.checkpoint("model.safetensors", &[Tensor::random("model.layers.0.self_attn.q_proj.weight", DType::F32, &[8, 8], 1)]);
+    let input = folder.checkpoint(
+        "model.safetensors",
+        &[Tensor::random("model.layers.0.self_attn.q_proj.weight", DType::F32, &[8, 8], 1)],
+    );
     let options = Options { recipe: at("3").recipe.all(true), ..at("3") };
     let report = pack(&input, &folder.path("a.tenpak"), &options).unwrap();
     assert_eq!((report.tensors[0].codec.id, report.tensors[0].changed_codec), ("int8_sym_v1", true));
@@ -176,7 +179,10 @@ fn recipes_say_rates_and_refuse_those_that_decide_nothing() {
         ("codec = \"raw_v1\"\ntarget_bits = 4\n", "no codec of the recipe leaves its size open"),
         ("codec = \"ecu_v1\"\ntarget_bits = \"4\"\n", "of type string, expected a number of bits"),
         ("codec = \"ecu_v1\"\ntarget_bits = 9\n", "9 bits per weight, expected 0.1 to 8"),
-        ("codec = \"ecu_v1\"\n[[rule]]\nmatch = \"a\"\ncodec = \"int4_g8_v1\"\ntarget_bits = 4\n", "rule 1: target_bits"),
+        (
+            "codec = \"ecu_v1\"\n[[rule]]\nmatch = \"a\"\ncodec = \"int4_g8_v1\"\ntarget_bits = 4\n",
+            "rule 1: target_bits",
+        ),
     ] {
         let message = Recipe::from_toml(text).unwrap_err().to_string();
         assert!(message.contains(says), "{message}");

@@ -225,9 +225,10 @@ impl Plane {
     fn json(&self, kind: &str, offset: u64) -> String {
         let crcs = || self.bytes.chunks(4 << 20).map(|c| format!("{:08x}", crc32c::crc32c(c))).collect();
         let (name, crc32c) = (serde_json::to_string(&self.name).unwrap(), self.crc32c.clone().unwrap_or_else(crcs));
-        let coding = self.coding.as_ref().map_or_else(String::new, |id| {
-            format!(",\"coding\":{}", serde_json::to_string(id).unwrap())
-        });
+        let coding = self
+            .coding
+            .as_ref()
+            .map_or_else(String::new, |id| format!(",\"coding\":{}", serde_json::to_string(id).unwrap()));
         let (bytes, digest) = (self.len.unwrap_or(self.bytes.len() as u64), self.digest());
         format!(
             "{{\"{kind}\":{name}{coding},\"offset\":{offset},\"bytes\":{bytes},\"crc32c\":\"{crc32c}\",\"blake3\":\"{digest}\"}}"
