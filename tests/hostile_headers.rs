@@ -172,7 +172,7 @@ fn a_stream_that_does_not_hold_its_plane_is_damage() {
     damaged("stream of 5 bytes", &|e| e.planes[0].bytes.truncate(5));
     damaged("words", &|e| e.shape = vec![40, 64]);
     damaged("a value is inf", &|e| e.planes[1].bytes[1..].copy_from_slice(&f32::INFINITY.to_le_bytes()));
-    damaged("stream", &|e| e.shape = vec![1 << 10, 1 << 12]);
+    damaged("words", &|e| e.shape = vec![1 << 10, 1 << 12]);
 }
 
 fn names(cases: &mut Cases) {
