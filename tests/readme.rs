@@ -65,7 +65,8 @@ fn the_size_that_is_asked_for_is_shown_as_it_is_printed() {
     let arguments = command.split_whitespace().map(|word| if word.ends_with(".tenpak") { &*target } else { word });
     let printed = tenpak(&arguments.collect::<Vec<_>>()).replace(&target, "target/tour/any.tenpak");
     // Only the time differs from run to run.
-    let figures = |text: &str| text.lines().filter(|line| !line.contains(" s, ")).map(str::to_owned).collect::<Vec<_>>();
+    let figures =
+        |text: &str| text.lines().filter(|line| !line.contains(" s, ")).map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(figures(shown)[1..], figures(printed.trim_end()), "copy what `tenpak {command}` prints into README.md");
 }
 

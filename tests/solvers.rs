@@ -3,6 +3,8 @@
 #![expect(clippy::print_stdout, reason = "figures for whoever asks with --nocapture")]
 
 use tenpak::codec::reference::{code, weight};
+use tenpak::coding;
+use tenpak::fit::entropy;
 use tenpak::fit::gptq::{Options, decode, solve};
 use tenpak::fit::hessian::{Hessian, ldlq};
 use tenpak::fit::weighted::{self, Importance};
@@ -317,4 +319,72 @@ fn columns_without_input_and_moments_of_few_vectors_are_solved() {
             }
         }
     }
+}
+
+/// Weights, their second moment and the importance of their columns.
+fn problem(rows: usize, cols: usize, vectors: usize) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let mut stream = Stream(9);
+    let (weights, moment) = (stream.normals(rows * cols), stream.moment(cols, vectors));
+    let importance = Importance::new(&(0..cols).map(|j| moment[j * cols + j]).collect::<Vec<_>>());
+    (weights, moment, importance.columns().to_vec())
+}
+
+/// The proxy loss of a matrix with these codes and scales, and how far rounding can move it.
+fn coded_loss(hessian: &Hessian, weights: &[f32], codes: &[u8], scales: &[f32]) -> (f64, f64) {
+    let cols = hessian.cols();
+    let rows = weights.chunks(cols).zip(codes.chunks(cols)).zip(scales);
+    rows.fold((0.0, 0.0), |sum, ((weights, codes), &scale)| {
+        let value = |code: u8| f64::from(f32::from(i16::from(code) - 128) * scale);
+        let e: Vec<f64> = weights.iter().zip(codes).map(|(&w, &code)| f64::from(w) - value(code)).collect();
+        (sum.0 + proxy(hessian, &e), sum.1 + slack(hessian, &e))
+    })
+}
+
+#[test]
+fn codes_for_a_rate_keep_it_and_lose_no_more_of_the_output_than_those_chosen_without_second_moments() {
+    for (vectors, bits) in [(24, 4.25), (24, 2.5), (400, 3.5), (400, 5.0)] {
+        let (rows, cols) = (96, 128);
+        let (weights, moment, importance) = problem(rows, cols, vectors);
+        let hessian = Hessian::new(moment, cols, 0.05).unwrap();
+        let plain = entropy::quantize(&weights, rows, cols, bits, Some(&importance)).unwrap();
+        let solved = entropy::solve(&weights, rows, cols, bits, &hessian, &importance).unwrap();
+        assert!(solved.bits_per_weight() <= bits, "{} bits of {bits}", solved.bits_per_weight());
+        let mut codes = vec![0; rows * cols];
+        coding::Stream::open(&solved.stream, rows, cols).unwrap().decode_all(&mut codes).unwrap();
+        assert_eq!(codes, solved.codes);
+        let (loss, slack) = coded_loss(&hessian, &weights, &solved.codes, &solved.scales);
+        assert!((solved.weighted_error - loss).abs() <= slack, "{} is not {loss} ± {slack:e}", solved.weighted_error);
+        let (without, slack) = coded_loss(&hessian, &weights, &plain.codes, &plain.scales);
+        assert!(loss <= without + slack, "{vectors} vectors, {bits} bits: {loss} with, {without} without");
+        if vectors < cols {
+            // Inputs of few dimensions leave most errors unseen: there the columns make up for each other.
+            assert!(solved.choice.trellis.is_none() && loss < 0.8 * without, "{loss} with, {without} without");
+        }
+    }
+}
+
+#[test]
+fn inputs_without_anything_in_common_leave_the_trellis_as_it_is() {
+    let (rows, cols) = (96, 64);
+    let (weights, _, _) = problem(rows, cols, 1);
+    let moment = (0..cols * cols).map(|at| if at % (cols + 1) == 0 { 1.0 } else { 0.0 }).collect();
+    let hessian = Hessian::new(moment, cols, 0.0).unwrap();
+    let importance = vec![1.0; cols];
+    let plain = entropy::quantize(&weights, rows, cols, 4.0, Some(&importance)).unwrap();
+    let solved = entropy::solve(&weights, rows, cols, 4.0, &hessian, &importance).unwrap();
+    assert!(solved.choice.trellis.is_some() && solved.stream == plain.stream);
+}
+
+#[test]
+fn codes_for_a_rate_are_the_same_on_any_number_of_threads() {
+    let (rows, cols) = (130, 96);
+    let (weights, moment, importance) = problem(rows, cols, 50);
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let hessian = Hessian::new(moment.clone(), cols, 0.01).unwrap();
+            entropy::solve(&weights, rows, cols, 3.25, &hessian, &importance).unwrap().stream
+        })
+    };
+    assert_eq!(on(1), on(3));
 }

@@ -2,7 +2,7 @@
 //!
 //! `FORMAT.md` beside this file is normative and stands below. [`header`] is the only parser and the only printer;
 //! [`writer`] streams planes into a new file, [`map`] reads them back, [`verify`] checks all of it, [`delta`] stores
-//! only what differs from a base. The same content may lie in a directory instead of a file; see [`ArtifactFile::open`].
+//! only what differs from a base. A plane may be coded in the file ([`Coding`]): whoever reads it gets the same bytes. The same content may lie in a directory instead of a file; see [`ArtifactFile::open`].
 //!
 #![doc = include_str!("FORMAT.md")]
 

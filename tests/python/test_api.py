@@ -402,7 +402,7 @@ assert tenpak.encode(np.ones((1, 8), np.float32), "int8_sym_v1").decode("bfloat1
 # Arrays
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if codec != "ecu_v1"])
 def test_encode_gives_the_planes_that_compress_stores(tmp_path: Path, weights: Array, codec: str) -> None:
     encoded = tenpak.encode(weights, codec)
     path = tmp_path / "a.tenpak"
@@ -537,7 +537,7 @@ def test_errors_are_of_the_class_that_says_who_acts(tmp_path: Path, artifact: Pa
         (tenpak.CorruptError, lambda: opened(data + b"x")),
         (tenpak.CorruptError, lambda: opened(data[:20] + b"\xff" + data[21:])),
         (tenpak.UnsupportedError, lambda: opened(sealed(8, b"\2"))),
-        (tenpak.UnsupportedError, lambda: opened(sealed(12, b"\2"))),
+        (tenpak.UnsupportedError, lambda: opened(sealed(12, b"\4"))),
         (tenpak.LimitError, lambda: opened(sealed(16, struct.pack("<Q", 1 << 40)))),
         (tenpak.UnsupportedError, lambda: tenpak.encode(np.ones((1, 8), np.float32), "int3_v9")),
         (tenpak.UnsupportedError, lambda: tenpak.compress(sample_model, out, codec="int3_v9")),

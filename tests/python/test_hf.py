@@ -181,6 +181,21 @@ def test_a_model_quantized_in_memory_is_saved_and_loaded_like_a_compressed_one(
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen3 moe"])
+def test_coded_planes_are_decoded_when_a_model_is_loaded(kind: str, tmp_path: Path, said: Callable[[], str]) -> None:
+    made = Made(tmp_path, kind, target_bits=6.5)
+    tensors = json.loads((made.planes / "config.json").read_text())["quantization_config"]["tensors"]
+    assert sum("codes" in entry.get("coding", {}) for entry in tensors.values()) >= 8
+    model = made.load()
+    assert not any(complaint in said() for complaint in COMPLAINTS), said()
+    assert_same_logits(model, logits(made.reference()))
+    assert torch.equal(logits(tenpak.from_pretrained(made.file)), logits(model))
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not any(complaint in said() for complaint in COMPLAINTS), said()
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama tied", "gpt2", "mixtral"])
 def test_a_single_file_loads_as_views_of_itself(kind: str, made: Any) -> None:
     model = tenpak.from_pretrained(made(kind).file)

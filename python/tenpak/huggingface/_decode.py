@@ -66,6 +66,12 @@ class DecodePlane(ConversionOps):
         return _Keep()
 
 
+def decodes_only(conversion: Any) -> bool:
+    """Return whether a conversion does nothing but decode planes."""
+    operations = getattr(conversion, "operations", None) or []
+    return len(operations) > 0 and all(isinstance(operation, DecodePlane) for operation in operations)
+
+
 class _Keep(ConversionOps):
     """Leaves planes as they are."""
 

@@ -13,7 +13,7 @@ from ..torch._embedding import QuantizedEmbedding, beside, hindrance_of
 from ..torch._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ..torch._linear import QuantizedLinear
 from ..torch._planes import Quantized
-from ._decode import DecodePlane
+from ._decode import DecodePlane, decodes_only
 
 METHOD = "tenpak"
 FORMAT = 1
@@ -221,6 +221,9 @@ class TenpakQuantizer(HfQuantizer):
         for follower, owner in self._followers:
             follower.share_planes(owner)
         self._followers.clear()
+        # Planes are saved as they are in memory: what only decodes them has no part in it.
+        if getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [c for c in model._weight_conversions if not decodes_only(c)]
         missing = [
             f"{path}.{name}"
             for path, module in model.named_modules()

@@ -335,7 +335,7 @@ mod tests {
                 let trellis = Trellis::new(log_states);
                 let search = Search { prices: &prices, columns: &[0, -1, 1, 0], importance: &importance, trellis };
                 let set = Set { targets: &targets, rows, weights };
-                let mut codes = vec![0u8; LANES * COLS];
+                let mut codes = [0u8; LANES * COLS];
                 let mut out: Vec<&mut [u8]> = codes.chunks_exact_mut(COLS).collect();
                 super::search(&search, &set, &mut Trace::default(), &mut out);
                 for (lane, codes) in codes.chunks_exact(COLS).enumerate() {
