@@ -17,13 +17,16 @@ thread_local! {
     static CURRENT: Cell<Option<OpenMp>> = const { Cell::new(None) };
 }
 
+/// `GOMP_parallel(body, data, threads, flags)`: calls `body(data)` on every thread of a team, and waits for all.
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
+/// `omp_get_max_threads()`: how many threads the next team has.
+type MaxThreads = unsafe extern "C" fn() -> c_int;
+
 /// Two functions of one OpenMP library.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenMp {
-    /// `GOMP_parallel(body, data, threads, flags)`: calls `body(data)` on every thread of a team, and waits for all.
-    parallel: unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint),
-    /// `omp_get_max_threads()`: how many threads the next team has.
-    max_threads: unsafe extern "C" fn() -> c_int,
+    parallel: Parallel,
+    max_threads: MaxThreads,
 }
 
 impl OpenMp {
@@ -37,7 +40,12 @@ impl OpenMp {
             return None;
         }
         // SAFETY: the caller vouches for what stands at the addresses.
-        unsafe { Some(Self { parallel: std::mem::transmute(parallel), max_threads: std::mem::transmute(max_threads) }) }
+        unsafe {
+            Some(Self {
+                parallel: std::mem::transmute::<*const c_void, Parallel>(parallel),
+                max_threads: std::mem::transmute::<*const c_void, MaxThreads>(max_threads),
+            })
+        }
     }
 
     /// Runs `work`, whose products use this library's threads and not rayon's.
