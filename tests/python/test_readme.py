@@ -27,7 +27,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_commands_of_a_checkpoint_s_life_work_in_order(folder: Path) -> None:
-    lines = [line for part in README.split("```")[1::2] for line in part.splitlines() if line.startswith("tenpak ")]
+    blocks = [part.strip().splitlines() for part in README.split("```")[1::2]]
+    lines = next(block for block in blocks if block[0].startswith("tenpak "))
     assert len(lines) == 10
     for line in lines:
         command = shlex.split(line, comments=True)
