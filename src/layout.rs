@@ -217,6 +217,16 @@ impl Grouped {
         }
     }
 
+    /// Bytes of one number of a plane; codes and zero points are packed into bytes.
+    #[must_use]
+    pub const fn element(&self, plane: Plane) -> usize {
+        match (plane, self.offset) {
+            (Plane::Scales, _) => self.scale.size(),
+            (Plane::Offsets, Some(float)) => float.size(),
+            _ => 1,
+        }
+    }
+
     /// Columns of a full group in a matrix of `cols` columns.
     #[must_use]
     pub const fn group_len(&self, cols: usize) -> usize {

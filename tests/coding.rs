@@ -3,7 +3,7 @@
 #![expect(clippy::cast_possible_truncation, reason = "levels are clamped to those of codes")]
 
 use proptest::prelude::*;
-use tenpak::coding::{self, Stream, Trellis};
+use tenpak::coding::{self, ByteStream, Stream, Trellis};
 use tenpak::fit::entropy::{Choice, quantize, quantize_step, quantize_with};
 
 /// Numbers that look like a Gaussian's, from a fixed seed.
@@ -34,8 +34,32 @@ fn decoded(stream: &[u8], rows: usize, cols: usize) -> tenpak::Result<Vec<u8>> {
     Ok(codes)
 }
 
+/// The bytes of a plane of `rows` rows of `row` bytes.
+fn decoded_bytes(stream: &[u8], rows: usize, row: usize) -> tenpak::Result<Vec<u8>> {
+    let stream = ByteStream::open(stream, rows, row)?;
+    let mut plane = vec![0; rows.saturating_mul(row)];
+    for block in 0..stream.blocks() {
+        let here = stream.rows(block);
+        stream.decode_block(block, &mut plane[here.start * row..here.end * row])?;
+    }
+    Ok(plane)
+}
+
+/// Little-endian halves that look like scales.
+fn halves(count: usize, seed: u64) -> Vec<u8> {
+    gaussian(count, seed).iter().flat_map(|x| half::f16::from_f32(0.01 * (2.0 + x)).to_le_bytes()).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_bytes_come_back(rows in 1usize..80, row in 1usize..90, log in 0u32..4, spread in 0.0f32..300.0, seed in any::<u64>()) {
+        let (size, row) = (1usize << log, row << log);
+        let plane: Vec<u8> = gaussian(rows * row, seed).iter().map(|x| (x * spread) as i32 as u8).collect();
+        let stream = coding::encode_bytes(&plane, row, size);
+        prop_assert_eq!(decoded_bytes(&stream, rows, row).expect("what was encoded decodes"), plane);
+    }
 
     #[test]
     fn any_codes_come_back(rows in 1usize..80, cols in 1usize..90, spread in 1u32..128, seed in any::<u64>()) {
@@ -70,7 +94,52 @@ proptest! {
     #[test]
     fn no_bytes_do_harm(bytes in prop::collection::vec(any::<u8>(), 0..400), rows in 0usize..70, cols in 0usize..70) {
         let _ = decoded(&bytes, rows, cols);
+        let _ = decoded_bytes(&bytes, rows, cols);
         let _ = coding::decode_scales(&bytes, rows);
+    }
+}
+
+#[test]
+fn bytes_take_their_entropy() {
+    // Nibbles two to a byte, and the two bytes of a half: within a hundredth of the sum over each byte's distribution.
+    let nibbles: Vec<u8> = gaussian(1 << 20, 3).iter().map(|x| (8.0 + 2.5 * x).clamp(0.0, 15.0) as u8).collect();
+    let codes: Vec<u8> = nibbles.as_chunks::<2>().0.iter().map(|[low, high]| low | high << 4).collect();
+    for (plane, row, size) in [(codes, 4096, 1), (halves(1 << 19, 4), 64, 2), (vec![7; 1 << 20], 1024, 1)] {
+        let mut entropy = 0.0;
+        for table in 0..size {
+            let mut counts = [0f64; 256];
+            plane.iter().skip(table).step_by(size).for_each(|&byte| counts[usize::from(byte)] += 1.0);
+            let total: f64 = counts.iter().sum();
+            entropy += counts.iter().filter(|&&n| n > 0.0).map(|n| n * (total / n).log2()).sum::<f64>() / 8.0;
+        }
+        let stream = coding::encode_bytes(&plane, row, size);
+        let most = entropy * 1.01 + 2048.0;
+        assert!((stream.len() as f64) < most, "{} bytes, entropy {entropy}", stream.len());
+    }
+}
+
+#[test]
+fn any_byte_of_a_byte_stream_changed_gives_an_error_or_bytes_and_any_other_length_an_error() {
+    let plane = halves(33 * 20, 8);
+    let stream = coding::encode_bytes(&plane, 40, 2);
+    assert_eq!(decoded_bytes(&stream, 33, 40).expect("what was encoded decodes"), plane);
+    for at in 0..stream.len() {
+        for change in [1, 0x90] {
+            let mut bytes = stream.clone();
+            bytes[at] ^= change;
+            let _ = decoded_bytes(&bytes, 33, 40);
+        }
+        assert!(ByteStream::open(&stream[..at], 33, 40).is_err(), "cut at {at}");
+    }
+    assert!(ByteStream::open(&[&stream[..], &[0]].concat(), 33, 40).is_err());
+    for (rows, row) in [(0, 40), (33, 0), (33, 41), (usize::MAX, 40), (1 << 40, 40), (1, usize::MAX)] {
+        assert!(ByteStream::open(&stream, rows, row).is_err(), "{rows} x {row}");
+    }
+    // The last table's last frequency one higher, and the sizes that are none.
+    for size in [0, 3, 5, 16] {
+        let mut bytes = stream.clone();
+        bytes[0] = size;
+        assert!(ByteStream::open(&bytes, 33, 40).is_err(), "elements of {size} bytes");
     }
 }
 
@@ -276,5 +345,11 @@ fn the_bytes_of_streams_stay_as_they_are() {
         let bytes = coding::encode_scales(scales);
         assert_eq!(usize::from(bytes[0]), kind);
         compare(&format!("scales-{kind}.hex"), &bytes);
+    }
+    for (rows, row, size) in [(40, 50, 1), (3, 40, 2), (70, 36, 4), (1, 8, 8), (5, 100, 1)] {
+        let plane = pinned(rows, row, if rows == 5 { 0 } else { 40 }, None);
+        let stream = coding::encode_bytes(&plane, row, size);
+        assert_eq!(decoded_bytes(&stream, rows, row).expect("a stream"), plane);
+        compare(&format!("bytes-{rows}-{row}-{size}.hex"), &stream);
     }
 }

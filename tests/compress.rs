@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 
 use support::{Folder, Random, Tensor, bits, codec, decode, open_source, pack, refusal, with};
-use tenpak::artifact::ArtifactFile;
+use tenpak::artifact::{ArtifactFile, verify};
 use tenpak::compress::{Nonfinite, Options, Report, compress};
 use tenpak::file::Access;
 use tenpak::layout::{Float, Levels};
@@ -352,6 +352,30 @@ fn the_digest_of_each_source_is_that_of_its_file_however_it_was_read() {
                 assert_eq!(recorded.bytes, bytes.len() as u64);
                 assert_eq!(*recorded.name, *file.file_name().unwrap().to_str().unwrap());
             }
+        }
+    }
+}
+
+#[test]
+fn coded_planes_are_the_same_artifact_in_fewer_bytes() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("in.safetensors", &[Tensor::random("w", DType::F32, &[300, 1020], 3)]);
+    for codec in lossy() {
+        let (plain, coded) = (folder.path("plain.tenpak"), folder.path("coded.tenpak"));
+        let options = Options { force: true, ..with(codec) };
+        let before = pack(&input, &plain, &options).unwrap();
+        let after = pack(&input, &coded, &Options { coded: true, ..options }).unwrap();
+        assert_eq!(before.identity, after.identity, "{}", codec.id);
+        assert!(after.tensors[0].stored_bytes <= before.tensors[0].stored_bytes, "{}", codec.id);
+        assert_eq!(after.tensors[0].memory_bytes, before.tensors[0].memory_bytes);
+        let (a, b) = (ArtifactFile::open(&plain).unwrap(), ArtifactFile::open(&coded).unwrap());
+        assert!(verify::verify(&b, |_| Ok(())).unwrap().problems.is_empty(), "{}", codec.id);
+        assert_eq!(bits(&decode(&a, 0).unwrap()), bits(&decode(&b, 0).unwrap()), "{}", codec.id);
+        let stored = b.tensors()[0].planes().iter().map(|plane| plane.bytes).sum::<u64>();
+        assert_eq!(stored, after.tensors[0].stored_bytes);
+        // Codes of uniform weights between the least and the greatest of their group are nearly equally likely.
+        if codec.id == "int4_sym_g128_fp16_v1" {
+            assert!(b.tensors()[0].planes().iter().any(|plane| plane.coding.is_some()));
         }
     }
 }

@@ -59,6 +59,7 @@ def compress(
     all: bool = False,
     stats: Path | None = None,
     fit: str | None = None,
+    coded: bool = False,
     nonfinite: str = "error",
     max_shard_size: int = 5_000_000_000,
     force: bool = False,
@@ -102,6 +103,9 @@ def compress(
         (the same, weighted by the mean squares of the inputs), ``gptq`` (least error of the layer's output). By
         default ``codec``; with ``stats`` ``gptq``, or ``weighted`` where the file has no second moments. A tensor
         that lacks what its fit needs is named in ``notes``; statistics of another shape are an error.
+    coded
+        Entropy-code every plane that gets shorter by it: the same weights and the same identity in a smaller file,
+        decoded when it is opened instead of mapped. A tensor at a time is in memory.
     nonfinite
         What to do about NaN and infinities: ``error``, ``zero``, ``clamp`` or ``raw``.
     max_shard_size
@@ -142,6 +146,7 @@ def compress(
             all,
             None if stats is None else os.fspath(stats),
             fit,
+            coded,
             nonfinite,
             max_shard_size,
             force,

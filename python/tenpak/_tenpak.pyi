@@ -98,6 +98,7 @@ def compress(
     all: bool,
     stats: str | None,
     fit: str | None,
+    coded: bool,
     nonfinite: str,
     max_shard_size: int,
     force: bool,

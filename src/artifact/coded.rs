@@ -6,13 +6,15 @@
 
 use std::ops::{Deref, Range};
 
+use rayon::prelude::*;
+
 use super::entry::Entry;
 use super::identity::Identity;
 #[cfg(feature = "python")]
 use crate::codec::Codec;
-use crate::coding::{self, Stream};
+use crate::coding::{self, ByteStream, Stream};
 use crate::error::{Error, Result, try_zeroed};
-use crate::layout::{Float, Layout, Plane};
+use crate::layout::{Float, Layout, Plane, ROW};
 #[cfg(feature = "python")]
 use crate::tensor::DType;
 
@@ -21,8 +23,10 @@ use crate::tensor::DType;
 pub enum Coding {
     /// Rows of 8-bit codes, close to their entropy; see [`mod@crate::coding`].
     Rows,
-    /// F32 scales of which many are equal.
+    /// F32 scales of rows, of which many are equal.
     Scales,
+    /// Any bytes, close to the entropy of each.
+    Bytes,
 }
 
 /// A plane is at most so many times as long as its stream, so that a short file cannot ask for memory without end: no
@@ -34,7 +38,8 @@ const EQUAL_SCALES: u64 = 5;
 
 impl Coding {
     /// Every coding, with its id.
-    pub const ALL: &[(&'static str, Self)] = &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales)];
+    pub const ALL: &[(&'static str, Self)] =
+        &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales), ("bytes_v1", Self::Bytes)];
 
     /// The id in files.
     #[must_use]
@@ -62,8 +67,10 @@ impl Coding {
     pub fn of(layout: &Layout, plane: Plane) -> Option<Self> {
         match (layout, plane) {
             (Layout::Grouped(g), Plane::Codes) if g.bits() == 8 => Some(Self::Rows),
-            (Layout::Grouped(g), Plane::Scales) if g.scale() == Float::F32 => Some(Self::Scales),
-            _ => None,
+            (Layout::Grouped(g), Plane::Scales) if g.group() == ROW && g.scale() == Float::F32 => Some(Self::Scales),
+            (Layout::Grouped(_), _) => Some(Self::Bytes),
+            // A raw tensor is the source's own, for whoever wants to map it.
+            (Layout::Raw, _) => None,
         }
     }
 
@@ -73,7 +80,7 @@ impl Coding {
             return Err(format!("{bytes} coded bytes of a plane of {plain}, expected fewer"));
         }
         // Scales are few beside the codes, whose length bounds the rows.
-        if self == Self::Rows && plain / EXPANSION > bytes {
+        if self != Self::Scales && plain / EXPANSION > bytes {
             return Err(format!("{bytes} coded bytes of a plane of {plain}, expected more"));
         }
         Ok(())
@@ -95,6 +102,38 @@ pub(super) fn plan(entry: &mut Entry) -> Result<()> {
     Ok(())
 }
 
+/// The stream of a plane of an entry, in the coding that such planes take; none where that does not save a
+/// sixty-fourth of it, which is what makes a plane worth decoding instead of mapping.
+///
+/// # Errors
+/// [`Error::Invalid`] when a row is too long for the coder.
+pub(super) fn stream(entry: &Entry, plane: usize, plain: &[u8]) -> Result<Option<(Coding, Vec<u8>)>> {
+    let kind = entry.planes()[plane].plane;
+    let layout = &entry.codec().layout;
+    let (Some(coding), Layout::Grouped(grouped), false) = (Coding::of(layout, kind), layout, plain.is_empty()) else {
+        return Ok(None);
+    };
+    let too_large = |_| Error::invalid("the plane is larger than memory");
+    let cols = usize::try_from(entry.matrix().1).map_err(too_large)?;
+    let stride = layout.stride(kind, entry.info().dtype(), cols);
+    let stream = match coding {
+        Coding::Rows => {
+            let codes: Vec<u8> = plain.chunks_exact(stride).flat_map(|row| &row[..cols]).copied().collect();
+            // Code 0 is no level that an encoder of this project chooses, but others may.
+            match coding::encode(&codes, codes.len() / cols, cols) {
+                Err(Error::Invalid(_)) => return Ok(None),
+                stream => stream?,
+            }
+        }
+        Coding::Scales => {
+            let scales: Vec<f32> = (0..plain.len() / 4).map(|i| Float::F32.load(plain, i)).collect();
+            coding::encode_scales(&scales)
+        }
+        Coding::Bytes => coding::encode_bytes(plain, stride, grouped.element(kind)),
+    };
+    Ok((stream.len() <= plain.len() - plain.len() / 64).then_some((coding, stream)))
+}
+
 /// A coded plane of an entry, open for reading.
 pub(super) struct Coded<'a> {
     stream: Inner<'a>,
@@ -106,6 +145,7 @@ pub(super) struct Coded<'a> {
 enum Inner<'a> {
     Rows(Stream<'a>),
     Scales(Vec<u8>),
+    Bytes(ByteStream<'a>),
 }
 
 impl<'a> Coded<'a> {
@@ -127,6 +167,7 @@ impl<'a> Coded<'a> {
     fn of(coding: Coding, [rows, cols, stride]: [usize; 3], stored: &'a [u8]) -> Result<Self> {
         let stream = match coding {
             Coding::Rows => Inner::Rows(Stream::open(stored, rows, cols)?),
+            Coding::Bytes => Inner::Bytes(ByteStream::open(stored, rows, stride)?),
             Coding::Scales => {
                 let scales = coding::decode_scales(stored, rows * stride / 4)?;
                 let mut bytes = try_zeroed(rows * stride, || "a plane of scales".to_owned())?;
@@ -140,24 +181,22 @@ impl<'a> Coded<'a> {
     /// The bytes of the plane in pieces, each of whole rows, from the one that holds row `first` on; `take` is given the
     /// first byte of each piece, and says whether to go on.
     pub fn pieces(&self, first: usize, mut take: impl FnMut(usize, &[u8]) -> Result<bool>) -> Result<()> {
-        let stream = match &self.stream {
+        let (blocks, per_block) = match &self.stream {
             Inner::Scales(bytes) => return take(0, bytes).map(drop),
-            Inner::Rows(stream) => stream,
+            Inner::Rows(stream) => (stream.blocks(), if stream.blocks() > 0 { stream.rows(0).len() } else { 1 }),
+            Inner::Bytes(stream) => (stream.blocks(), if stream.blocks() > 0 { stream.rows(0).len() } else { 1 }),
         };
-        if stream.blocks() == 0 {
-            return Ok(());
-        }
-        let per_block = stream.rows(0).len();
         let together = rayon::current_num_threads();
         let mut block = first / per_block;
         let mut buffer = Vec::new();
-        while block < stream.blocks() {
-            let last = (block + together).min(stream.blocks());
-            let (start, end) = (stream.rows(block).start, stream.rows(last - 1).end);
+        while block < blocks {
+            let last = (block + together).min(blocks);
+            let (start, end) = (block * per_block, (last * per_block).min(self.rows));
             if buffer.len() != (end - start) * self.stride {
                 buffer = try_zeroed((end - start) * self.stride, || "rows of a coded plane".to_owned())?;
             }
-            self.decode(stream, block, per_block, &mut buffer)?;
+            let parts = buffer.par_chunks_mut(per_block * self.stride).enumerate();
+            parts.map(|(i, out)| self.decode(block + i, out)).collect::<Result<()>>()?;
             if !take(start * self.stride, &buffer)? {
                 return Ok(());
             }
@@ -166,21 +205,22 @@ impl<'a> Coded<'a> {
         Ok(())
     }
 
-    /// Decodes consecutive blocks, from `block` on, into rows of the plane.
-    fn decode(&self, stream: &Stream<'_>, block: usize, per_block: usize, out: &mut [u8]) -> Result<()> {
-        use rayon::prelude::*;
-        out.par_chunks_mut(per_block * self.stride).enumerate().try_for_each(|(i, out)| {
-            if self.stride == self.cols {
-                return stream.decode_block(block + i, out);
+    /// Decodes a block into rows of the plane.
+    fn decode(&self, block: usize, out: &mut [u8]) -> Result<()> {
+        match &self.stream {
+            Inner::Scales(_) => Ok(()),
+            Inner::Bytes(stream) => stream.decode_block(block, out),
+            Inner::Rows(stream) if self.stride == self.cols => stream.decode_block(block, out),
+            Inner::Rows(stream) => {
+                let rows = out.len() / self.stride;
+                let mut codes = try_zeroed(rows * self.cols, || "rows of a coded plane".to_owned())?;
+                stream.decode_block(block, &mut codes)?;
+                for (row, codes) in out.chunks_exact_mut(self.stride).zip(codes.chunks_exact(self.cols)) {
+                    row[..self.cols].copy_from_slice(codes);
+                }
+                Ok(())
             }
-            let rows = out.len() / self.stride;
-            let mut codes = try_zeroed(rows * self.cols, || "rows of a coded plane".to_owned())?;
-            stream.decode_block(block + i, &mut codes)?;
-            for (row, codes) in out.chunks_exact_mut(self.stride).zip(codes.chunks_exact(self.cols)) {
-                row[..self.cols].copy_from_slice(codes);
-            }
-            Ok(())
-        })
+        }
     }
 
     /// A range of the plane.

@@ -81,7 +81,7 @@ pub fn delta(
             format!("{path} was made with statistics (fit '{fit}'); pass the same file with --stats, or nothing agrees")
         }));
     }
-    let options = Options { recipe, nonfinite: provenance.nonfinite.parse()?, target_bytes: None, force, stats };
+    let options = Options { stats, ..Options::new(recipe, provenance.nonfinite.parse()?, force) };
     let mut planned = compress::plan(variant, &options)?;
     // A tensor of the base keeps its rate, whatever decided it.
     for tensor in planned.tensors.iter_mut().filter(|tensor| tensor.rate.is_some()) {

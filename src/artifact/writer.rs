@@ -105,6 +105,36 @@ impl Writer {
         self.start(Entry::unplaced(info, codec, transposed)?)
     }
 
+    /// Writes a tensor again, every plane that gets shorter by it in its coding. Needs the planes in memory.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Io`].
+    pub(crate) fn coded(&self, plain: TensorWriter) -> Result<TensorWriter> {
+        let mut planes = Vec::with_capacity(plain.entry.planes().len());
+        for (index, place) in plain.entry.planes().iter().enumerate() {
+            let what = || format!("plane {} of tensor '{}'", place.plane.name(), plain.entry.info().name());
+            let len =
+                usize::try_from(place.bytes).map_err(|_| Error::OutOfMemory { what: what(), bytes: place.bytes })?;
+            let mut stored = crate::error::try_zeroed(len, what)?;
+            self.out.read_at(place.offset, &mut stored)?;
+            planes.push(match place.coding {
+                Some(_) => {
+                    let blake3 = plain.digests[index].expect("a coded plane has a digest of its own");
+                    Prepared { coding: place.coding, stored, blake3 }
+                }
+                None => {
+                    let stream = coded::stream(&plain.entry, index, &stored)?;
+                    Prepared::new(stored, stream)
+                }
+            });
+        }
+        if planes.iter().zip(plain.entry.planes()).all(|(plane, place)| plane.coding == place.coding) {
+            return Ok(plain);
+        }
+        let how = Whole { transposed: plain.entry.transposed(), rate: plain.entry.rate() };
+        self.whole(plain.entry.info().clone(), plain.entry.codec(), how, planes)
+    }
+
     /// Starts a tensor whose codings, coded lengths and rate are known.
     fn start(&self, entry: Entry) -> Result<TensorWriter> {
         let entry = place(entry, self.end)?;
@@ -359,6 +389,11 @@ impl TensorWriter {
     /// The next bytes of every plane.
     pub(crate) fn write_planes(&mut self, writer: &Writer, planes: &[Vec<u8>]) -> Result<()> {
         planes.iter().enumerate().try_for_each(|(index, bytes)| self.write(writer, index, bytes))
+    }
+
+    /// Bytes of all planes in the file.
+    pub(crate) fn stored_bytes(&self) -> u64 {
+        self.entry.planes().iter().map(|plane| plane.bytes).sum()
     }
 
     /// The codec that the tensor is written with.

@@ -38,10 +38,14 @@ pub(super) struct Arguments {
     /// or least error of the layer's output [default: with --stats gptq, or weighted without second moments; else codec]
     #[arg(long, value_parser = ["codec", "search", "weighted", "gptq"], value_name = "FIT", hide_possible_values = false)]
     fit: Option<String>,
+    /// Entropy-code every plane that gets shorter by it: the same weights in a smaller file, decoded when it is opened
+    /// instead of mapped
+    #[arg(long)]
+    coded: bool,
     /// What to do about NaN and infinities
     #[arg(long, value_parser = ["error", "zero", "clamp", "raw"], default_value = "error", value_name = "POLICY")]
     nonfinite: String,
-    /// Print what would be written, to the byte, from headers alone, and write nothing
+    /// Print what would be written, to the byte (coded planes apart), from headers alone, and write nothing
     #[arg(long)]
     dry_run: bool,
     /// Replace an existing output
@@ -156,7 +160,11 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let input = arguments.input.path()?;
     let source = context.source(input)?;
     let (recipe, target_bytes) = arguments.choice.recipe(arguments.fit.as_deref())?;
-    let options = Options { target_bytes, ..Options::new(recipe, arguments.nonfinite.parse()?, arguments.force) };
+    let options = Options {
+        target_bytes,
+        coded: arguments.coded,
+        ..Options::new(recipe, arguments.nonfinite.parse()?, arguments.force)
+    };
     let access = context.source_options();
     let stats = arguments.stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
     let options = options.with_stats(stats, arguments.fit.is_some(), &source)?;

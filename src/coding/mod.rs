@@ -1,22 +1,28 @@
-//! How a plane of 8-bit codes lies on disk: codes in, a stream out, and back. Lossless.
+//! How planes lie on disk where they are not stored as they are: bytes in, a stream out, and back. Lossless.
 //!
-//! The level of a code is `code - 128`, from −127 to 127. In memory codes take eight bits each, so that products need
-//! nothing new; on disk they take about their entropy. Every code has a *context*, the sum of a number of its row and
-//! one of its column, and each context expects levels of another deviation; the coder is interleaved rANS over the
-//! model's integer frequencies, so it gives the same bytes on every machine. `FORMAT.md` says what every byte means.
+//! A plane of 8-bit codes: the level of a code is `code - 128`, from −127 to 127. In memory codes take eight bits each,
+//! so that products need nothing new; on disk they take about their entropy. Every code has a *context*, the sum of a
+//! number of its row and one of its column, and each context expects levels of another deviation; the coder is
+//! interleaved rANS over the model's integer frequencies, so it gives the same bytes on every machine. Any other plane:
+//! rANS with the frequencies of its own bytes. `FORMAT.md` says what every byte means.
 //!
 //! | module | what |
 //! |---|---|
 //! | `table` | frequencies of the codes in a context |
 //! | `context` | which contexts the rows and columns of a matrix get |
 //! | `head`, `range` | how that is written |
-//! | `block`, `vector` | rows of codes, one lane or many at once |
+//! | `block` | rows of codes |
 //! | `trellis` | codes that follow a state machine |
+//! | `bytes` | planes of any bytes |
+//! | `vector`, `lanes` | decoders of many lanes at once |
 //! | `scales` | planes of scales, which often are all equal |
 
 pub(crate) mod block;
+mod bytes;
 pub(crate) mod context;
 pub(crate) mod head;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 mod range;
 mod scales;
 pub(crate) mod table;
@@ -28,6 +34,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub use bytes::{ByteStream, encode_bytes};
 pub use scales::{decode_scales, encode_scales};
 pub use trellis::Trellis;
 

@@ -93,6 +93,8 @@ pub struct Options {
     pub nonfinite: Nonfinite,
     /// The most bytes of the output; the recipe's rate is chosen so that it is filled.
     pub target_bytes: Option<u64>,
+    /// Entropy-code every plane that gets shorter by it; needs a tensor at a time in memory.
+    pub coded: bool,
     /// Replace an existing output.
     pub force: bool,
     /// What is known of the inputs of the weights, for the fits of the recipe that need it.
@@ -103,7 +105,7 @@ impl Options {
     /// A recipe with nothing known of the inputs, at no size in particular.
     #[must_use]
     pub fn new(recipe: Recipe, nonfinite: Nonfinite, force: bool) -> Self {
-        Self { recipe, nonfinite, target_bytes: None, force, stats: None }
+        Self { recipe, nonfinite, target_bytes: None, coded: false, force, stats: None }
     }
 
     /// Adds what is known of the inputs. It decides the fit where that is the codecs' own and none is asked for: `gptq`
@@ -217,7 +219,7 @@ impl Report {
 ///
 /// A tensor whose scales turn out not to fit its codec, or that holds NaN, is what headers cannot tell; [`compress`] then
 /// reports the codec that it took instead. Nor can they tell the length of coded planes: for them stands what was asked
-/// for.
+/// for, or, with [`Options::coded`], what they take as they are.
 ///
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
@@ -301,7 +303,11 @@ fn fill(
         let name = planned.name.clone();
         let bytes = planned.source_bytes;
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
-        let (report, tensor) = encode_tensor(source, index, planned, options, writer, &mut tick)?;
+        let (mut report, mut tensor) = encode_tensor(source, index, planned, options, writer, &mut tick)?;
+        if options.coded {
+            tensor = writer.coded(tensor)?;
+            report.stored_bytes = tensor.stored_bytes();
+        }
         writer.keep(tensor)?;
         tensors.push(report);
         done += bytes;

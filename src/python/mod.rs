@@ -51,8 +51,8 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite,
-    max_shard_size, force, threads, mmap, dry_run, progress
+    source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, stats, fit, coded,
+    nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -70,6 +70,7 @@ fn compress(
     all: bool,
     stats: Option<PathBuf>,
     fit: Option<&str>,
+    coded: bool,
     nonfinite: &str,
     max_shard_size: u64,
     force: bool,
@@ -89,7 +90,7 @@ fn compress(
         let request =
             Request { codec, target_bits, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
         let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
-        Ok(engine::Options { target_bytes: target_size, ..options })
+        Ok(engine::Options { target_bytes: target_size, coded, ..options })
     };
     let wishes = wishes().map_err(|e| run::raise(py, e))?;
     let fit_asked = fit.is_some();

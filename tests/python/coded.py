@@ -7,6 +7,7 @@ favours being obviously right over being fast, and shares no code with the packa
 |---|---|
 | `decode_codes` | a stream to codes `[rows, cols]` |
 | `decode_scales` | coded scales to float32 `[rows]` |
+| `decode_bytes` | coded bytes to the plane `[rows, row]` |
 """
 
 from __future__ import annotations
@@ -272,3 +273,62 @@ def decode_scales(data: bytes, rows: int) -> F32:
         which.append(node - 256)
     source.finish()
     return values[which].astype(np.float32)
+
+
+def decode_bytes(data: bytes, rows: int, row: int) -> Bytes:
+    """Bytes `[rows, row]` of coded bytes.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the stream.
+    """
+    if rows * row == 0:
+        require(not data, "a stream for no bytes")
+        return np.zeros((rows, row), np.uint8)
+    require(len(data) >= 4 and data[0] in (1, 2, 4, 8) and data[1:4] == b"\0\0\0", "head")
+    size = data[0]
+    require(row % size == 0, "rows of parts of elements")
+    at = 4
+    tables = []
+    for _ in range(size):
+        require(len(data) >= at + 32, "a short table")
+        present = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8, 32, at), bitorder="little"))
+        require(len(data) >= at + 32 + 2 * len(present), "a short table")
+        freq = np.zeros(256, np.int64)
+        freq[present] = np.frombuffer(data, "<u2", len(present), at + 32)
+        require(bool(((freq[present] >= 1) & (freq[present] < TOTAL)).all()) and freq.sum() == TOTAL, "frequencies")
+        start = np.cumsum(freq) - freq
+        symbol = np.repeat(np.arange(256), freq)
+        tables.append(Table(symbol, start[symbol], freq[symbol]))
+        at += 32 + 2 * len(present)
+    symbols, starts, freqs = (np.array([getattr(t, name) for t in tables]) for name in ("symbol", "start", "freq"))
+    rows_per_block = max(1, (1 << 18) // row)
+    blocks = -(-rows // rows_per_block)
+    require(len(data) >= at + 4 * blocks, "a short index")
+    counts = np.frombuffer(data, "<u4", blocks, at).astype(np.int64)
+    at += 4 * blocks
+    plane = np.zeros(rows * row, np.uint8)
+    for block in range(blocks):
+        first, last = block * rows_per_block * row, min((block + 1) * rows_per_block, rows) * row
+        end = at + 4 * LANES + 2 * int(counts[block])
+        require(end <= len(data), "a short block")
+        state = np.frombuffer(data, "<u4", LANES, at).astype(np.int64)
+        words = np.frombuffer(data, "<u2", int(counts[block]), at + 4 * LANES).astype(np.int64)
+        require(bool((state >= LOW).all()), "a low state")
+        taken = 0
+        for i in range(first, last, LANES):
+            here = min(LANES, last - i)
+            x, kind = state[:here], np.arange(here) % size
+            slot = x % TOTAL
+            plane[i : i + here] = symbols[kind, slot]
+            x = freqs[kind, slot] * (x // TOTAL) + slot - starts[kind, slot]
+            low = np.flatnonzero(x < LOW)
+            require(taken + len(low) <= len(words), "too few words")
+            x[low] = x[low] * LOW + words[taken : taken + len(low)]
+            taken += len(low)
+            state[:here] = x
+        require(taken == len(words) and bool((state == LOW).all()), "words left over, or a wrong state")
+        at = end
+    require(at == len(data), "bytes left over")
+    return plane.reshape(rows, row)

@@ -528,7 +528,7 @@ def _parse_entry(value: object) -> Entry:
     for item in _array(out["planes"], "planes"):
         _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"], ["coding"])
         coding = _text(item["coding"], "coding") if "coding" in item else None
-        require(coding in (None, "rows_v1", "scales_v1"), f"unknown coding {coding}", "unsupported")
+        require(coding in (None, "rows_v1", "scales_v1", "bytes_v1"), f"unknown coding {coding}", "unsupported")
         planes.append(
             Plane(
                 _text(item["plane"], "plane"),
@@ -546,14 +546,15 @@ def _parse_entry(value: object) -> Entry:
             require(p.bytes == length, f"plane {p.plane} has not {length} bytes")
         else:
             layout = CODECS.get(codec)
-            takes = layout is not None and (
-                (p.plane == "codes" and layout.bits == 8)
-                if p.coding == "rows_v1"
-                else (p.plane == "scales" and layout.scale == "F32")
-            )
-            require(takes, f"coding {p.coding} of plane {p.plane} of {codec}")
+            takes = None
+            if layout is not None:
+                row_scales = p.plane == "scales" and layout.scale == "F32" and layout.group is None
+                takes = "scales_v1" if row_scales else "bytes_v1"
+                if p.plane == "codes" and layout.bits == 8:
+                    takes = "rows_v1"
+            require(p.coding == takes, f"coding {p.coding} of plane {p.plane} of {codec}")
             require(p.bytes < length, f"coded plane {p.plane} is not shorter than {length} bytes")
-            require(p.coding != "rows_v1" or length // 16384 <= p.bytes, f"coded plane {p.plane} is too short")
+            require(p.coding == "scales_v1" or length // 16384 <= p.bytes, f"coded plane {p.plane} is too short")
         require(len(p.crc32c) == 8 * -(-p.bytes // CHUNK), "crc32c has not 8 digits per chunk")
     return Entry(name, dtype, shape, transposed, codec, tuple(planes), rate)
 
@@ -739,6 +740,8 @@ class Artifact:
         try:
             if p.coding == "scales_v1":
                 return coded.decode_scales(self.stored(p), rows).astype("<f4").tobytes()
+            if p.coding == "bytes_v1":
+                return coded.decode_bytes(self.stored(p), rows, CODECS[entry.codec].row_bytes(name, cols)).tobytes()
             codes = coded.decode_codes(self.stored(p), rows, cols)
         except coded.CodedError as e:
             raise FormatError(f"plane {name} of {entry.name}: {e}") from e

@@ -58,3 +58,15 @@ def test_a_stream_of_another_length_is_refused(path):
     for bad in (stream[:-1], stream[: len(stream) // 2], stream + b"\0", b""):
         with pytest.raises(coded.CodedError):
             coded.decode_codes(bad, rows, cols)
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("bytes-*.hex")), ids=lambda path: path.stem)
+def test_pinned_bytes_decode(path):
+    rows, row, size = map(int, path.stem.split("-")[1:])
+    stream = bytes.fromhex(path.read_text())
+    assert stream[0] == size
+    want = codes(rows, row, 0 if rows == 5 else 40, 0)
+    np.testing.assert_array_equal(coded.decode_bytes(stream, rows, row), want)
+    for bad in (stream[:-1], stream[: len(stream) // 2], stream + b"\0", b""):
+        with pytest.raises(coded.CodedError):
+            coded.decode_bytes(bad, rows, row)
