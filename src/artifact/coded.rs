@@ -62,7 +62,7 @@ impl Coding {
     pub fn of(layout: &Layout, plane: Plane) -> Option<Self> {
         match (layout, plane) {
             (Layout::Grouped(g), Plane::Codes) if g.bits() == 8 => Some(Self::Rows),
-            (Layout::Grouped(g), Plane::Scales) if g.scale() == Float::F32 => Some(Self::Scales),
+            (Layout::Grouped(g), Plane::Scales) if g.scale() == Float::F32 && g.bank().is_none() => Some(Self::Scales),
             _ => None,
         }
     }
