@@ -16,8 +16,8 @@ pub fn row(layout: &Grouped, weights: &[f32], importance: Option<&[f32]>) -> Res
     let len = layout.group_len(weights.len()).max(1);
     let (min, max) = min_max(weights);
     let peak = if -min > max { -min } else { max };
-    let row_scale = if weights.is_empty() || peak == 0.0 { 0.0 } else { peak / 127.0 };
-    if row_scale != 0.0 && (row_scale < min_scale(layout.scale()) || !(row_scale * 127.0).is_finite()) {
+    let row_scale = if weights.is_empty() || peak == 0.0 { 0.0 } else { peak / (127.0 * 28.0) };
+    if row_scale != 0.0 && (row_scale < min_scale(layout.scale()) || !(row_scale * 127.0 * 255.0).is_finite()) {
         return Err(OutOfRange);
     }
     let ones = vec![1.0; weights.len()];
