@@ -53,7 +53,10 @@ fn read(weights: &Weights<'_>) -> u64 {
     };
     let planes = weights.planes();
     let sum = |plane: &[u8]| plane.par_chunks(1 << 17).map(part).reduce(|| 0, u64::wrapping_add);
-    [planes.codes, planes.scales, planes.addends].into_iter().map(sum).fold(0, u64::wrapping_add)
+    [planes.codes, planes.high_codes, planes.scales, planes.addends, planes.row_scales]
+        .into_iter()
+        .map(sum)
+        .fold(0, u64::wrapping_add)
 }
 
 /// Options of a run.

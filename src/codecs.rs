@@ -6,10 +6,10 @@
 
 use crate::codec::Codec;
 use crate::error::{Error, Result};
-use crate::fit::Fit::{self, AbsMax, MinMax, Rate, Search, ZeroPoint as MinMaxZero};
+use crate::fit::Fit::{self, AbsMax, MinMax, Nested, Rate, Search, ZeroPoint as MinMaxZero};
 use crate::layout::Float::{F16, F32};
-use crate::layout::Levels::{Signed, Table, Unsigned, ZeroPoint};
-use crate::layout::{Grouped, Layout, NF4, ROW};
+use crate::layout::Levels::{Bank, Signed, Table, Unsigned, ZeroPoint};
+use crate::layout::{BANK4, BANK5, BANK6, Grouped, Layout, NF4, ROW};
 
 macro_rules! codecs {
     ($($id:ident: { $bits:expr, $levels:expr, $group:expr, $scale:expr, $offset:expr, $fit:expr }),* $(,)?) => {
@@ -43,6 +43,11 @@ codecs! {
     int4_zp_g128_fp16_v1:    { 4, ZeroPoint,    128,    F16, None,      MinMaxZero },
     int8_sym_g32_fp16_v1:    { 8, Signed,        32,    F16, None,      AbsMax },
     int8_sym_g128_fp16_v1:   { 8, Signed,       128,    F16, None,      AbsMax },
+    int4_k32_v1:             { 4, Bank(&BANK4),  32,    F32, None,      Nested },
+    int4_k16_v1:             { 4, Bank(&BANK4),  16,    F32, None,      Nested },
+    int5_k32_v1:             { 5, Bank(&BANK5),  32,    F32, None,      Nested },
+    int5_k16_v1:             { 5, Bank(&BANK5),  16,    F32, None,      Nested },
+    int6_k16_v1:             { 6, Bank(&BANK6),  16,    F32, None,      Nested },
     nf4_g64_fp16_v1:         { 4, Table(&NF4),   64,    F16, None,      AbsMax },
     ecu_v1:                  { 8, Signed,       ROW,    F32, None,      Rate },
 }

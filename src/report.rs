@@ -463,6 +463,7 @@ impl From<&Codec> for CodecRow {
                     Levels::Signed => "signed",
                     Levels::ZeroPoint => "zero point",
                     Levels::Table(_) => "table",
+                    Levels::Bank(_) => "bank",
                 };
                 (levels, Some(g))
             }
@@ -472,7 +473,7 @@ impl From<&Codec> for CodecRow {
             levels,
             bits: grouped.map(Grouped::bits),
             group: grouped.map(Grouped::group),
-            scale: grouped.map(|g| name(g.scale())),
+            scale: grouped.map(|g| if g.bank().is_some() { "U8" } else { name(g.scale()) }),
             offset: grouped.and_then(|g| g.offset()).map(name),
             fit: codec.fit.name(),
             bits_per_weight: codec.layout.bits_per_weight().filter(|_| codec.fit != Fit::Rate),

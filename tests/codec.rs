@@ -10,7 +10,7 @@ mod stream;
 use stream::Stream;
 
 /// The planes of a few rows, three of them, the last one perhaps empty.
-type Buffers = [Vec<u8>; 3];
+type Buffers = [Vec<u8>; 4];
 
 fn grouped() -> impl Iterator<Item = (&'static Codec, &'static Grouped)> {
     codecs::all().iter().filter_map(|codec| codec.grouped().ok().map(|layout| (codec, layout)))
@@ -25,50 +25,28 @@ fn buffers(layout: &Grouped, rows: usize, cols: usize) -> Buffers {
     buffers
 }
 
-fn planes_mut(buffers: &mut Buffers) -> PlanesMut<'_> {
-    let [codes, scales, addends] = buffers;
-    PlanesMut { codes, scales, addends }
+fn planes_mut<'a>(layout: &Grouped, buffers: &'a mut Buffers) -> PlanesMut<'a> {
+    PlanesMut::new(layout, buffers)
 }
 
-fn planes(buffers: &Buffers) -> Planes<'_> {
-    Planes { codes: &buffers[0], scales: &buffers[1], addends: &buffers[2] }
-}
-
-fn strides(layout: &Grouped, cols: usize) -> [usize; 3] {
-    let mut strides = [0; 3];
-    for (stride, &plane) in strides.iter_mut().zip(Layout::Grouped(*layout).planes()) {
-        *stride = Layout::Grouped(*layout).stride(plane, DType::F32, cols);
-    }
-    strides
+fn planes<'a>(layout: &Grouped, buffers: &'a Buffers) -> Planes<'a> {
+    Planes::new(layout, &buffers.each_ref().map(Vec::as_slice))
 }
 
 /// What the specification writes, or nothing where it refuses.
 fn specified(codec: &Codec, layout: &Grouped, weights: &[f32], cols: usize) -> Option<Buffers> {
     let rows = weights.len() / cols.max(1);
     let mut out = buffers(layout, rows, cols);
-    let strides = strides(layout, cols);
     for (r, row) in weights.chunks_exact(cols.max(1)).enumerate() {
-        let [codes, scales, addends] = &mut out;
-        let mut row_planes = PlanesMut {
-            codes: &mut codes[r * strides[0]..][..strides[0]],
-            scales: &mut scales[r * strides[1]..][..strides[1]],
-            addends: &mut addends[r * strides[2]..][..strides[2]],
-        };
-        reference::encode_row(layout, codec.fit, row, &mut row_planes).ok()?;
+        reference::encode_row(layout, codec.fit, row, &mut planes_mut(layout, &mut out).row(layout, cols, r)).ok()?;
     }
     Some(out)
 }
 
 fn specified_weights(layout: &Grouped, buffers: &Buffers, rows: usize, cols: usize) -> Vec<f32> {
     let mut out = vec![f32::NAN; rows * cols];
-    let strides = strides(layout, cols);
     for (r, row) in out.chunks_exact_mut(cols.max(1)).enumerate() {
-        let planes = Planes {
-            codes: &buffers[0][r * strides[0]..][..strides[0]],
-            scales: &buffers[1][r * strides[1]..][..strides[1]],
-            addends: &buffers[2][r * strides[2]..][..strides[2]],
-        };
-        reference::decode_row(layout, &planes, row);
+        reference::decode_row(layout, &planes(layout, buffers).slice(layout, cols, r, 1), row);
     }
     out
 }
@@ -82,17 +60,17 @@ fn check(isa: &Isa, codec: &Codec, layout: &Grouped, weights: &[f32], cols: usiz
     let rows = weights.len() / cols.max(1);
     let what = format!("{} on {} at {rows} x {cols}", codec.id, isa.name());
     let mut got = buffers(layout, rows, cols);
-    let encoded = isa.encode_rows(layout, codec.fit, weights, cols, &mut planes_mut(&mut got));
+    let encoded = isa.encode_rows(layout, codec.fit, weights, cols, &mut planes_mut(layout, &mut got));
     let Some(want) = want else {
         assert!(encoded.is_err(), "{what}: the reference refuses these weights");
         return;
     };
     assert!(encoded.is_ok(), "{what}: the reference takes these weights");
-    for (plane, (got, want)) in ["codes", "scales", "addends"].iter().zip(got.iter().zip(want)) {
-        assert_eq!(got, want, "{what}: {plane}");
+    for (plane, (got, want)) in Layout::Grouped(*layout).planes().iter().zip(got.iter().zip(want)) {
+        assert_eq!(got, want, "{what}: {}", plane.name());
     }
     let mut decoded = vec![f32::NAN; rows * cols];
-    isa.decode_rows(layout, &planes(&got), cols, &mut decoded);
+    isa.decode_rows(layout, &planes(layout, &got), cols, &mut decoded);
     assert_eq!(bits(&decoded), bits(&specified_weights(layout, want, rows, cols)), "{what}: decoded");
 }
 
@@ -285,7 +263,7 @@ fn parallel_encoding_gives_the_bytes_of_one_thread() {
     for (codec, layout) in grouped() {
         let encoded = codec.encode(&weights, rows, cols).unwrap();
         let mut alone = buffers(layout, rows, cols);
-        isa::best().encode_rows(layout, codec.fit, &weights, cols, &mut planes_mut(&mut alone)).unwrap();
+        isa::best().encode_rows(layout, codec.fit, &weights, cols, &mut planes_mut(layout, &mut alone)).unwrap();
         let planes: Vec<(Plane, &[u8])> = encoded.planes().collect();
         for ((_, got), want) in planes.iter().zip(&alone) {
             assert_eq!(got, want, "{}", codec.id);

@@ -96,7 +96,7 @@ impl Owned {
         let (mut sum, mut greatest) = (0.0, 0.0f64);
         for (j, &x) in x.iter().enumerate() {
             let params = load_params(layout, row.planes(), j / layout.group_len(self.cols));
-            let code = layout.load_code(row.planes().codes, j);
+            let code = layout.load_code(row.planes().codes, row.planes().high_codes, j);
             let scale = f64::from(params.scale);
             let (level, offset) = match layout.levels() {
                 Levels::ZeroPoint => (f64::from(code) - middle, scale * (middle - f64::from(params.zero_point))),

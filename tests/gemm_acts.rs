@@ -112,7 +112,7 @@ fn magnitudes(weights: &Weights<'_>, n: usize) -> Vec<f64> {
     let row = weights.slice(n, 1);
     let magnitude = |i: usize| {
         let params = codec::reference::load_params(layout, row.planes(), i / layout.group_len(cols));
-        let level = layout.level(layout.load_code(row.planes().codes, i), params.zero_point);
+        let level = layout.level(layout.load_code(row.planes().codes, row.planes().high_codes, i), params.zero_point);
         f64::from(params.scale * level).abs() + f64::from(params.offset).abs()
     };
     (0..cols).map(magnitude).collect()

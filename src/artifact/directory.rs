@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `model.safetensors`, or shards and their index | the planes: `P.codes`, `P.scales`, `P.offsets`, `P.zero_points` for a tensor `P.weight`; raw tensors as they are |
+//! | `model.safetensors`, or shards and their index | the planes: `P.codes`, `P.high_codes`, `P.scales`, `P.offsets`, `P.zero_points`, `P.row_scales` for a tensor `P.weight`; raw tensors as they are |
 //! | `config.json` | the source's, with a `quantization_config` that says what was done to which tensor |
 //! | `tenpak.json` | the header of the equivalent single file, byte for byte |
 //! | settings and tokenizer | the attached files, byte for byte |
@@ -90,8 +90,9 @@ fn as_tensor(entry: &Entry, place: &PlaneEntry) -> Result<(TensorInfo, u64)> {
     let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
     let (dtype, width) = match plane {
         // Rows of codes are whole words.
-        Plane::Codes => (DType::U8, 4),
-        Plane::Scales => (layout.scale().dtype(), layout.scale().dtype().size()),
+        Plane::Codes | Plane::HighCodes => (DType::U8, 4),
+        Plane::Scales if layout.bank().is_some() => (DType::U8, 1),
+        Plane::Scales | Plane::RowScales => (layout.scale().dtype(), layout.scale().dtype().size()),
         Plane::Offsets => {
             let dtype = layout.offset().map_or(DType::U8, crate::layout::Float::dtype);
             (dtype, dtype.size())

@@ -292,7 +292,7 @@ pub(crate) fn decode_rows<B: Deref<Target = [u8]>>(
         Layout::Raw => tensor::to_f32(dtype, &parts[0], out),
         Layout::Grouped(layout) => {
             let slices: Vec<&[u8]> = parts.iter().map(|b| &**b).collect();
-            codec::decode_planes(layout, &Planes::new(&slices), cols, out);
+            codec::decode_planes(layout, &Planes::new(layout, &slices), cols, out);
         }
     }
     Ok(())

@@ -189,11 +189,14 @@ fn is_padding(file: &InputFile, end: u64) -> Result<bool> {
 pub(super) fn bad_content(entry: &Entry, plane: Plane, start: u64, bytes: &[u8]) -> Option<String> {
     let Layout::Grouped(layout) = &entry.codec().layout else { return None };
     let cols = usize::try_from(entry.matrix().1).ok()?;
-    let bits = layout.bits() as usize;
+    let (bits, low, high) = (layout.bits() as usize, layout.low_bits() as usize, layout.high_bits() as usize);
     match plane {
-        Plane::Codes => unused_bits(start, bytes, layout.code_stride(cols), cols * bits),
+        Plane::Codes => unused_bits(start, bytes, layout.code_stride(cols), cols * low),
+        Plane::HighCodes => unused_bits(start, bytes, layout.high_code_stride(cols), cols * high),
         Plane::ZeroPoints => unused_bits(start, bytes, layout.zero_point_stride(cols), layout.groups(cols) * bits),
-        Plane::Scales => not_finite(layout.scale(), bytes),
+        // Every byte means something to a bank.
+        Plane::Scales if layout.bank().is_some() => None,
+        Plane::Scales | Plane::RowScales => not_finite(layout.scale(), bytes),
         Plane::Offsets => not_finite(layout.offset()?, bytes),
         Plane::Data => None,
     }

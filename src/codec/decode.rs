@@ -112,7 +112,7 @@ fn tail(layout: &Grouped, group: usize, planes: &Planes<'_>, row: &mut [f32]) {
     let params = (start < row.len()).then(|| reference::load_params(layout, planes, start / group));
     if let Some(params) = params {
         for (i, w) in row.iter_mut().enumerate().skip(start) {
-            *w = reference::weight(layout, &params, layout.load_code(planes.codes, i));
+            *w = reference::weight(layout, &params, layout.load_code(planes.codes, planes.high_codes, i));
         }
     }
 }

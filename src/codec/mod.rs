@@ -33,31 +33,41 @@ pub struct Codec {
 /// Consecutive rows of every plane of a grouped layout, for reading.
 #[derive(Debug, Clone, Copy)]
 pub struct Planes<'a> {
-    /// Codes.
+    /// Codes, of those of 5 and 6 bits the low 4.
     pub codes: &'a [u8],
-    /// Scales.
+    /// High bits of codes; empty where the layout has none.
+    pub high_codes: &'a [u8],
+    /// Scales, or scale bytes of a bank.
     pub scales: &'a [u8],
     /// Offsets or zero points; empty where the layout has neither.
     pub addends: &'a [u8],
+    /// Scales of rows; empty where the layout has none.
+    pub row_scales: &'a [u8],
 }
 
 /// Consecutive rows of every plane of a grouped layout, for writing; zeroed by whoever made them.
 #[derive(Debug)]
 pub struct PlanesMut<'a> {
-    /// Codes.
+    /// Codes, of those of 5 and 6 bits the low 4.
     pub codes: &'a mut [u8],
-    /// Scales.
+    /// High bits of codes; empty where the layout has none.
+    pub high_codes: &'a mut [u8],
+    /// Scales, or scale bytes of a bank.
     pub scales: &'a mut [u8],
     /// Offsets or zero points; empty where the layout has neither.
     pub addends: &'a mut [u8],
+    /// Scales of rows; empty where the layout has none.
+    pub row_scales: &'a mut [u8],
 }
 
-/// Bytes of one row of codes, scales and addends.
+/// Bytes of one row of every plane.
 #[derive(Debug, Clone, Copy)]
 struct Strides {
     codes: usize,
+    high_codes: usize,
     scales: usize,
     addends: usize,
+    row_scales: usize,
 }
 
 impl Strides {
@@ -67,62 +77,107 @@ impl Strides {
             None if layout.levels() == crate::layout::Levels::ZeroPoint => layout.zero_point_stride(cols),
             None => 0,
         };
-        Self { codes: layout.code_stride(cols), scales: layout.groups(cols) * layout.scale().size(), addends }
+        Self {
+            codes: layout.code_stride(cols),
+            high_codes: layout.high_code_stride(cols),
+            scales: layout.scale_stride(cols),
+            addends,
+            row_scales: layout.row_scale_stride(),
+        }
     }
 }
 
 impl<'a> Planes<'a> {
-    /// The planes in stored order; a missing third one is empty.
-    pub(crate) fn new(planes: &[&'a [u8]]) -> Self {
-        Self { codes: planes[0], scales: planes[1], addends: planes.get(2).copied().unwrap_or_default() }
+    /// The planes of a layout, in stored order.
+    #[must_use]
+    pub fn new(layout: &Grouped, planes: &[&'a [u8]]) -> Self {
+        let mut all = Self { codes: &[], high_codes: &[], scales: &[], addends: &[], row_scales: &[] };
+        for (plane, &bytes) in Layout::Grouped(*layout).planes().iter().zip(planes) {
+            match plane {
+                Plane::Codes | Plane::Data => all.codes = bytes,
+                Plane::HighCodes => all.high_codes = bytes,
+                Plane::Scales => all.scales = bytes,
+                Plane::Offsets | Plane::ZeroPoints => all.addends = bytes,
+                Plane::RowScales => all.row_scales = bytes,
+            }
+        }
+        all
     }
 
     /// `count` rows of the matrix from `first` on.
-    pub(crate) fn slice(&self, layout: &Grouped, cols: usize, first: usize, count: usize) -> Self {
+    #[must_use]
+    pub fn slice(&self, layout: &Grouped, cols: usize, first: usize, count: usize) -> Self {
         self.rows(&Strides::new(layout, cols), first, count)
     }
 
     fn rows(&self, strides: &Strides, first: usize, count: usize) -> Self {
         Self {
             codes: &self.codes[first * strides.codes..][..count * strides.codes],
+            high_codes: &self.high_codes[first * strides.high_codes..][..count * strides.high_codes],
             scales: &self.scales[first * strides.scales..][..count * strides.scales],
             addends: &self.addends[first * strides.addends..][..count * strides.addends],
+            row_scales: &self.row_scales[first * strides.row_scales..][..count * strides.row_scales],
         }
     }
 }
 
 impl<'a> PlanesMut<'a> {
-    /// The planes in stored order; a missing third one is empty.
-    pub(crate) fn new(planes: &'a mut [Vec<u8>]) -> Self {
-        let mut planes = planes.iter_mut().map(Vec::as_mut_slice);
-        Self {
-            codes: planes.next().unwrap_or_default(),
-            scales: planes.next().unwrap_or_default(),
-            addends: planes.next().unwrap_or_default(),
+    /// The planes of a layout, in stored order.
+    #[must_use]
+    pub fn new(layout: &Grouped, planes: &'a mut [Vec<u8>]) -> Self {
+        let mut all =
+            Self { codes: &mut [], high_codes: &mut [], scales: &mut [], addends: &mut [], row_scales: &mut [] };
+        for (plane, bytes) in Layout::Grouped(*layout).planes().iter().zip(planes) {
+            match plane {
+                Plane::Codes | Plane::Data => all.codes = bytes,
+                Plane::HighCodes => all.high_codes = bytes,
+                Plane::Scales => all.scales = bytes,
+                Plane::Offsets | Plane::ZeroPoints => all.addends = bytes,
+                Plane::RowScales => all.row_scales = bytes,
+            }
         }
+        all
     }
 
     fn split(self, strides: &Strides, rows: usize) -> (Self, Self) {
         let (codes, codes_rest) = self.codes.split_at_mut(rows * strides.codes);
+        let (high_codes, high_codes_rest) = self.high_codes.split_at_mut(rows * strides.high_codes);
         let (scales, scales_rest) = self.scales.split_at_mut(rows * strides.scales);
         let (addends, addends_rest) = self.addends.split_at_mut(rows * strides.addends);
-        (Self { codes, scales, addends }, Self { codes: codes_rest, scales: scales_rest, addends: addends_rest })
+        let (row_scales, row_scales_rest) = self.row_scales.split_at_mut(rows * strides.row_scales);
+        let rest = Self {
+            codes: codes_rest,
+            high_codes: high_codes_rest,
+            scales: scales_rest,
+            addends: addends_rest,
+            row_scales: row_scales_rest,
+        };
+        (Self { codes, high_codes, scales, addends, row_scales }, rest)
     }
 
     /// Row `r` alone.
-    pub(crate) fn row(&mut self, layout: &Grouped, cols: usize, r: usize) -> PlanesMut<'_> {
+    #[must_use]
+    pub fn row(&mut self, layout: &Grouped, cols: usize, r: usize) -> PlanesMut<'_> {
         let strides = Strides::new(layout, cols);
         PlanesMut {
             codes: &mut self.codes[r * strides.codes..][..strides.codes],
+            high_codes: &mut self.high_codes[r * strides.high_codes..][..strides.high_codes],
             scales: &mut self.scales[r * strides.scales..][..strides.scales],
             addends: &mut self.addends[r * strides.addends..][..strides.addends],
+            row_scales: &mut self.row_scales[r * strides.row_scales..][..strides.row_scales],
         }
     }
 
     /// The same rows, for reading what was written.
     #[must_use]
     pub fn as_planes(&self) -> Planes<'_> {
-        Planes { codes: self.codes, scales: self.scales, addends: self.addends }
+        Planes {
+            codes: self.codes,
+            high_codes: self.high_codes,
+            scales: self.scales,
+            addends: self.addends,
+            row_scales: self.row_scales,
+        }
     }
 
     /// The rows in runs of `rows`, the last one shorter: the tasks of a parallel encoder.
@@ -248,7 +303,7 @@ impl Encoded {
         assert_eq!(out.len(), self.rows * self.cols, "the output does not match the matrix");
         let layout = self.codec.grouped().expect("checked by the constructor");
         let planes: Vec<_> = self.planes.iter().map(Vec::as_slice).collect();
-        decode_planes(layout, &Planes::new(&planes), self.cols, out);
+        decode_planes(layout, &Planes::new(layout, &planes), self.cols, out);
     }
 }
 
@@ -302,7 +357,7 @@ impl Codec {
         }
         if !weights.is_empty() {
             let per_task = rows_per_task(cols);
-            PlanesMut::new(&mut planes)
+            PlanesMut::new(layout, &mut planes)
                 .chunks(layout, cols, rows, per_task)
                 .into_par_iter()
                 .zip(weights.par_chunks(per_task * cols))

@@ -5,9 +5,13 @@
 //!    lower code, clamped to the codes of the layout.
 //! 3. Where the scale is zero, the code is the one of level zero.
 //!
+//! The fit of nested scales chooses those of a whole row together; the codes then follow from 2 with the levels of each
+//! group's table.
+//!
 //! No reciprocal and no fused multiply-add, so every backend and every thread count writes the same bytes. The fast
 //! paths of [`crate::codec`] are tested against this module byte for byte.
 
+use super::lanes::array::Array;
 use super::{Planes, PlanesMut};
 use crate::fit::{self, Fit, OutOfRange, Params};
 use crate::layout::{Float, Grouped, Levels, load_bits, store_bits};
@@ -47,6 +51,12 @@ pub fn code(layout: &Grouped, params: &Params, w: f32) -> u8 {
             let above = (0..15).filter(|&i| t > threshold(table, i)).count();
             return u8::try_from(above).expect("at most 15");
         }
+        Levels::Bank(bank) => {
+            // Levels are small integers, so their middles are exact.
+            let middle = |pair: &[i8]| 0.5 * (f32::from(pair[0]) + f32::from(pair[1]));
+            let above = bank.table(params.zero_point).windows(2).filter(|pair| t > middle(pair)).count();
+            return u8::try_from(above).expect("at most 63");
+        }
         _ => layout.zero_code(params.zero_point),
     };
     let code = (nearest(t) + f32::from(zero)).clamp(f32::from(min_code(layout)), f32::from(layout.max_code()));
@@ -60,19 +70,33 @@ pub fn code(layout: &Grouped, params: &Params, w: f32) -> u8 {
 /// # Errors
 /// [`OutOfRange`] when a group's scale or offset does not fit its stored type.
 pub fn encode_row(layout: &Grouped, fit: Fit, weights: &[f32], row: &mut PlanesMut<'_>) -> Result<(), OutOfRange> {
-    for (g, group) in weights.chunks(layout.group_len(weights.len()).max(1)).enumerate() {
-        let params = fit::params(fit, layout, group)?;
-        store_params(layout, row, g, &params);
+    let len = layout.group_len(weights.len()).max(1);
+    let params: Vec<Params> = match fit {
+        Fit::Nested => fit::nested::lanes::<Array<1>>(layout, weights, None)?,
+        _ => weights.chunks(len).map(|group| fit::params(fit, layout, group)).collect::<Result<_, _>>()?,
+    };
+    store_row(layout, &params, weights, row);
+    Ok(())
+}
+
+/// Stores parameters of a row, and the codes of the nearest levels.
+pub fn store_row(layout: &Grouped, params: &[Params], weights: &[f32], row: &mut PlanesMut<'_>) {
+    let len = layout.group_len(weights.len()).max(1);
+    for (g, (params, group)) in params.iter().zip(weights.chunks(len)).enumerate() {
+        store_params(layout, row, g, params);
         for (j, &w) in group.iter().enumerate() {
-            let index = g * layout.group_len(weights.len()) + j;
-            layout.store_code(row.codes, index, code(layout, &params, w));
+            layout.store_code(row.codes, row.high_codes, g * len + j, code(layout, params, w));
         }
     }
-    Ok(())
 }
 
 /// Stores the parameters of group `g` of a row.
 pub fn store_params(layout: &Grouped, row: &mut PlanesMut<'_>, g: usize, params: &Params) {
+    if layout.bank().is_some() {
+        row.scales[g] = params.zero_point;
+        layout.scale().store(row.row_scales, 0, params.row_scale);
+        return;
+    }
     layout.scale().store(row.scales, g, params.scale);
     if let Some(float) = layout.offset() {
         float.store(row.addends, g, params.offset);
@@ -84,10 +108,14 @@ pub fn store_params(layout: &Grouped, row: &mut PlanesMut<'_>, g: usize, params:
 /// The stored parameters of group `g` of a row.
 #[must_use]
 pub fn load_params(layout: &Grouped, row: &Planes<'_>, g: usize) -> Params {
+    if let Some(bank) = layout.bank() {
+        return Params::nested(bank, row.scales[g], layout.scale().load(row.row_scales, 0));
+    }
     Params {
         scale: layout.scale().load(row.scales, g),
         offset: layout.offset().map_or(0.0, |float: Float| float.load(row.addends, g)),
         zero_point: if layout.levels() == Levels::ZeroPoint { load_bits(layout.bits(), row.addends, g) } else { 0 },
+        row_scale: 1.0,
     }
 }
 
@@ -107,7 +135,7 @@ pub fn decode_row(layout: &Grouped, row: &Planes<'_>, out: &mut [f32]) {
     for (g, group) in out.chunks_mut(len).enumerate() {
         let params = load_params(layout, row, g);
         for (j, w) in group.iter_mut().enumerate() {
-            *w = weight(layout, &params, layout.load_code(row.codes, g * len + j));
+            *w = weight(layout, &params, layout.load_code(row.codes, row.high_codes, g * len + j));
         }
     }
 }

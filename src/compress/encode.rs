@@ -206,7 +206,7 @@ impl Job<'_> {
         let rows = usize::try_from(count).expect("a block fits memory");
         let task_rows = self.fitting.rows_per_task(cols);
         let element = usize::try_from(dtype.size()).expect("at most 8");
-        let tasks: Vec<Task> = PlanesMut::new(planes)
+        let tasks: Vec<Task> = PlanesMut::new(self.layout, planes)
             .chunks(self.layout, cols, rows, task_rows)
             .into_par_iter()
             .zip(bytes.par_chunks(task_rows * cols * element))

@@ -4,7 +4,7 @@
 //! named with the reason; statistics of another shape are an error. What a way needs (a factored second moment) is
 //! made when the tensor's turn comes, and gone before the next one's.
 
-use crate::codec::reference::{self, store_params};
+use crate::codec::reference;
 use crate::codec::{self, Codec, PlanesMut};
 use crate::error::{Error, Result};
 use crate::fit::entropy::{self, Quantized};
@@ -104,13 +104,7 @@ impl Fitting {
                 for (r, row) in weights.chunks(cols).enumerate() {
                     let mut place = planes.row(layout, cols, r);
                     let params = weighted::row(fit, layout, row, importance)?;
-                    for (g, group) in row.chunks(layout.group_len(cols)).enumerate() {
-                        store_params(layout, &mut place, g, &params[g]);
-                        for (j, &w) in group.iter().enumerate() {
-                            let code = reference::code(layout, &params[g], w);
-                            layout.store_code(place.codes, g * layout.group_len(cols) + j, code);
-                        }
-                    }
+                    reference::store_row(layout, &params, row, &mut place);
                 }
                 Ok(())
             }

@@ -136,7 +136,7 @@ fn padded(codes: Vec<u8>, stride: usize, cols: usize) -> Result<Vec<u8>> {
 
 /// How far the decoded weights are from the original ones.
 fn distance(layout: &Grouped, weights: &[f32], cols: usize, codes: &[u8], scales: &[u8]) -> Distance {
-    let planes = Planes { codes, scales, addends: &[] };
+    let planes = Planes::new(layout, &[codes, scales]);
     let rows = codec::rows_per_task(cols);
     let parts: Vec<Distance> = weights
         .par_chunks((rows * cols).max(1))

@@ -134,8 +134,13 @@ impl<'a> LevelFinder<'a> {
             return self.layout.zero_code(params.zero_point);
         }
         let t = (w - f64::from(params.offset)) / f64::from(params.scale);
-        if let Levels::Table(_) = self.layout.levels() {
-            return self.thresholds.iter().map(|&threshold| u8::from(t > threshold)).sum();
+        match self.layout.levels() {
+            Levels::Table(_) => return self.thresholds.iter().map(|&threshold| u8::from(t > threshold)).sum(),
+            Levels::Bank(bank) => {
+                let middle = |pair: &[i8]| 0.5 * (f64::from(pair[0]) + f64::from(pair[1]));
+                return bank.table(params.zero_point).windows(2).map(|pair| u8::from(t > middle(pair))).sum();
+            }
+            _ => {}
         }
         let code = t + f64::from(self.layout.zero_code(params.zero_point));
         let code = if code > self.least { code } else { self.least };
@@ -154,7 +159,7 @@ pub fn store(layout: &Grouped, rows: &[Row], cols: usize, planes: &mut PlanesMut
             reference::store_params(layout, &mut place, g, params);
         }
         for (j, &code) in row.codes.iter().enumerate() {
-            layout.store_code(place.codes, j, code);
+            layout.store_code(place.codes, place.high_codes, j, code);
         }
     }
 }

@@ -7,6 +7,7 @@ pub mod entropy;
 pub mod gptq;
 pub mod hessian;
 pub(crate) mod lanes;
+pub mod nested;
 pub mod polish;
 mod rate;
 pub mod search;
@@ -15,7 +16,7 @@ pub mod weighted;
 pub use rate::Rate;
 
 use crate::error::Error;
-use crate::layout::{Float, Grouped, Levels};
+use crate::layout::{Bank, Float, Grouped, Levels};
 
 /// A way to choose the parameters of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub enum Fit {
     Search,
     /// Scales and codes together, for a number of bits on disk; where no rate is asked for, as [`Fit::AbsMax`].
     Rate,
+    /// The scale of a row, and sign, table and multiplier of each group, of least squared error; see [`nested`].
+    Nested,
 }
 
 impl Fit {
@@ -48,6 +51,7 @@ impl Fit {
             Self::ZeroPoint => "minmax with zero",
             Self::Search => "mse search",
             Self::Rate => "rate",
+            Self::Nested => "nested search",
         }
     }
 }
@@ -103,8 +107,21 @@ pub struct Params {
     pub scale: f32,
     /// The addend; 0 where the layout has none.
     pub offset: f32,
-    /// The integer zero point; 0 where the layout has none.
+    /// The integer zero point, or the scale byte of a bank; 0 where the layout has neither.
     pub zero_point: u8,
+    /// The scale of the row, of which a bank's multiplier makes `scale`; 1 where the layout has none.
+    pub row_scale: f32,
+}
+
+impl Params {
+    /// What stands for nothing but zeros.
+    pub const ZERO: Self = Self { scale: 0.0, offset: 0.0, zero_point: 0, row_scale: 1.0 };
+
+    /// What a scale byte means in a row.
+    #[must_use]
+    pub fn nested(bank: &Bank, byte: u8, row_scale: f32) -> Self {
+        Self { scale: bank.multiplier(byte) * row_scale, zero_point: byte, row_scale, ..Self::ZERO }
+    }
 }
 
 /// A group whose scale or offset cannot be stored without becoming infinite or losing the group.
@@ -154,13 +171,14 @@ pub fn min_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, Ou
     if !offset.is_finite() || lost {
         return Err(OutOfRange);
     }
-    Ok(Params { scale, offset, zero_point: 0 })
+    Ok(Params { scale, offset, ..Params::ZERO })
 }
 
 /// The level at which [`Fit::AbsMax`] puts the greatest magnitude; negative where that is the longer end.
 fn peak(layout: &Grouped) -> f32 {
     match layout.levels() {
         Levels::Table(_) => 1.0,
+        Levels::Bank(_) => 127.0,
         _ if layout.bits() == 8 => 127.0,
         _ => -8.0,
     }
@@ -181,7 +199,7 @@ pub fn abs_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, Ou
     } else {
         abs / peak
     };
-    Ok(Params { scale: store_scale(layout.scale(), scale)?, offset: 0.0, zero_point: 0 })
+    Ok(Params { scale: store_scale(layout.scale(), scale)?, ..Params::ZERO })
 }
 
 /// Parameters of the integer-zero-point codecs, from the range of a group.
@@ -191,7 +209,7 @@ pub fn abs_max_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, Ou
 pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
     if min == max {
         let scale = store_scale(layout.scale(), min.abs())?;
-        return Ok(Params { scale, offset: 0.0, zero_point: u8::from(min < 0.0) });
+        return Ok(Params { scale, zero_point: u8::from(min < 0.0), ..Params::ZERO });
     }
     let (min, max) = (if min < 0.0 { min } else { 0.0 }, if max > 0.0 { max } else { 0.0 });
     let top = f32::from(layout.max_code());
@@ -199,7 +217,7 @@ pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params,
     let zero = crate::codec::reference::nearest((0.0 - min) / scale).clamp(0.0, top);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to the codes above")]
     let zero_point = zero as u8;
-    Ok(Params { scale, offset: 0.0, zero_point })
+    Ok(Params { scale, zero_point, ..Params::ZERO })
 }
 
 /// The parameters that `fit` chooses for a group of this range; for [`Fit::Search`] those where the search starts.
@@ -208,13 +226,14 @@ pub fn zero_point_params(layout: &Grouped, min: f32, max: f32) -> Result<Params,
 /// [`OutOfRange`] when a parameter does not fit its stored type.
 ///
 /// # Panics
-/// For [`Fit::Exact`], which has no groups.
+/// For [`Fit::Exact`], which has no groups, and [`Fit::Nested`], whose groups are not chosen by their range.
 pub fn range_params(fit: Fit, layout: &Grouped, min: f32, max: f32) -> Result<Params, OutOfRange> {
     match fit {
         Fit::MinMax | Fit::Search => min_max_params(layout, min, max),
         Fit::AbsMax | Fit::Rate => abs_max_params(layout, min, max),
         Fit::ZeroPoint => zero_point_params(layout, min, max),
         Fit::Exact => panic!("the raw codec has no groups"),
+        Fit::Nested => panic!("the groups of a row are chosen together"),
     }
 }
 
@@ -228,6 +247,10 @@ pub fn range_params(fit: Fit, layout: &Grouped, min: f32, max: f32) -> Result<Pa
 pub fn params(fit: Fit, layout: &Grouped, group: &[f32]) -> Result<Params, OutOfRange> {
     if fit == Fit::Search {
         return search::params(layout, group);
+    }
+    if fit == Fit::Nested {
+        let params = nested::row(layout, group, None)?;
+        return Ok(params.first().copied().unwrap_or(Params::ZERO));
     }
     let (min, max) = min_max(group);
     range_params(fit, layout, min, max)

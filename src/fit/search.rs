@@ -58,7 +58,7 @@ pub fn params(layout: &Grouped, group: &[f32]) -> Result<Params, OutOfRange> {
     let (mut scale, mut offset) = ([0.0], [0.0]);
     params.scale.store(&mut scale);
     params.offset.store(&mut offset);
-    Ok(Params { scale: scale[0], offset: offset[0], zero_point: 0 })
+    Ok(Params { scale: scale[0], offset: offset[0], ..Params::ZERO })
 }
 
 /// A line through (code, weight), and how much of the weights' variance it explains.

@@ -66,6 +66,9 @@ impl Importance {
 /// # Panics
 /// For [`Fit::Exact`], which has no groups.
 pub fn row(fit: Fit, layout: &Grouped, weights: &[f32], importance: &Importance) -> Result<Vec<Params>, OutOfRange> {
+    if fit == Fit::Nested {
+        return super::nested::row(layout, weights, Some(importance.columns()));
+    }
     let len = layout.group_len(weights.len()).max(1);
     let mut search = Search::new(layout);
     weights.chunks(len).zip(importance.0.chunks(len)).map(|(w, a)| search.params(fit, w, a)).collect()
@@ -79,6 +82,10 @@ pub fn row(fit: Fit, layout: &Grouped, weights: &[f32], importance: &Importance)
 /// # Panics
 /// For [`Fit::Exact`], which has no groups.
 pub fn params(fit: Fit, layout: &Grouped, weights: &[f32], importance: &[f32]) -> Result<Params, OutOfRange> {
+    if fit == Fit::Nested {
+        let params = super::nested::row(layout, weights, Some(importance))?;
+        return Ok(params.first().copied().unwrap_or(Params::ZERO));
+    }
     Search::new(layout).params(fit, weights, importance)
 }
 
@@ -114,6 +121,8 @@ enum Grid {
     /// Integers from the first to the second.
     Integers(f32, f32),
     Table(&'static [f32; 16], [f32; 15]),
+    /// Not searched here: see [`super::nested`].
+    Bank,
 }
 
 /// A search and the memory that it reuses from group to group.
@@ -194,6 +203,7 @@ impl<'a> Search<'a> {
                 Grid::Integers(f32::from(min_code(self.layout)) - zero, top - zero)
             }
             Levels::Table(table) => Grid::Table(table, std::array::from_fn(|i| threshold(table, i))),
+            Levels::Bank(_) => Grid::Bank,
         }
     }
 
@@ -206,6 +216,7 @@ impl<'a> Search<'a> {
                 let t = if t < greatest { t } else { greatest };
                 (t + ROUNDER) - ROUNDER - zero
             }),
+            Grid::Bank => return NONE,
             Grid::Table(table, ref thresholds) => self.sums(|w| {
                 let t = w * factor + start;
                 let mut level = table[0];
@@ -279,11 +290,11 @@ impl<'a> Search<'a> {
                     }
                 }
             }
-            Levels::Signed | Levels::Table(_) => {
+            Levels::Signed | Levels::Table(_) | Levels::Bank(_) => {
                 let abs = if -min > max { -min } else { max };
                 let end = match grid {
                     Grid::Integers(_, greatest) => greatest,
-                    Grid::Table(..) => 1.0,
+                    Grid::Table(..) | Grid::Bank => 1.0,
                 };
                 for trial in (0..TRIALS).map(f32::from) {
                     let part = if self.layout.bits() == 8 { 0.88 + 0.01 * trial } else { 0.72 + 0.04 * trial };
@@ -321,13 +332,19 @@ impl<'a> Search<'a> {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an integer among the codes")]
             let zero_point = line.zero as u8;
             let Some(float) = self.layout.offset() else {
-                self.attempt(Params { scale, offset: 0.0, zero_point }, weights, importance, best, least);
+                self.attempt(Params { scale, zero_point, ..Params::ZERO }, weights, importance, best, least);
                 continue;
             };
             let offset = float.round(line.offset);
             for offset in around(float, offset) {
                 if offset.is_finite() {
-                    self.attempt(Params { scale, offset, zero_point }, weights, importance, best, least);
+                    self.attempt(
+                        Params { scale, offset, zero_point, ..Params::ZERO },
+                        weights,
+                        importance,
+                        best,
+                        least,
+                    );
                 }
             }
         }

@@ -78,7 +78,7 @@ impl<'a> Weights<'a> {
             return Err(Error::invalid("a raw tensor has no codes to multiply with; decode it"));
         };
         codec::check_planes(layout, rows, cols, planes)?;
-        Ok(Self { layout: grouped, rows, cols, planes: Planes::new(planes) })
+        Ok(Self { layout: grouped, rows, cols, planes: Planes::new(grouped, planes) })
     }
 
     /// What the planes mean.
@@ -108,7 +108,8 @@ impl<'a> Weights<'a> {
     /// Bytes of all planes: what a product with few activations reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.planes.codes.len() + self.planes.scales.len() + self.planes.addends.len()
+        let Planes { codes, high_codes, scales, addends, row_scales } = self.planes;
+        codes.len() + high_codes.len() + scales.len() + addends.len() + row_scales.len()
     }
 
     /// Consecutive rows, a matrix of their own: one expert of a stack, or the part of a thread.
@@ -127,7 +128,7 @@ impl<'a> From<&'a Encoded> for Weights<'a> {
     fn from(encoded: &'a Encoded) -> Self {
         let planes: Vec<&[u8]> = encoded.planes().map(|(_, bytes)| bytes).collect();
         let layout = encoded.codec().grouped().expect("an encoded matrix has codes");
-        Self { layout, rows: encoded.rows(), cols: encoded.cols(), planes: Planes::new(&planes) }
+        Self { layout, rows: encoded.rows(), cols: encoded.cols(), planes: Planes::new(layout, &planes) }
     }
 }
 

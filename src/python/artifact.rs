@@ -225,7 +225,8 @@ impl PyArtifact {
 pub(super) fn plane_dtype(layout: &Layout, plane: Plane) -> &'static str {
     let float = |f: Float| if f == Float::F16 { "F16" } else { "F32" };
     match (layout, plane) {
-        (Layout::Grouped(g), Plane::Scales) => float(g.scale()),
+        (Layout::Grouped(g), Plane::Scales) if g.bank().is_some() => "U8",
+        (Layout::Grouped(g), Plane::Scales | Plane::RowScales) => float(g.scale()),
         (Layout::Grouped(g), Plane::Offsets) => g.offset().map_or("U8", float),
         _ => "U8",
     }

@@ -22,6 +22,7 @@ pub(super) fn decode(weights: &Weights<'_>, params: &Params, start: usize, len: 
         (Levels::Signed, _) => decode_as::<8, 1>(weights, params, start, len, out),
         (Levels::ZeroPoint, _) => decode_as::<4, 2>(weights, params, start, len, out),
         (Levels::Table(_), _) => decode_as::<4, 3>(weights, params, start, len, out),
+        (Levels::Bank(_), _) => unreachable!("checked by supports()"),
     }
 }
 

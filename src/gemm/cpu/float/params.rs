@@ -17,7 +17,13 @@ pub(super) fn row<'a>(planes: &Planes<'a>, rows: usize, r: usize) -> Planes<'a> 
         let stride = plane.len() / rows;
         &plane[r * stride..][..stride]
     };
-    Planes { codes: cut(planes.codes), scales: cut(planes.scales), addends: cut(planes.addends) }
+    Planes {
+        codes: cut(planes.codes),
+        high_codes: cut(planes.high_codes),
+        scales: cut(planes.scales),
+        addends: cut(planes.addends),
+        row_scales: cut(planes.row_scales),
+    }
 }
 
 /// Scales of consecutive groups of a row from `first` on, and zeros beyond its end; `out` is whole vectors.

@@ -62,7 +62,7 @@ fn supports(layout: &Grouped) -> bool {
     let levels = match layout.levels() {
         Levels::Unsigned | Levels::ZeroPoint => layout.bits() == 4,
         Levels::Signed => true,
-        Levels::Table(_) => false,
+        Levels::Table(_) | Levels::Bank(_) => false,
     };
     levels && (group == ROW || (group.is_power_of_two() && group >= 8))
 }

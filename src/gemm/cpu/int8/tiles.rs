@@ -97,7 +97,7 @@ fn levels<'a>(weights: &Weights<'_>, params: &Params, start: usize, codes: &'a m
                 }
             }
         }
-        Levels::Unsigned | Levels::Table(_) => {}
+        Levels::Unsigned | Levels::Table(_) | Levels::Bank(_) => {}
     }
     bytemuck::cast_slice(codes)
 }
