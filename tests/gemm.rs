@@ -70,7 +70,8 @@ impl Owned {
         for (plane, bytes) in layout.plane_bytes(DType::F32, rows as u64, cols as u64).unwrap() {
             let mut bytes = vec![0; usize::try_from(bytes).unwrap()];
             let float = match plane {
-                Plane::Scales => Some(grouped.scale()),
+                Plane::Scales if grouped.bank().is_none() => Some(grouped.scale()),
+                Plane::RowScales => Some(grouped.scale()),
                 Plane::Offsets => grouped.offset(),
                 _ => None,
             };
@@ -100,7 +101,7 @@ impl Owned {
             let scale = f64::from(params.scale);
             let (level, offset) = match layout.levels() {
                 Levels::ZeroPoint => (f64::from(code) - middle, scale * (middle - f64::from(params.zero_point))),
-                _ => (f64::from(layout.level(code, 0)), f64::from(params.offset)),
+                _ => (f64::from(layout.level(code, params.zero_point)), f64::from(params.offset)),
             };
             sum += f64::from(x).abs() * ((scale * level).abs() + offset.abs());
             greatest = greatest.max(scale.abs());

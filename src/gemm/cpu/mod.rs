@@ -8,6 +8,7 @@ mod amx;
 pub mod bf16;
 pub mod float;
 pub mod int8;
+mod nested;
 pub mod reference;
 pub mod team;
 mod tile;
@@ -85,13 +86,6 @@ impl<'a> Product<'a> {
 
 /// Computes products in the arithmetic that is asked for; `small` ones without looking for other threads.
 fn run(products: Vec<Product<'_>>, act: Act, small: bool) {
-    let (nested, products): (Vec<_>, Vec<_>) = products.into_iter().partition(|p| p.weights.layout().bank().is_some());
-    for Product { weights, x, m, y } in nested {
-        reference::multiply(&weights, x, m, act, y);
-    }
-    if products.is_empty() {
-        return;
-    }
     match act {
         Act::F32 => float::multiply(float::isa::best(), products, small),
         #[cfg(target_arch = "x86_64")]

@@ -10,6 +10,7 @@ use std::arch::x86_64::*;
 use super::{CHUNK, Params, RUN, STEP};
 use crate::gemm::Weights;
 use crate::gemm::cpu::amx::{SIDE, WORDS};
+use crate::gemm::cpu::nested;
 use crate::layout::{Levels, ROW};
 
 /// Decodes the columns `start ..+ len` of all rows of `weights`: tile `(row / 16, step)` is 16 rows of 16 words.
@@ -19,10 +20,9 @@ pub(super) fn decode(weights: &Weights<'_>, params: &Params, start: usize, len: 
     match (weights.layout().levels(), weights.layout().bits()) {
         (Levels::Unsigned, _) => decode_as::<4, 0>(weights, params, start, len, out),
         (Levels::Signed, 4) => decode_as::<4, 1>(weights, params, start, len, out),
-        (Levels::Signed, _) => decode_as::<8, 1>(weights, params, start, len, out),
+        (Levels::Signed | Levels::Bank(_), _) => decode_as::<8, 1>(weights, params, start, len, out),
         (Levels::ZeroPoint, _) => decode_as::<4, 2>(weights, params, start, len, out),
         (Levels::Table(_), _) => decode_as::<4, 3>(weights, params, start, len, out),
-        (Levels::Bank(_), _) => unreachable!("checked by supports()"),
     }
 }
 
@@ -45,11 +45,20 @@ fn decode_as<const BITS: usize, const KIND: u8>(
     let table = if let Levels::Table(table) = layout.levels() { *table } else { [0.0; 16] };
     // SAFETY: the table has sixteen numbers.
     let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
+    let nested = BITS == 8 && layout.bank().is_some();
+    let mut unpacked = [0; RUN];
     for (r, codes) in weights.planes().codes.chunks_exact(stride).enumerate() {
+        // Codes from column `start` on.
+        let codes = if nested {
+            nested::levels(&weights.slice(r, 1), start..start + len, nested::BIAS, &mut unpacked, RUN);
+            &unpacked[..len]
+        } else {
+            &codes[start * BITS / 8..]
+        };
         let (scales, offsets, zero_points) = (params.scales(r), params.offsets_padded(r), params.zero_points(r));
         let tiles = &mut out[r / SIDE * (RUN / STEP * WORDS)..][..RUN / STEP * WORDS];
         for c in 0..len.div_ceil(CHUNK) {
-            let at = (start + c * CHUNK) * BITS / 8;
+            let at = c * CHUNK * BITS / 8;
             let bytes = &codes[at..codes.len().min(at + CHUNK * BITS / 8)];
             for line in 0..BITS / 4 {
                 // The next run of this row is far from where the processor looks ahead.
@@ -66,7 +75,7 @@ fn decode_as<const BITS: usize, const KIND: u8>(
             let scale = spread(&scales[group..], index);
             let addend = match KIND {
                 0 if !offsets.is_empty() => spread(&offsets[group..], index),
-                1 => _mm512_mul_ps(_mm512_set1_ps(-zero), scale),
+                1 if BITS == 4 => _mm512_mul_ps(_mm512_set1_ps(-zero), scale),
                 2 => {
                     let zero_points = &zero_points[group..][..16];
                     // SAFETY: the slice holds sixteen numbers.
@@ -106,7 +115,8 @@ fn spread(floats: &[f32], index: __m512i) -> __m512 {
     _mm512_permutexvar_ps(index, unsafe { _mm512_loadu_ps(floats.as_ptr()) })
 }
 
-/// The codes of a chunk: the first four and the last four of each eight for 8 bits, all eight twice for 4.
+/// The codes of a chunk: all eight of each word twice for 4 bits, the first four and the last four of each eight, as
+/// signed levels, for 8.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load<const BITS: usize>(bytes: &[u8]) -> [__m512i; 2] {
@@ -118,18 +128,21 @@ fn load<const BITS: usize>(bytes: &[u8]) -> [__m512i; 2] {
     }
     // SAFETY: the slice holds 128 bytes.
     let high = unsafe { _mm512_loadu_si512(bytes.as_ptr().add(64).cast()) };
+    // Signed levels: a sum with a multiple of a scale could leave the range of f32.
+    let flip = _mm512_set1_epi8(i8::MIN);
+    let (low, high) = (_mm512_xor_si512(low, flip), _mm512_xor_si512(high, flip));
     let first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     let last = _mm512_add_epi32(first, _mm512_set1_epi32(1));
     [_mm512_permutex2var_epi32(low, first, high), _mm512_permutex2var_epi32(low, last, high)]
 }
 
-/// Column `j` of each eight; for 4 bits with what lies above it still there.
+/// Column `j` of each eight; for 4 bits a code with what lies above it still there, for 8 a level.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn column<const BITS: usize>(words: [__m512i; 2], j: usize) -> __m512i {
-    let (word, place) = if BITS == 4 { (words[0], j) } else { (words[j / 4], j % 4) };
-    let bits = u32::try_from(place * BITS).expect("less than 32");
-    _mm512_srlv_epi32(word, _mm512_set1_epi32(bits.cast_signed()))
+    let (word, place) = if BITS == 4 { (words[0], j) } else { (words[j / 4], 3 - j % 4) };
+    let bits = _mm512_set1_epi32(u32::try_from(place * BITS).expect("less than 32").cast_signed());
+    if BITS == 4 { _mm512_srlv_epi32(word, bits) } else { _mm512_srai_epi32::<24>(_mm512_sllv_epi32(word, bits)) }
 }
 
 /// The weights of codes.
@@ -140,8 +153,10 @@ fn weight<const BITS: usize, const KIND: u8>(codes: __m512i, scale: __m512, adde
         // A permutation looks at four bits of an index.
         return _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scale);
     }
-    let mask = if BITS == 4 { 15 } else { 255 };
-    let codes = _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(mask)));
+    if BITS == 8 {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(codes), scale);
+    }
+    let codes = _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
     match KIND {
         0 => _mm512_add_ps(_mm512_mul_ps(codes, scale), addend),
         // A scale times a power of two is exact, so this is the one rounding of (code - zero) · scale.

@@ -44,7 +44,7 @@ pub(super) fn take<'a>(products: Vec<Product<'a>>, small: bool) -> Vec<Product<'
 /// Whether the decoder here knows a layout: eight columns never straddle two groups.
 fn supports(layout: &Grouped) -> bool {
     let group = layout.group();
-    let levels = layout.bank().is_none() && layout.bits() == 4 || layout.levels() == Levels::Signed;
+    let levels = layout.bits() == 4 || layout.bank().is_some() || layout.levels() == Levels::Signed;
     levels && (group == ROW || (group.is_power_of_two() && group >= 8))
 }
 

@@ -13,6 +13,7 @@ use super::params;
 use super::vector::{Kind, Vector, with_kind};
 use crate::codec::lanes::{Eight, MAX_LANES};
 use crate::gemm::Weights;
+use crate::gemm::cpu::nested;
 use crate::gemm::cpu::tile::Tile;
 use crate::layout::Grouped;
 
@@ -108,7 +109,8 @@ pub(super) fn spread<V: Vector>(layout: &Grouped, x: &[f32], row: SpreadRow<'_>)
 /// Fills a tile that has all rows of activations.
 #[inline(always)]
 pub(super) fn multiply<V: Vector, E: Eight>(weights: &Weights<'_>, spread: &Spread, tile: &mut Tile<'_>) {
-    with_kind!(V, weights.layout(), kind => all_rows::<V, E, _>(kind, weights, spread, tile));
+    let plain = nested::plain(weights.layout());
+    with_kind!(V, &plain, kind => all_rows::<V, E, _>(kind, &plain, weights, spread, tile));
 }
 
 /// Numbers of scales or addends that are converted together, well before they are used: loading across what was just
@@ -116,19 +118,31 @@ pub(super) fn multiply<V: Vector, E: Eight>(weights: &Weights<'_>, spread: &Spre
 const CONVERTED: usize = 2048;
 /// The most rows of weights in a batch, a multiple of those that are multiplied side by side.
 const BATCH: usize = 16;
+/// Bytes of unpacked levels that stay in the first-level cache while they are used, if rows are not so long that even the
+/// fewest are more.
+const UNPACKED: usize = 16 << 10;
 /// Activations that stay in the first-level cache while a batch goes by.
 const CACHED: usize = 8192;
 
 #[inline(always)]
-fn all_rows<V: Vector, E: Eight, K: Kind<V>>(kind: K, weights: &Weights<'_>, spread: &Spread, tile: &mut Tile<'_>) {
-    let layout = weights.layout();
+fn all_rows<V: Vector, E: Eight, K: Kind<V>>(
+    kind: K,
+    plain: &Grouped,
+    weights: &Weights<'_>,
+    spread: &Spread,
+    tile: &mut Tile<'_>,
+) {
     let n = tile.n();
     // Every vector of scales is read in whole, the last one may start at the last group.
     let stride = spread.groups + V::N;
-    let rows = (CONVERTED / stride).next_multiple_of(4).clamp(4, BATCH);
+    let code_stride = plain.code_stride(weights.cols());
+    let nested = K::BITS == 8 && weights.layout().bank().is_some();
+    let most = if nested { UNPACKED / code_stride.max(1) / 4 * 4 } else { BATCH };
+    let rows = (CONVERTED / stride).next_multiple_of(4).min(most).clamp(4, BATCH);
     let mut batch = Batch {
         weights: weights.slice(n.start, 0),
-        code_stride: layout.code_stride(weights.cols()),
+        code_stride,
+        unpacked: vec![0; if nested { rows * code_stride } else { 0 }],
         spread,
         stride,
         scales: vec![0.0; rows * stride],
@@ -137,6 +151,9 @@ fn all_rows<V: Vector, E: Eight, K: Kind<V>>(kind: K, weights: &Weights<'_>, spr
     for first in n.clone().step_by(rows) {
         batch.weights = weights.slice(first, rows.min(n.end - first));
         batch.convert::<V, E>();
+        if nested {
+            nested::levels(&batch.weights, 0..weights.cols(), nested::BIAS, &mut batch.unpacked, code_stride);
+        }
         let m = tile.m();
         let mut i = m.start;
         while i < m.end {
@@ -163,6 +180,8 @@ fn all_rows<V: Vector, E: Eight, K: Kind<V>>(kind: K, weights: &Weights<'_>, spr
 struct Batch<'a> {
     weights: Weights<'a>,
     code_stride: usize,
+    /// Codes of 8 bits in place of those of a bank.
+    unpacked: Vec<u8>,
     spread: &'a Spread,
     /// Numbers in a row of `scales`, zeros after the last group.
     stride: usize,
@@ -284,9 +303,10 @@ impl Batch<'_> {
         let whole = self.code_stride / bytes;
         let mut codes = [[].as_slice(); R];
         let mut scales = [[].as_slice(); R];
+        let all = if K::BITS == 8 && !self.unpacked.is_empty() { &self.unpacked } else { self.weights.planes().codes };
         for p in 0..R {
             let r = (r + p).min(self.weights.rows() - 1);
-            codes[p] = &self.weights.planes().codes[r * self.code_stride..][..self.code_stride];
+            codes[p] = &all[r * self.code_stride..][..self.code_stride];
             scales[p] = &self.scales[r * self.stride..][..self.stride];
         }
         let mut words = [V::words(&[0; 4 * MAX_LANES]); R];

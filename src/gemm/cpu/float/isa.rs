@@ -14,6 +14,7 @@ use super::vector::Vector;
 use super::{Arranged, Product, Tile};
 use crate::codec::lanes::array::Array;
 use crate::error::Result;
+use crate::gemm::cpu::nested;
 use crate::gemm::{Weights, check_sizes};
 use crate::layout::Grouped;
 
@@ -36,7 +37,7 @@ macro_rules! stamp {
 
             $(#[target_feature(enable = $features)])?
             fn spread(layout: &Grouped, x: &[f32], row: SpreadRow<'_>) {
-                few::spread::<$lanes>(layout, x, row);
+                few::spread::<$lanes>(&nested::plain(layout), x, row);
             }
 
             $(#[target_feature(enable = $features)])?
@@ -140,7 +141,7 @@ impl Isa {
     pub(super) fn room(&self, product: &Product<'_>) -> Arranged {
         let (weights, m) = (&product.weights, product.m);
         if m <= few::MOST {
-            Arranged::Few(Spread::new(weights.layout(), weights.cols(), m, self.lanes))
+            Arranged::Few(Spread::new(&nested::plain(weights.layout()), weights.cols(), m, self.lanes))
         } else {
             Arranged::Many(Packed::new(weights.cols(), m, self.height))
         }

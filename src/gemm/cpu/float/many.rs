@@ -13,6 +13,7 @@ use super::params;
 use super::vector::{Kind, Vector, with_kind};
 use crate::codec::lanes::{Eight, MAX_LANES};
 use crate::gemm::Weights;
+use crate::gemm::cpu::nested;
 use crate::gemm::cpu::tile::Tile;
 
 /// Columns of a panel: two vectors of them stay in the first-level cache beside a strip of activations.
@@ -173,6 +174,8 @@ struct Decoder {
     /// `[group][row]`
     scales_across: Aligned,
     addends_across: Aligned,
+    /// Codes of 8 bits in place of those of a bank, `[row][column]`.
+    unpacked: Vec<u8>,
 }
 
 impl Decoder {
@@ -181,7 +184,8 @@ impl Decoder {
         let groups = DEPTH / weights.layout().group_len(weights.cols()).max(1) + 3;
         let stride = groups.next_multiple_of(16);
         let room = || Aligned::zeros(stride * V::N);
-        Self { stride, scales: room(), addends: room(), scales_across: room(), addends_across: room() }
+        let unpacked = vec![0; if weights.layout().bank().is_some() { V::N * DEPTH } else { 0 }];
+        Self { stride, scales: room(), addends: room(), scales_across: room(), addends_across: room(), unpacked }
     }
 
     /// Decodes `depth` columns from `start` on of `rows` rows from `first` on; rows that are missing become zeros.
@@ -200,7 +204,8 @@ impl Decoder {
             let held = V::N.min(rows.saturating_sub(skipped));
             let part = weights.slice(first + skipped.min(rows), held);
             let first_group = self.parameters::<V, E>(&part, start, depth);
-            with_kind!(V, weights.layout(), kind => {
+            let plain = nested::plain(weights.layout());
+            with_kind!(V, &plain, kind => {
                 self.half::<V, _>(kind, &part, first_group, start, depth, &mut panel[skipped..]);
             });
         }
@@ -240,7 +245,7 @@ impl Decoder {
 
     #[inline(always)]
     fn half<V: Vector, K: Kind<V>>(
-        &self,
+        &mut self,
         kind: K,
         part: &Weights<'_>,
         first_group: usize,
@@ -249,12 +254,18 @@ impl Decoder {
         panel: &mut [f32],
     ) {
         let group = part.layout().group_len(part.cols()).max(1);
-        let row_bytes = part.layout().code_stride(part.cols());
+        // Codes, from which column on they are there, and the bytes of a row.
+        let (codes, origin, row_bytes) = if K::BITS == 8 && part.layout().bank().is_some() {
+            nested::levels(part, start..start + depth, nested::BIAS, &mut self.unpacked, DEPTH);
+            (&self.unpacked[..part.rows() * DEPTH], start, DEPTH)
+        } else {
+            (part.planes().codes, 0, part.layout().code_stride(part.cols()))
+        };
         let mut out = panel.chunks_mut(2 * V::N);
         for column in (start..start + depth).step_by(8 * K::CODES) {
-            let at = column / K::CODES * 4;
+            let at = (column - origin) / K::CODES * 4;
             let mut words = [0.0; 8 * MAX_LANES];
-            for (words, codes) in words.as_chunks_mut::<8>().0.iter_mut().zip(part.planes().codes.chunks(row_bytes)) {
+            for (words, codes) in words.as_chunks_mut::<8>().0.iter_mut().zip(codes.chunks(row_bytes)) {
                 if let Some(codes) = codes[at..].first_chunk::<32>() {
                     for (word, codes) in words.iter_mut().zip(codes.as_chunks::<4>().0) {
                         *word = f32::from_bits(u32::from_le_bytes(*codes));

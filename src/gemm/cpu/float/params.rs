@@ -3,6 +3,7 @@
 use super::vector::{Vector, centre};
 use crate::codec::Planes;
 use crate::codec::lanes::{Eight, MAX_LANES};
+use crate::gemm::cpu::nested;
 use crate::layout::{Float, Grouped, Levels};
 
 /// Whether a layout adds something to `level * scale`.
@@ -29,7 +30,14 @@ pub(super) fn row<'a>(planes: &Planes<'a>, rows: usize, r: usize) -> Planes<'a> 
 /// Scales of consecutive groups of a row from `first` on, and zeros beyond its end; `out` is whole vectors.
 #[inline(always)]
 pub(super) fn scales<V: Vector>(layout: &Grouped, row: &Planes<'_>, first: usize, out: &mut [f32]) {
-    floats::<V>(layout.scale(), row.scales, first, out);
+    if let Some(bank) = layout.bank() {
+        let bytes = &row.scales[first.min(row.scales.len())..];
+        let count = bytes.len().min(out.len());
+        nested::scales(bank, &bytes[..count], layout.scale().load(row.row_scales, 0), out);
+        out[count..].fill(0.0);
+    } else {
+        floats::<V>(layout.scale(), row.scales, first, out);
+    }
 }
 
 /// What is added to `level * scale` in every group: the offset, or what a zero point makes of the scale.

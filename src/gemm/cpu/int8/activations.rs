@@ -91,8 +91,9 @@ fn round_block(x: &[f32; ACT_BLOCK], codes: &mut [i8; ACT_BLOCK]) -> f32 {
 /// What a level is less than its code, where all groups have the same; one where it is a number of the group.
 pub(super) fn zero(layout: &Grouped) -> i32 {
     match layout.levels() {
-        Levels::Unsigned | Levels::Table(_) | Levels::Bank(_) => 0,
+        Levels::Unsigned | Levels::Table(_) => 0,
         Levels::Signed => i32::from(layout.zero_code(0)),
+        Levels::Bank(_) => unreachable!("levels of a bank are unpacked to 8 bits"),
         Levels::ZeroPoint => 1,
     }
 }

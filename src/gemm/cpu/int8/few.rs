@@ -10,6 +10,7 @@ use super::lanes::{Lanes, MAX_LANES};
 use super::params::Params;
 use super::{CODES, SIGNED, ZERO_POINTS};
 use crate::gemm::Weights;
+use crate::gemm::cpu::nested;
 use crate::gemm::cpu::tile::Tile;
 use crate::layout::ROW;
 
@@ -23,7 +24,10 @@ pub(super) fn multiply<L: Lanes, const BITS: u32, const KIND: u8>(
     x: &Records,
     tile: &mut Tile<'_>,
 ) {
-    let (rows, stride) = (tile.m(), weights.layout().code_stride(weights.cols()));
+    let (rows, layout) = (tile.m(), nested::plain(weights.layout()));
+    let stride = layout.code_stride(weights.cols());
+    // A row of levels of a bank.
+    let mut unpacked = vec![0; if weights.layout().bank().is_some() { stride } else { 0 }];
     let batch = Params::batch(weights);
     let mut params = Params::new(weights, batch);
     let shift = lanes_shift(weights);
@@ -31,8 +35,14 @@ pub(super) fn multiply<L: Lanes, const BITS: u32, const KIND: u8>(
         let part = weights.slice(first, batch.min(weights.rows() - first));
         params.load(&part);
         for r in 0..part.rows() {
+            let codes = if BITS == 8 && !unpacked.is_empty() {
+                nested::levels(&part.slice(r, 1), 0..part.cols(), nested::BIAS, &mut unpacked, stride);
+                &unpacked
+            } else {
+                &part.planes().codes[r * stride..][..stride]
+            };
             let row = Row {
-                codes: &part.planes().codes[r * stride..][..stride],
+                codes,
                 scales: params.scales(r),
                 zero_points: params.zero_points(r),
                 shift,
@@ -135,6 +145,7 @@ impl Row<'_> {
         for (record, total) in records.chunks_exact(4 * L::N).zip(totals) {
             let start = match KIND {
                 CODES => L::splat_int(0),
+                SIGNED if BITS == 8 && L::BIAS == 0 => L::splat_int(0),
                 SIGNED => L::load_ints(&record[3 * L::N..]),
                 _ => L::times(zero_points, L::load_ints(&record[3 * L::N..])),
             };

@@ -60,7 +60,7 @@ macro_rules! stamp {
                     (Levels::Unsigned, 4) => few::multiply::<$lanes, 4, CODES>(weights, x, tile),
                     (Levels::Signed, 4) => few::multiply::<$lanes, 4, SIGNED>(weights, x, tile),
                     (Levels::ZeroPoint, 4) => few::multiply::<$lanes, 4, ZERO_POINTS>(weights, x, tile),
-                    (Levels::Signed, 8) => few::multiply::<$lanes, 8, SIGNED>(weights, x, tile),
+                    (Levels::Signed, 8) | (Levels::Bank(_), _) => few::multiply::<$lanes, 8, SIGNED>(weights, x, tile),
                     _ => unreachable!("checked by supports()"),
                 }
             }
@@ -73,7 +73,9 @@ macro_rules! stamp {
                     (Levels::ZeroPoint, 4) => {
                         many::multiply::<$lanes, $transposer, 4, ZERO_POINTS, $n, $m>(weights, x, tile);
                     }
-                    (Levels::Signed, 8) => many::multiply::<$lanes, $transposer, 8, SIGNED, $n, $m>(weights, x, tile),
+                    (Levels::Signed, 8) | (Levels::Bank(_), _) => {
+                        many::multiply::<$lanes, $transposer, 8, SIGNED, $n, $m>(weights, x, tile);
+                    }
                     _ => unreachable!("checked by supports()"),
                 }
             }

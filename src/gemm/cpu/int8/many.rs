@@ -14,6 +14,7 @@ use super::params::Params;
 use super::{CODES, SIGNED, ZERO_POINTS};
 use crate::codec::lanes::Lanes as Transposer;
 use crate::gemm::Weights;
+use crate::gemm::cpu::nested;
 use crate::gemm::cpu::tile::Tile;
 use crate::layout::{Grouped, ROW};
 
@@ -42,7 +43,7 @@ pub(super) fn multiply<L, T, const BITS: u32, const KIND: u8, const ROWS: usize,
     let mut totals = vec![0.0f32; rows * width];
     for start in (0..cols).step_by(RUN) {
         let len = RUN.min(cols - start);
-        unpack::<L>(weights, start, len, &mut codes);
+        unpack::<L>(weights, start, len, L::BIAS, &mut codes);
         let records = start / x.step..((start + len).div_ceil(x.step)).min(x.records);
         let groups = group_range(weights.layout(), start, len);
         for p in (0..panels).step_by(PANELS) {
@@ -80,9 +81,13 @@ pub(super) fn group_range(layout: &Grouped, start: usize, len: usize) -> Range<u
     }
 }
 
-/// Codes of the columns `start ..+ len` of every row as bytes, in rows of [`RUN`].
+/// Codes of the columns `start ..+ len` of every row as bytes, in rows of [`RUN`]; those of 8 bits and levels of a bank as
+/// levels plus `bias`, which is zero or [`nested::BIAS`].
 #[inline(always)]
-pub(super) fn unpack<L: Lanes>(weights: &Weights<'_>, start: usize, len: usize, codes: &mut [u8]) {
+pub(super) fn unpack<L: Lanes>(weights: &Weights<'_>, start: usize, len: usize, bias: u8, codes: &mut [u8]) {
+    if weights.layout().bank().is_some() {
+        return nested::levels(weights, start..start + len, bias, codes, RUN);
+    }
     let (bits, stride) = (weights.layout().bits() as usize, weights.layout().code_stride(weights.cols()));
     let bytes = start * bits / 8..((start + len) * bits).div_ceil(8);
     for (packed, codes) in weights.planes().codes.chunks_exact(stride).zip(codes.chunks_exact_mut(RUN)) {
@@ -92,7 +97,10 @@ pub(super) fn unpack<L: Lanes>(weights: &Weights<'_>, start: usize, len: usize, 
             L::prefetch(packed, packed.len() + line);
         }
         if bits == 8 {
-            codes[..packed.len()].copy_from_slice(packed);
+            let flip = nested::BIAS - bias;
+            for (code, packed) in codes.iter_mut().zip(packed) {
+                *code = packed ^ flip;
+            }
         } else {
             for (codes, packed) in codes.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
                 *codes = [packed & 15, packed >> 4];
@@ -147,7 +155,7 @@ impl Block<'_> {
             for j in 0..PANELS {
                 vectors[j] = &panels[j][s * record..][..record];
             }
-            if KIND != CODES {
+            if KIND != CODES && (KIND != SIGNED || BITS != 8 || L::BIAS != 0) {
                 for j in 0..PANELS {
                     let start = L::load_ints(&vectors[j][record - L::N..]);
                     for i in 0..ROWS {

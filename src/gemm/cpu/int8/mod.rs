@@ -8,6 +8,8 @@
 //! Few rows of activations are multiplied lane by lane as codes are stored (`few`), many after unpacking (`many`).
 //! A number that is not finite makes the scale of its block NaN, and so every result of its row.
 //!
+//! Levels of a bank are bytes, and multiplied as those of 8-bit codes ([`super::nested`]).
+//!
 //! Levels of a table are no integers: there the product is one in f32 with the rounded activations.
 
 mod activations;
@@ -28,8 +30,8 @@ use panels::Panels;
 #[cfg(target_arch = "x86_64")]
 pub(super) use params::Params;
 
-use super::Product;
 use super::tile::{self, Tile};
+use super::{Product, nested};
 use crate::gemm::ACT_BLOCK;
 use crate::layout::{Grouped, Levels, ROW};
 
@@ -61,8 +63,8 @@ fn supports(layout: &Grouped) -> bool {
     let group = layout.group();
     let levels = match layout.levels() {
         Levels::Unsigned | Levels::ZeroPoint => layout.bits() == 4,
-        Levels::Signed => true,
-        Levels::Table(_) | Levels::Bank(_) => false,
+        Levels::Signed | Levels::Bank(_) => true,
+        Levels::Table(_) => false,
     };
     levels && (group == ROW || (group.is_power_of_two() && group >= 8))
 }
@@ -86,15 +88,16 @@ fn multiply(isa: &Isa, products: Vec<Product<'_>>, small: bool) {
 /// Rounds the activations and lays them out for the kernel that takes them.
 fn prepare(isa: &Isa, product: &Product<'_>, small: bool) -> Prepared {
     let (weights, m) = (&product.weights, product.m);
+    let layout = nested::plain(weights.layout());
     let mut rounded = Rounded::new(m, weights.cols());
     let scales = rounded.scales.chunks_exact_mut(rounded.stride / ACT_BLOCK);
     let rows = rounded.codes.chunks_exact_mut(rounded.stride).zip(scales);
     let tasks: Vec<_> = product.x.chunks_exact(weights.cols()).zip(rows).collect();
     tile::each(tasks, small || m == 1, |(x, (codes, scales))| isa.round_row(x, codes, scales));
     if m < isa.many_from {
-        Prepared::Few(isa.records(&rounded, weights.layout()))
+        Prepared::Few(isa.records(&rounded, &layout))
     } else {
-        Prepared::Many(Panels::new(&rounded, weights.layout(), isa.lanes, small))
+        Prepared::Many(Panels::new(&rounded, &layout, isa.lanes, small))
     }
 }
 

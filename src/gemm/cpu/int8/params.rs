@@ -3,6 +3,7 @@
 use super::lanes::MAX_LANES;
 use crate::codec::isa;
 use crate::gemm::Weights;
+use crate::gemm::cpu::nested;
 use crate::layout::{Float, Levels};
 
 /// Numbers that are converted together: they and the activations share the first-level cache.
@@ -38,7 +39,14 @@ impl Params {
     pub(in super::super) fn load(&mut self, weights: &Weights<'_>) {
         let (layout, planes) = (weights.layout(), weights.planes());
         let count = weights.rows() * self.groups;
-        load_floats(layout.scale(), planes.scales, &mut self.scales[..count]);
+        if let Some(bank) = layout.bank() {
+            let rows = self.scales[..count].chunks_exact_mut(self.groups.max(1));
+            for (r, (row, bytes)) in rows.zip(planes.scales.chunks_exact(self.groups.max(1))).enumerate() {
+                nested::scales(bank, bytes, layout.scale().load(planes.row_scales, r), row);
+            }
+        } else {
+            load_floats(layout.scale(), planes.scales, &mut self.scales[..count]);
+        }
         if let Some(float) = layout.offset() {
             load_floats(float, planes.addends, &mut self.offsets[..count]);
         } else if layout.levels() == Levels::ZeroPoint {

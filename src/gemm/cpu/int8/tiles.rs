@@ -35,7 +35,7 @@ pub(super) fn multiply(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
     let group_len = if weights.layout().group() == ROW { usize::MAX } else { weights.layout().group() };
     for start in (0..cols).step_by(RUN) {
         let len = RUN.min(cols - start);
-        unpack::<Vectors>(weights, start, len, &mut codes);
+        unpack::<Vectors>(weights, start, len, 0, &mut codes);
         let levels = levels(weights, &params, start, &mut codes);
         let records = start / x.step..((start + len).div_ceil(x.step)).min(x.records);
         let groups = group_range(weights.layout(), start, len);
@@ -83,7 +83,7 @@ pub(super) fn multiply(weights: &Weights<'_>, x: &Panels, tile: &mut Tile<'_>) {
 fn levels<'a>(weights: &Weights<'_>, params: &Params, start: usize, codes: &'a mut [u8]) -> &'a [i8] {
     let layout = weights.layout();
     match layout.levels() {
-        Levels::Signed => {
+        Levels::Signed if layout.bits() == 4 => {
             let zero = layout.zero_code(0);
             codes.iter_mut().for_each(|code| *code = code.wrapping_sub(zero));
         }
@@ -97,7 +97,8 @@ fn levels<'a>(weights: &Weights<'_>, params: &Params, start: usize, codes: &'a m
                 }
             }
         }
-        Levels::Unsigned | Levels::Table(_) | Levels::Bank(_) => {}
+        // Codes of 8 bits and those of a bank are levels already.
+        Levels::Unsigned | Levels::Signed | Levels::Table(_) | Levels::Bank(_) => {}
     }
     bytemuck::cast_slice(codes)
 }

@@ -138,7 +138,7 @@ pub(super) fn levels_of_nibbles(levels: Levels) -> [f32; 16] {
         Levels::Table(table) => *table,
         Levels::Unsigned => std::array::from_fn(|q| q as f32),
         Levels::Signed | Levels::ZeroPoint => std::array::from_fn(|q| q as f32 - 8.0),
-        Levels::Bank(_) => unreachable!("nested scales do not come here"),
+        Levels::Bank(_) => unreachable!("levels of a bank are unpacked to 8 bits"),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Eight words of AVX2, with or without its VNNI instruction.
 //!
-//! Without it, bytes are multiplied into sums of two of 16 bits, which 4-bit codes cannot overflow (`2 · 15 · 127`); 8-bit
-//! codes could, so they are widened first. Every value of these types lives in a function that enables AVX2 and FMA, and
+//! Without it, bytes are multiplied into sums of two of 16 bits, which 4-bit codes cannot overflow (`2 · 15 · 127`), nor
+//! magnitudes of 8-bit levels (`2 · 128 · 127`), whose signs the activations take over. Every value of these types lives in a function that enables AVX2 and FMA, and
 //! AVX-VNNI where the type says so, which is what makes the intrinsics sound.
 
 #![expect(unsafe_code, reason = "vector intrinsics are unsafe outside functions that enable them")]
@@ -15,6 +15,7 @@ pub(in super::super) struct Avx<const VNNI: bool>;
 
 impl<const VNNI: bool> Lanes for Avx<VNNI> {
     const N: usize = 8;
+    const BIAS: u8 = if VNNI { 128 } else { 0 };
     type Bytes = __m256i;
     type Ints = __m256i;
     type Floats = __m256;
@@ -47,7 +48,12 @@ impl<const VNNI: bool> Lanes for Avx<VNNI> {
             // Halves are shuffled each by itself; quarters are put in order afterwards.
             let even = _mm256_castps_si256(_mm256_shuffle_ps::<0x88>(low, high));
             let odd = _mm256_castps_si256(_mm256_shuffle_ps::<0xdd>(low, high));
-            [_mm256_permute4x64_epi64::<0xd8>(even), _mm256_permute4x64_epi64::<0xd8>(odd)]
+            let codes = [_mm256_permute4x64_epi64::<0xd8>(even), _mm256_permute4x64_epi64::<0xd8>(odd)];
+            if VNNI {
+                return codes;
+            }
+            let flip = _mm256_set1_epi8(i8::MIN);
+            [_mm256_xor_si256(codes[0], flip), _mm256_xor_si256(codes[1], flip)]
         }
     }
 
@@ -104,10 +110,9 @@ impl<const VNNI: bool> Lanes for Avx<VNNI> {
                 let pairs = _mm256_maddubs_epi16(codes, x);
                 return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
             }
-            let (even, odd) = (_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(codes));
-            let (x_even, x_odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)), _mm256_srai_epi16::<8>(x));
-            let fours = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
-            _mm256_add_epi32(sum, fours)
+            // The magnitude of a level, 128 at most, without sign, times the activation with the level's sign.
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
 

@@ -18,6 +18,8 @@ pub(super) const MAX_LANES: usize = 16;
 pub(super) trait Lanes {
     /// Words of a vector.
     const N: usize;
+    /// What [`Lanes::dot`] wants to be added to levels of 8 bits: 128, which makes them codes without sign, or nothing.
+    const BIAS: u8 = 128;
     /// Four bytes in every lane.
     type Bytes: Copy;
     /// An integer in every lane.
@@ -31,7 +33,7 @@ pub(super) trait Lanes {
     fn prefetch(bytes: &[u8], ahead: usize);
     /// 4-bit codes `8l ..+ 8` in lane `l`: the even ones, then the odd ones.
     fn nibbles(codes: &[u8]) -> [Self::Bytes; 2];
-    /// 8-bit codes `8l ..+ 8` in lane `l`: the first four, then the last four.
+    /// 8-bit codes `8l ..+ 8` in lane `l` as levels plus [`Lanes::BIAS`]: the first four, then the last four.
     fn octets(codes: &[u8]) -> [Self::Bytes; 2];
     /// The bytes of the first `N` words.
     fn load_bytes(words: &[u32]) -> Self::Bytes;
@@ -47,8 +49,8 @@ pub(super) trait Lanes {
     fn splat_int(x: i32) -> Self::Ints;
     /// The same float in every lane.
     fn splat(x: f32) -> Self::Floats;
-    /// `sum + Σ codes[i] · x[i]` over the four bytes of a lane; `codes` are unsigned and less than `1 << BITS`, `x` is
-    /// signed.
+    /// `sum + Σ codes[i] · x[i]` over the four bytes of a lane; `codes` are unsigned and less than `1 << BITS`, or levels
+    /// plus [`Lanes::BIAS`] where they have 8 bits, `x` is signed and not -128.
     fn dot<const BITS: u32>(sum: Self::Ints, codes: Self::Bytes, x: Self::Bytes) -> Self::Ints;
     /// `a · b`, where `a` is not negative and both fit 16 bits.
     fn times(a: Self::Ints, b: Self::Ints) -> Self::Ints;

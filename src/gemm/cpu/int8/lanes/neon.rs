@@ -13,6 +13,7 @@ pub(in super::super) struct Neon;
 
 impl Lanes for Neon {
     const N: usize = 4;
+    const BIAS: u8 = 0;
     type Bytes = uint8x16_t;
     type Ints = int32x4_t;
     type Floats = float32x4_t;
@@ -38,7 +39,9 @@ impl Lanes for Neon {
         unsafe {
             let low = vreinterpretq_u32_u8(vld1q_u8(codes.as_ptr()));
             let high = vreinterpretq_u32_u8(vld1q_u8(codes.as_ptr().add(16)));
-            [vreinterpretq_u8_u32(vuzp1q_u32(low, high)), vreinterpretq_u8_u32(vuzp2q_u32(low, high))]
+            let (first, last) = (vuzp1q_u32(low, high), vuzp2q_u32(low, high));
+            let flip = vdupq_n_u8(128);
+            [veorq_u8(vreinterpretq_u8_u32(first), flip), veorq_u8(vreinterpretq_u8_u32(last), flip)]
         }
     }
 
@@ -90,18 +93,9 @@ impl Lanes for Neon {
     fn dot<const BITS: u32>(sum: int32x4_t, codes: uint8x16_t, x: uint8x16_t) -> int32x4_t {
         // SAFETY: NEON is always there.
         unsafe {
-            let x = vreinterpretq_s8_u8(x);
-            if BITS == 4 {
-                let codes = vreinterpretq_s8_u8(codes);
-                let low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(x)));
-                let high = vpaddlq_s16(vmull_high_s8(codes, x));
-                return vaddq_s32(sum, vpaddq_s32(low, high));
-            }
-            let codes = [vmovl_u8(vget_low_u8(codes)), vmovl_high_u8(codes)];
-            let [c0, c1] = [vreinterpretq_s16_u16(codes[0]), vreinterpretq_s16_u16(codes[1])];
-            let (x0, x1) = (vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x));
-            let low = vpaddq_s32(vmull_s16(vget_low_s16(c0), vget_low_s16(x0)), vmull_high_s16(c0, x0));
-            let high = vpaddq_s32(vmull_s16(vget_low_s16(c1), vget_low_s16(x1)), vmull_high_s16(c1, x1));
+            let (codes, x) = (vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(x));
+            let low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(x)));
+            let high = vpaddlq_s16(vmull_high_s8(codes, x));
             vaddq_s32(sum, vpaddq_s32(low, high))
         }
     }
