@@ -41,7 +41,7 @@ class Encoded:
         planes = {}
         for name, dtype, data in self._matrix.planes():
             flat: Array = np.frombuffer(data, _arrays.numpy_dtype(dtype))
-            planes[name] = flat.reshape(self.rows, -1 if flat.size else 0)
+            planes[name] = flat.reshape(_arrays.plane_shape(name, self.rows, flat.size))
         return planes
 
     @property

@@ -18,6 +18,7 @@ use crate::artifact::header::Header;
 use crate::artifact::writer::{Whole, Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
+use crate::codec::extra::Extras;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::fit::{Method, Rate};
@@ -151,6 +152,8 @@ pub struct TensorReport {
     pub codec: &'static Codec,
     /// Bits per weight on disk that were asked for, where the codec leaves them open.
     pub rate: Option<Rate>,
+    /// Which planes there are beside the codec's.
+    pub extras: Extras,
     /// Why that codec.
     pub reason: String,
     /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
@@ -255,10 +258,10 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
 fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
     planned(
-        tensors
-            .iter()
-            .zip(source.tensors())
-            .map(|(r, t)| (t.info().clone(), r.codec, Whole { transposed: transposed(t, r.codec), rate: r.rate })),
+        tensors.iter().zip(source.tensors()).map(|(r, t)| {
+            let how = Whole { transposed: transposed(t, r.codec), rate: r.rate, extras: r.extras };
+            (t.info().clone(), r.codec, how)
+        }),
         source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
@@ -341,6 +344,7 @@ fn report(
         shape: info.shape().to_vec(),
         codec,
         rate,
+        extras: Extras::NONE,
         reason,
         changed_codec,
         method: Method::Codec,

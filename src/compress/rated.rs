@@ -45,7 +45,7 @@ pub(super) fn encode(
     };
     if weights.is_empty() {
         let planes = codec.layout.planes().iter().map(|_| Prepared::new(Vec::new(), None)).collect();
-        let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
+        let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate), extras: done.extras };
         return writer.whole(tensor.info().clone(), codec, how, planes).map(Ok);
     }
     let quantized = match fitting.quantize(&weights, rows, cols, rate) {
@@ -67,7 +67,7 @@ pub(super) fn encode(
         Prepared::new(plane, Some((Coding::Scales, quantized.scales_stream))),
     ];
     done.stored_bytes = planes.iter().map(|plane| plane.stored.len() as u64).sum();
-    let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
+    let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate), extras: done.extras };
     let out = writer.whole(tensor.info().clone(), codec, how, planes)?;
     tick(tensor.info().bytes())?;
     Ok(Ok(out))

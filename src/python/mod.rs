@@ -262,8 +262,11 @@ impl PyMatrix {
     /// Name, numpy dtype of the elements and bytes of each plane.
     fn planes<'py>(&self, py: Python<'py>) -> Vec<(&'static str, &'static str, Bound<'py, PyBytes>)> {
         let layout = &self.0.codec().layout;
-        let plane =
-            |(kind, bytes): (Plane, &[u8])| (kind.name(), artifact::plane_dtype(layout, kind), PyBytes::new(py, bytes));
+        let dtype = |kind| match self.0.extras().elements(kind, self.0.rows() as u64, self.0.cols() as u64) {
+            Some((dtype, _)) => dtype.name(),
+            None => artifact::plane_dtype(layout, kind),
+        };
+        let plane = |(kind, bytes): (Plane, &[u8])| (kind.name(), dtype(kind), PyBytes::new(py, bytes));
         self.0.planes().map(plane).collect()
     }
 
