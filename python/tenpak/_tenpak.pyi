@@ -102,6 +102,7 @@ def compress(
     all: bool,
     stats: str | None,
     fit: str | None,
+    outliers: float | None,
     nonfinite: str,
     max_shard_size: int,
     force: bool,
@@ -149,7 +150,15 @@ def materialize(
 ) -> str: ...
 def codecs_json() -> str: ...
 def decode_plane(codec: str, plane: str, rows: int, cols: int, stream: _Bytes) -> bytes: ...
-def encode(bytes: npt.NDArray[Any], dtype: str, rows: int, cols: int, codec: str) -> Matrix: ...
+def encode(
+    bytes: npt.NDArray[Any],
+    dtype: str,
+    rows: int,
+    cols: int,
+    codec: str,
+    column_scales: list[float] | None,
+    outliers: float | None,
+) -> Matrix: ...
 def multiply(
     codec: str,
     rows: int,

@@ -16,7 +16,8 @@ pub mod reference;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::fit::{Fit, OutOfRange};
+use crate::fit::outliers::Share;
+use crate::fit::{self, Fit, OutOfRange};
 use crate::layout::{Grouped, Layout, Plane};
 use crate::tensor::DType;
 use extra::{ExtraPlanes, Extras, Outlier};
@@ -364,6 +365,40 @@ impl Codec {
                 .map_err(|OutOfRange| self.out_of_range())?;
         }
         Ok(Encoded { codec: self, rows, cols, planes, extras: Extras::NONE })
+    }
+
+    /// The same with [`extra`] planes: column scales, of which each weight is divided by its column's first, and a part of
+    /// the weights stored as outliers, those of the greatest squares.
+    ///
+    /// # Errors
+    /// Those of [`Codec::encode`]; [`Error::Invalid`] when column scales break a rule of theirs, or what an outlier adds leaves
+    /// the range of F16.
+    pub fn encode_with(
+        &'static self,
+        weights: &[f32],
+        rows: usize,
+        cols: usize,
+        column_scales: Option<&[f32]>,
+        outliers: Option<Share>,
+    ) -> Result<Encoded> {
+        let layout = self.grouped()?;
+        if rows.checked_mul(cols) != Some(weights.len()) {
+            return Err(Error::invalid(format!("{} weights for a {rows} x {cols} matrix", weights.len())));
+        }
+        extra::planes(rows, cols, column_scales, &[])?;
+        let wanted = outliers.map_or(0, |share| share.of(weights.len() as u64));
+        let wanted = usize::try_from(wanted).map_err(|_| Error::invalid("the matrix is larger than memory"))?;
+        let places = fit::outliers::choose(weights, cols, wanted, None);
+        let mut fitted = weights.to_vec();
+        fit::awq::prepare(&mut fitted, cols, layout.group_len(cols).max(1), column_scales, &places);
+        let encoded = self.encode(&fitted, rows, cols)?.with_extras(column_scales, &[])?;
+        let decoded = encoded.decode();
+        let outlier = |&place: &usize| {
+            let value = half::f16::from_f32(weights[place] - decoded[place]);
+            Outlier { row: place / cols, column: place % cols, value }
+        };
+        let outliers: Vec<Outlier> = places.iter().map(outlier).collect();
+        encoded.with_extras(column_scales, &outliers)
     }
 
     /// The error of a matrix whose scales leave the range of their stored type.

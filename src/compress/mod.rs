@@ -10,6 +10,7 @@ mod fitting;
 mod form;
 mod rated;
 mod size;
+mod whole;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -148,6 +149,8 @@ pub struct TensorReport {
     pub dtype: tensor::DType,
     /// Shape in the source.
     pub shape: Vec<u64>,
+    /// Rows and columns of the matrix as a codec sees it.
+    pub matrix: (u64, u64),
     /// The codec it is stored with.
     pub codec: &'static Codec,
     /// Bits per weight on disk that were asked for, where the codec leaves them open.
@@ -179,6 +182,18 @@ impl TensorReport {
     #[must_use]
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
+    }
+
+    /// Says which planes there are beside the codec's, in sizes too.
+    fn set_extras(&mut self, extras: Extras) -> Result<()> {
+        let bytes = |extras: Extras| -> Result<u64> {
+            Ok(extras.plane_bytes(self.matrix.0, self.matrix.1)?.iter().map(|(_, bytes)| bytes).sum())
+        };
+        let (before, after) = (bytes(self.extras)?, bytes(extras)?);
+        self.extras = extras;
+        self.stored_bytes = self.stored_bytes - before + after;
+        self.memory_bytes = self.memory_bytes - before + after;
+        Ok(())
     }
 }
 
@@ -248,6 +263,7 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
                 let (name, cols) = (t.info().name(), t.matrix().1);
                 (report.method, report.method_reason) =
                     fitting::method(options.recipe.method(), codec, options.stats.as_deref(), name, cols)?;
+                report.set_extras(options.recipe.extras(codec, report.method, t.info().elements()))?;
             }
             Ok(report)
         })
@@ -342,6 +358,7 @@ fn report(
         name: info.name().to_owned(),
         dtype: info.dtype(),
         shape: info.shape().to_vec(),
+        matrix: (rows, cols),
         codec,
         rate,
         extras: Extras::NONE,

@@ -17,9 +17,9 @@ use crate::source::Source;
 use crate::tensor;
 
 /// Weights of a matrix, those that were not finite replaced, and how many these were.
-struct Loaded {
-    weights: Vec<f32>,
-    repaired: u64,
+pub(super) struct Loaded {
+    pub weights: Vec<f32>,
+    pub repaired: u64,
 }
 
 /// Writes a tensor at a rate; what it became is put into `done`.
@@ -74,7 +74,7 @@ pub(super) fn encode(
 }
 
 /// Reads all of a tensor.
-fn load(
+pub(super) fn load(
     source: &Source,
     index: usize,
     nonfinite: Nonfinite,

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
 use crate::fit::Rate;
+use crate::fit::outliers::Share;
 use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
@@ -51,8 +52,8 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite,
-    max_shard_size, force, threads, mmap, dry_run, progress
+    source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, stats, fit, outliers,
+    nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -70,6 +71,7 @@ fn compress(
     all: bool,
     stats: Option<PathBuf>,
     fit: Option<&str>,
+    outliers: Option<f64>,
     nonfinite: &str,
     max_shard_size: u64,
     force: bool,
@@ -84,10 +86,21 @@ fn compress(
         if target_bits.is_some() && target_size.is_some() {
             return Err(Error::invalid("target_bits and target_size are both given, pass one of them"));
         }
+        let outliers = outliers.map(Share::from_part).transpose()?;
         // A size says that some size is to be chosen, and so does any rate.
         let target_bits = target_bits.map(Rate::from_bits).transpose()?.or_else(|| target_size.map(|_| Rate::DEFAULT));
-        let request =
-            Request { codec, target_bits, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
+        let request = Request {
+            codec,
+            target_bits,
+            toml,
+            roles,
+            rules,
+            include: &include,
+            exclude: &exclude,
+            all,
+            fit,
+            outliers,
+        };
         let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
         Ok(engine::Options { target_bytes: target_size, ..options })
     };
@@ -295,8 +308,10 @@ impl PyMatrix {
     }
 }
 
-/// Encodes a matrix given as the bytes of an array of `dtype`.
+/// Encodes a matrix given as the bytes of an array of `dtype`, with column scales and a part of outliers where asked for.
 #[pyfunction]
+#[pyo3(signature = (bytes, dtype, rows, cols, codec, column_scales, outliers))]
+#[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn encode(
     py: Python<'_>,
     bytes: PyReadonlyArray1<'_, u8>,
@@ -304,20 +319,28 @@ fn encode(
     rows: usize,
     cols: usize,
     codec: &str,
+    column_scales: Option<Vec<f32>>,
+    outliers: Option<f64>,
 ) -> PyResult<PyMatrix> {
     let bytes = bytes.as_slice()?;
     interruptible(py, 0, None, |_| {
         let dtype: DType = dtype.parse()?;
         let codec = codecs::get(codec)?;
+        let extra = column_scales.is_some() || outliers.is_some();
+        let outliers = outliers.map(Share::from_part).transpose()?;
+        let encode = |weights: &[f32]| match extra {
+            false => codec.encode(weights, rows, cols),
+            true => codec.encode_with(weights, rows, cols, column_scales.as_deref(), outliers),
+        };
         if dtype == DType::F32
             && cfg!(target_endian = "little")
             && let Ok(weights) = bytemuck::try_cast_slice(bytes)
         {
-            return codec.encode(weights, rows, cols);
+            return encode(weights);
         }
         let mut weights = vec![0.0; rows * cols];
         to_f32(dtype, bytes, &mut weights);
-        codec.encode(&weights, rows, cols)
+        encode(&weights)
     })
     .map(PyMatrix)
 }

@@ -34,7 +34,7 @@ _STATE = "_extra_state"
 @functools.cache
 def row_planes(codec: str, cols: int) -> dict[str, tuple[torch.dtype, int]]:
     """Return the planes of a codec in stored order: dtype and number of elements that one row of ``cols`` takes."""
-    row = _tenpak.encode(np.zeros(4 * cols, np.uint8), "F32", 1, cols, codec)
+    row = _tenpak.encode(np.zeros(4 * cols, np.uint8), "F32", 1, cols, codec, None, None)
     planes = {}
     for name, dtype, data in row.planes():
         kind = _PLANE_DTYPES[dtype]
@@ -92,7 +92,7 @@ def encode(weight: torch.Tensor, codec: str) -> Encoded:
     cols = dense.shape[-1]
     rows = math.prod(dense.shape[:-1])
     memory = dense.reshape(-1).view(torch.uint8).numpy()
-    return Encoded(_tenpak.encode(memory, DTYPES[dense.dtype], rows, cols, codec), tuple(dense.shape))
+    return Encoded(_tenpak.encode(memory, DTYPES[dense.dtype], rows, cols, codec, None, None), tuple(dense.shape))
 
 
 class Quantized(nn.Module):
