@@ -260,7 +260,7 @@ struct EntryJson {
     planes: Vec<PlaneJson>,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+/// By reference, as serde calls it.
 fn is_none(outliers: &u64) -> bool {
     *outliers == 0
 }

@@ -90,7 +90,7 @@ pub fn choose(weights: &[f32], cols: usize, count: usize, importance: Option<&[f
                 let mut counts = vec![0_usize; 1 << 16];
                 for rank in ranks(part * PART, weights) {
                     if shift == 16 || rank >> 16 == above {
-                        counts[(rank >> shift & 0xffff) as usize] += 1;
+                        counts[((rank >> shift) & 0xffff) as usize] += 1;
                     }
                 }
                 counts
@@ -113,7 +113,7 @@ pub fn choose(weights: &[f32], cols: usize, count: usize, importance: Option<&[f
     };
     let (high, left) = threshold(0, 16, count);
     let (low, mut equal) = threshold(high, 0, left);
-    let least = high << 16 | low;
+    let least = (high << 16) | low;
     let mut places = Vec::with_capacity(count);
     for (part, weights) in weights.chunks(PART).enumerate() {
         for (i, rank) in ranks(part * PART, weights).into_iter().enumerate() {
