@@ -138,6 +138,14 @@ pub enum Plane {
     Offsets,
     /// One integer zero point per group.
     ZeroPoints,
+    /// One multiplier per column; this and what follows is never a layout's, see [`crate::codec::extra`].
+    ColumnScales,
+    /// How many outliers each row has.
+    OutlierCounts,
+    /// The column of each outlier.
+    OutlierColumns,
+    /// What each outlier adds.
+    OutlierValues,
 }
 
 impl Plane {
@@ -152,6 +160,10 @@ impl Plane {
             Self::RowScales => "row_scales",
             Self::Offsets => "offsets",
             Self::ZeroPoints => "zero_points",
+            Self::ColumnScales => "column_scales",
+            Self::OutlierCounts => "outlier_counts",
+            Self::OutlierColumns => "outlier_columns",
+            Self::OutlierValues => "outlier_values",
         }
     }
 }

@@ -7,7 +7,8 @@
 //! | `W.mean_sq` | F32 `[cols]` | mean `x²` |
 //! | `W.tokens` | I64 `[]` | how many vectors were seen; taken for many where it is missing |
 //! | `W.second_moment` | F32 `[cols, cols]` | mean `x xᵀ` |
-//! | `W.mean_abs`, `W.fisher`, `W.fisher_rows`, `W.fisher_cols` | | for other uses; only their names are looked at |
+//! | `W.mean_abs` | F32 `[cols]` | mean `|x|`; the root of the mean square where it is missing |
+//! | `W.fisher`, `W.fisher_rows`, `W.fisher_cols` | | for other uses; only their names are looked at |
 //!
 //! Opening validates and indexes: whoever asks later gets moments for a name, or nothing. Second moments stay on disk
 //! until they are asked for. The `activation_stats` of a JSON bundle are the same thing: mean squares by name.
@@ -38,6 +39,8 @@ struct Weight {
     tokens: Option<u64>,
     /// The number of the tensor in the file.
     second_moment: Option<usize>,
+    /// The same.
+    mean_abs: Option<usize>,
 }
 
 /// The moments of the inputs of one weight.
@@ -124,6 +127,19 @@ impl Moments<'_> {
         read(source, index, what).map(Some).map_err(|e| e.in_file(&self.stats.name))
     }
 
+    /// Reads the mean magnitude of every input; the root of its mean square where that is not in the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file cannot be read, [`Error::Invalid`] when a number is negative or not finite.
+    pub fn mean_abs(&self) -> Result<Vec<f32>> {
+        let (Some(source), Some(index)) = (&self.stats.source, self.weight.mean_abs) else {
+            return Ok(self.weight.mean_sq.iter().map(|m| m.sqrt()).collect());
+        };
+        let what = || format!("'{}.mean_abs'", self.name);
+        let numbers = read(source, index, what).and_then(|n| check(&what(), &n).map(|()| n));
+        numbers.map_err(|e| e.in_file(&self.stats.name))
+    }
+
     /// Refuses moments of other inputs than those of a matrix of `cols` columns.
     ///
     /// # Errors
@@ -182,6 +198,13 @@ fn index(source: &Source) -> Result<BTreeMap<String, Weight>> {
                 let weight = Weight { second_moment: Some(index), ..Weight::default() };
                 others.push((name.to_owned(), info.name(), weight));
             }
+            "mean_abs" => {
+                if info.dtype() != DType::F32 || info.shape().len() != 1 {
+                    return Err(wrong("F32 of one dimension"));
+                }
+                let weight = Weight { mean_abs: Some(index), ..Weight::default() };
+                others.push((name.to_owned(), info.name(), weight));
+            }
             _ => {}
         }
     }
@@ -198,6 +221,16 @@ fn index(source: &Source) -> Result<BTreeMap<String, Weight>> {
                 )));
             }
             weight.second_moment = Some(index);
+        }
+        if let Some(index) = part.mean_abs {
+            let cols = source.tensors()[index].info().shape()[0];
+            if cols != weight.mean_sq.len() as u64 {
+                return Err(Error::invalid(format!(
+                    "tensor '{tensor}' is of {cols} inputs, but '{name}.mean_sq' of {}; calibrate again",
+                    weight.mean_sq.len()
+                )));
+            }
+            weight.mean_abs = Some(index);
         }
         weight.tokens = part.tokens.or(weight.tokens);
     }

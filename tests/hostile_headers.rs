@@ -80,9 +80,10 @@ fn preambles(cases: &mut Cases) {
     cases.file("version 0", Unsupported, "version 0 is not known, this build reads version 1", |f| f.version = 0);
     cases.file("version 2", Unsupported, "version 2 is not known, this build reads version 1", |f| f.version = 2);
     cases.file("highest version", Unsupported, "version 4294967295", |f| f.version = u32::MAX);
-    cases.file("unknown flag", Unsupported, "features 0x4, this build knows 0x3", |f| f.flags = 4);
-    cases.file("every flag", Unsupported, "features 0xfffffffc", |f| f.flags = u32::MAX);
+    cases.file("unknown flag", Unsupported, "features 0x8, this build knows 0x7", |f| f.flags = 8);
+    cases.file("every flag", Unsupported, "features 0xfffffff8", |f| f.flags = u32::MAX);
     cases.file("flag of coded planes without one", Corrupt, "coded planes and the planes contradict", |f| f.flags = 2);
+    cases.file("flag of extra planes without one", Corrupt, "extra planes and the planes contradict", |f| f.flags = 4);
     cases.file("first reserved byte", Corrupt, "reserved bytes", |f| f.reserved[0] = 1);
     cases.file("last reserved byte", Corrupt, "reserved bytes", |f| f.reserved[23] = 1);
     cases.file("file length too small", Corrupt, "trailing data", |f| f.file_bytes = Some(64));
@@ -150,6 +151,90 @@ fn codings(cases: &mut Cases) {
     let mut file = coded_sample().file();
     file.flags = 0;
     cases.add("coded planes without the flag", file.bytes(), Corrupt, "contradict");
+}
+
+/// A matrix with column scales and outliers.
+fn extra_sample() -> Artifact {
+    let scales: Vec<f32> = (1..=12).map(|i| i as f32 * 0.25).collect();
+    let outliers = [(0, 3, 7.5), (0, 11, -2.0), (2, 0, 0.125)];
+    let codec = codecs::get("int4_g8_fp16_v1").unwrap();
+    Artifact::new(vec![Entry::extra("e", [3, 12], codec, &scales, &outliers)])
+}
+
+fn extras(cases: &mut Cases) {
+    use Outcome::Corrupt;
+    let mut case = |name, says: &str, change: &dyn Fn(&mut Artifact)| {
+        let mut artifact = extra_sample();
+        change(&mut artifact);
+        cases.add(name, artifact.bytes(), Corrupt, says);
+    };
+    let drop = |a: &mut Artifact, name: &str| a.tensors[0].planes.retain(|p| p.name != name);
+    case("column scales without a plane", "has planes", &|a| drop(a, "column_scales"));
+    case("a plane of column scales that is not told", "has planes", &|a| a.tensors[0].column_scales = false);
+    case("outliers without counts", "has planes", &|a| drop(a, "outlier_counts"));
+    case("outliers without columns", "has planes", &|a| drop(a, "outlier_columns"));
+    case("outliers that are not told", "has planes", &|a| a.tensors[0].outliers = 0);
+    case("one outlier too many", "has planes", &|a| a.tensors[0].outliers = 4);
+    case("extra planes in another order", "has planes", &|a| a.tensors[0].planes.swap(3, 4));
+    case("more outliers than weights", "37 outliers of 36 weights", &|a| a.tensors[0].outliers = 37);
+    case("outliers without end", "outliers of", &|a| a.tensors[0].outliers = u64::MAX);
+    case("outliers in rows beyond 32 bits", "more than 32 bits count", &|a| a.tensors[0].shape = vec![1, 1 << 33]);
+    case("column scales of a raw tensor", "codec raw_v1 stores bytes as they are", &|a| {
+        a.tensors.push(Entry { column_scales: true, ..Entry::raw("r", DType::F32, &[1], &[0; 4]) });
+    });
+    case("outliers of a raw tensor", "codec raw_v1 stores bytes as they are", &|a| {
+        a.tensors.push(Entry { outliers: 1, ..Entry::raw("r", DType::F32, &[1], &[0; 4]) });
+    });
+    case("a coding of column scales", "which a plane of int4_g8_fp16_v1 does not take", &|a| {
+        a.tensors[0].planes[3].coding = Some("scales_v1".into());
+    });
+    let sample = extra_sample();
+    let mut add = |name, says: &str, from: &str, to: &str| {
+        cases.add(name, sample.file().edit(from, to).bytes(), Corrupt, says);
+    };
+    add("column scales that are false", NOT_CANONICAL, "\"column_scales\":true", "\"column_scales\":false");
+    add("column scales that are a number", "invalid type", "\"column_scales\":true", "\"column_scales\":1");
+    add(
+        "outliers in front of column scales",
+        NOT_CANONICAL,
+        "\"column_scales\":true,\"outliers\":3",
+        "\"outliers\":3,\"column_scales\":true",
+    );
+    add("a negative number of outliers", "invalid value", "\"outliers\":3", "\"outliers\":-3");
+    let mut file = extra_sample().file();
+    file.flags = 0;
+    cases.add("extra planes without the flag", file.bytes(), Corrupt, "contradict");
+    let plain = Entry { column_scales: false, outliers: 0, ..extra_sample().tensors[0].clone() };
+    let plain = Entry { planes: plain.planes[..3].to_vec(), ..plain };
+    let mut artifact = extra_sample();
+    artifact.identity = Some(Artifact::identity_of([plain].iter()));
+    cases.add("identity without extra planes", artifact.bytes(), Corrupt, "identity is");
+}
+
+#[test]
+fn extra_planes_that_break_a_rule_are_damage() {
+    let probe = Probe::new();
+    assert_eq!(probe.read(&extra_sample().bytes()), Outcome::Sound);
+    let damaged = |says: &str, plane: usize, at: usize, bytes: &[u8]| {
+        let mut artifact = extra_sample();
+        artifact.tensors[0].planes[plane].bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        match probe.read(&artifact.bytes()) {
+            Outcome::Damaged(what) => assert!(what.contains(says), "{what} does not say {says}"),
+            other => panic!("{says}: {other:?}"),
+        }
+    };
+    damaged("a value is 0", 3, 8, &0_f32.to_le_bytes());
+    damaged("a value is -0", 3, 8, &(-0_f32).to_le_bytes());
+    damaged("a value is NaN", 3, 0, &f32::NAN.to_le_bytes());
+    damaged("a value is inf", 3, 44, &f32::INFINITY.to_le_bytes());
+    damaged("do not add up", 4, 0, &1_u32.to_le_bytes());
+    damaged("do not add up", 4, 8, &u32::MAX.to_le_bytes());
+    damaged("column 12 of row 0", 5, 2, &12_u16.to_le_bytes());
+    damaged("column 65535 of row 2", 5, 4, &u16::MAX.to_le_bytes());
+    damaged("ascending", 5, 2, &3_u16.to_le_bytes());
+    damaged("ascending", 5, 2, &2_u16.to_le_bytes());
+    damaged("a value is inf", 6, 4, &0x7c00_u16.to_le_bytes());
+    damaged("a value is NaN", 6, 0, &0x7e00_u16.to_le_bytes());
 }
 
 #[test]
@@ -421,6 +506,7 @@ fn every_broken_rule_has_its_error() {
     let mut cases = Cases(Vec::new());
     preambles(&mut cases);
     codings(&mut cases);
+    extras(&mut cases);
     names(&mut cases);
     shapes(&mut cases);
     planes(&mut cases);

@@ -4,7 +4,7 @@
 
 use tenpak::codec::reference::{code, weight};
 use tenpak::coding;
-use tenpak::fit::entropy;
+use tenpak::fit::entropy::{self, Quantized};
 use tenpak::fit::gptq::{Options, decode, solve};
 use tenpak::fit::hessian::{Hessian, ldlq};
 use tenpak::fit::weighted::{self, Importance};
@@ -329,13 +329,14 @@ fn problem(rows: usize, cols: usize, vectors: usize) -> (Vec<f32>, Vec<f32>, Vec
     (weights, moment, importance.columns().to_vec())
 }
 
-/// The proxy loss of a matrix with these codes and scales, and how far rounding can move it.
-fn coded_loss(hessian: &Hessian, weights: &[f32], codes: &[u8], scales: &[f32]) -> (f64, f64) {
+/// The proxy loss of a quantized matrix, and how far rounding can move it.
+fn coded_loss(hessian: &Hessian, weights: &[f32], quantized: &Quantized) -> (f64, f64) {
     let cols = hessian.cols();
-    let rows = weights.chunks(cols).zip(codes.chunks(cols)).zip(scales);
+    let rows = weights.chunks(cols).zip(quantized.codes.chunks(cols)).zip(&quantized.scales);
     rows.fold((0.0, 0.0), |sum, ((weights, codes), &scale)| {
-        let value = |code: u8| f64::from(f32::from(i16::from(code) - 128) * scale);
-        let e: Vec<f64> = weights.iter().zip(codes).map(|(&w, &code)| f64::from(w) - value(code)).collect();
+        let column = |j: usize| quantized.column_scales.as_ref().map_or(1.0, |columns| columns[j]);
+        let value = |j: usize| f64::from(f32::from(i16::from(codes[j]) - 128) * scale * column(j));
+        let e: Vec<f64> = weights.iter().enumerate().map(|(j, &w)| f64::from(w) - value(j)).collect();
         (sum.0 + proxy(hessian, &e), sum.1 + slack(hessian, &e))
     })
 }
@@ -352,15 +353,32 @@ fn codes_for_a_rate_keep_it_and_lose_no_more_of_the_output_than_those_chosen_wit
         let mut codes = vec![0; rows * cols];
         coding::Stream::open(&solved.stream, rows, cols).unwrap().decode_all(&mut codes).unwrap();
         assert_eq!(codes, solved.codes);
-        let (loss, slack) = coded_loss(&hessian, &weights, &solved.codes, &solved.scales);
+        let (loss, slack) = coded_loss(&hessian, &weights, &solved);
         assert!((solved.weighted_error - loss).abs() <= slack, "{} is not {loss} ± {slack:e}", solved.weighted_error);
-        let (without, slack) = coded_loss(&hessian, &weights, &plain.codes, &plain.scales);
+        let (without, slack) = coded_loss(&hessian, &weights, &plain);
         assert!(loss <= without + slack, "{vectors} vectors, {bits} bits: {loss} with, {without} without");
         if vectors < cols {
             // Inputs of few dimensions leave most errors unseen: there the columns make up for each other.
             assert!(solved.choice.trellis.is_none() && loss < 0.8 * without, "{loss} with, {without} without");
         }
     }
+}
+
+#[test]
+fn columns_of_many_rows_get_steps_of_their_own_where_that_loses_less_at_the_same_bits() {
+    let (rows, cols, bits) = (768, 64, 3.0);
+    let (weights, moment, importance) = problem(rows, cols, 400);
+    let hessian = Hessian::new(moment, cols, 0.05).unwrap();
+    let solved = entropy::solve(&weights, rows, cols, bits, &hessian, &importance).unwrap();
+    let columns = solved.column_scales.as_ref().expect("inputs differ in size and have much in common");
+    assert!(columns.iter().all(|s| s.is_finite() && *s > 0.0) && columns.len() == cols);
+    let bytes = solved.stream.len() + solved.scales_stream.len() + 4 * cols;
+    assert!(bytes as f64 * 8.0 <= bits * weights.len() as f64, "{bytes} bytes");
+    let (loss, slack) = coded_loss(&hessian, &weights, &solved);
+    assert!((solved.weighted_error - loss).abs() <= slack, "{} is not {loss} ± {slack:e}", solved.weighted_error);
+    // Few rows cannot pay for them.
+    let few = entropy::solve(&weights[..4 * cols], 4, cols, bits, &hessian, &importance);
+    assert!(few.is_err() || few.is_ok_and(|few| few.column_scales.is_none()));
 }
 
 #[test]

@@ -60,6 +60,7 @@ def compress(
     stats: Path | None = None,
     fit: str | None = None,
     coded: bool = False,
+    outliers: float | None = None,
     nonfinite: str = "error",
     max_shard_size: int = 5_000_000_000,
     force: bool = False,
@@ -70,7 +71,8 @@ def compress(
 ) -> Report:
     """Compress a checkpoint into an artifact, streaming: memory does not grow with the model.
 
-    Only a tensor in ``ecu_v1``, whose size is open, is in memory as a whole while it is quantized.
+    Only a tensor in ``ecu_v1``, whose size is open, or with outliers or column scales is in memory as a whole while it is
+    quantized.
 
     Parameters
     ----------
@@ -81,13 +83,14 @@ def compress(
         whole or not at all. May be missing with ``dry_run``.
     codec
         Id of the codec of linear weights (2-D, ``[out, in]``, groups along ``in``), see :func:`codecs`;
-        ``int4_g32_fp16_v1`` when not given, or ``ecu_v1`` where a size is asked for.
+        ``int4_g32_fp16_v1`` when not given, or ``ecu_v1`` where a size is asked for. Or the name of a recipe: ``awq_v10``
+        or ``awq_v60``, for large models, which need ``stats``.
     target_bits
         Bits per weight on disk of the tensors in ``ecu_v1``, any number from 0.1 to 8. In memory they take 8.
     target_size
         Bytes of the whole output: the tensors in ``ecu_v1`` get what the rest leaves.
     recipe
-        TOML text that says which codec for which tensor, instead of ``codec``.
+        TOML text that says which codec for which tensor, or the name of a recipe, instead of ``codec``.
     roles
         Other codecs by role: ``attention``, ``mlp``, ``linear``, ``router``, ``embedding``, ``head``.
     rules
@@ -100,12 +103,15 @@ def compress(
         Statistics of the model's inputs, from :func:`tenpak.calibrate.calibrate`.
     fit
         What scales and codes are chosen by: ``codec`` (its own fit), ``search`` (least squared error), ``weighted``
-        (the same, weighted by the mean squares of the inputs), ``gptq`` (least error of the layer's output). By
+        (the same, weighted by the mean squares of the inputs), ``gptq`` (least error of the layer's output), ``awq``
+        (column scales from the magnitudes of the inputs, for tensors with 4-bit codes; kept with them). By
         default ``codec``; with ``stats`` ``gptq``, or ``weighted`` where the file has no second moments. A tensor
         that lacks what its fit needs is named in ``notes``; statistics of another shape are an error.
     coded
         Entropy-code every plane that gets shorter by it: the same weights and the same identity in a smaller file,
         decoded when it is opened instead of mapped. A tensor at a time is in memory.
+    outliers
+        Part of the weights with 4-bit codes to store by themselves, such as 0.005: those that save most.
     nonfinite
         What to do about NaN and infinities: ``error``, ``zero``, ``clamp`` or ``raw``.
     max_shard_size
@@ -147,6 +153,7 @@ def compress(
             None if stats is None else os.fspath(stats),
             fit,
             coded,
+            outliers,
             nonfinite,
             max_shard_size,
             force,

@@ -76,3 +76,14 @@ def output(shape: tuple[int, ...], name: str, out: Array | None) -> Array:
             f"expected a writable, C-contiguous array of dtype {dtype} and shape {shape}"
         )
     return out
+
+
+#: Planes that any codec's matrix may have, in stored order, behind the codec's own: one dimension each.
+EXTRA_PLANES = ("column_scales", "outlier_counts", "outlier_columns", "outlier_values")
+
+
+def plane_shape(plane: str, rows: int, size: int) -> tuple[int, ...]:
+    """Return the shape of a plane of a matrix of ``rows`` rows that holds ``size`` bytes or elements."""
+    if plane in EXTRA_PLANES:
+        return (-1,) if size else (0,)
+    return (rows, -1 if size else 0)

@@ -147,8 +147,10 @@ class Artifact(Mapping[str, Entry]):
         -------
         dict
             ``codes`` and ``zero_points`` as uint8 ``[rows, bytes of a row]``; ``scales`` and ``offsets`` as float16 or
-            float32 ``[rows, groups]``; ``data`` of a raw tensor in its source's shape. The views stay valid after
-            the artifact is gone.
+            float32 ``[rows, groups]``; where there are any, ``column_scales`` as float32 ``[cols]``, and of outliers
+            ``outlier_counts`` as uint32 ``[rows]``, ``outlier_columns`` as uint16 or uint32 and ``outlier_values`` as
+            float16 ``[outliers]``; ``data`` of a raw tensor in its source's shape. The views stay valid after the
+            artifact is gone.
 
         Raises
         ------
@@ -160,7 +162,7 @@ class Artifact(Mapping[str, Entry]):
         entry = self[name]
         planes = {}
         for plane, dtype, data in self._inner.planes(name):
-            shape = entry.shape if plane == "data" else (entry.rows, -1 if data.size else 0)
+            shape = entry.shape if plane == "data" else _arrays.plane_shape(plane, entry.rows, data.size)
             planes[plane] = data.view(_arrays.numpy_dtype(dtype)).reshape(shape)
         return planes
 

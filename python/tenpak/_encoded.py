@@ -41,7 +41,7 @@ class Encoded:
         planes = {}
         for name, dtype, data in self._matrix.planes():
             flat: Array = np.frombuffer(data, _arrays.numpy_dtype(dtype))
-            planes[name] = flat.reshape(self.rows, -1 if flat.size else 0)
+            planes[name] = flat.reshape(_arrays.plane_shape(name, self.rows, flat.size))
         return planes
 
     @property
@@ -61,7 +61,9 @@ class Encoded:
         return f"Encoded({self.shape}, codec={self.codec!r}, {self.bits_per_weight:.3f} bits/weight)"
 
 
-def encode(array: Array, codec: str) -> Encoded:
+def encode(
+    array: Array, codec: str, *, column_scales: Array | None = None, outliers: float | None = None
+) -> Encoded:
     """Encode an array.
 
     Parameters
@@ -71,6 +73,12 @@ def encode(array: Array, codec: str) -> Encoded:
         Arrays that are not C-contiguous are copied.
     codec
         Id of a codec other than ``raw_v1``.
+    column_scales
+        float32 ``[cols]``, finite and not zero: weights are divided by the scale of their column before they are encoded
+        and multiplied with it when they are decoded. A plane of its own; any codec takes it.
+    outliers
+        Part of the weights, above 0 and at most 0.1, to store by themselves as float16: those of the greatest squares,
+        32 bits each (48 where there are more than 65536 columns). The rest is encoded without them.
 
     Returns
     -------
@@ -80,7 +88,7 @@ def encode(array: Array, codec: str) -> Encoded:
     Raises
     ------
     InvalidError
-        Another dtype, or weights whose scales leave the range of their stored type.
+        Another dtype, weights whose scales leave the range of their stored type, or column scales that break a rule.
     NonfiniteError
         A weight is NaN or infinite.
     UnsupportedError
@@ -94,7 +102,9 @@ def encode(array: Array, codec: str) -> Encoded:
     rows = 1
     for dim in shape[:-1]:
         rows *= dim
-    return Encoded(_tenpak.encode(_arrays.as_bytes(contiguous), name, rows, cols, codec), shape)
+    scales = None if column_scales is None else np.asarray(column_scales, np.float32).tolist()
+    matrix = _tenpak.encode(_arrays.as_bytes(contiguous), name, rows, cols, codec, scales, outliers)
+    return Encoded(matrix, shape)
 
 
 def decode(encoded: Encoded, dtype: npt.DTypeLike | str = "float32", out: Array | None = None) -> Array:

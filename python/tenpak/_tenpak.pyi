@@ -38,6 +38,10 @@ class Entry:
     @property
     def coding(self) -> dict[str, str]: ...
     @property
+    def column_scales(self) -> bool: ...
+    @property
+    def outliers(self) -> int: ...
+    @property
     def bits_per_weight(self) -> float: ...
 
 @final
@@ -99,6 +103,7 @@ def compress(
     stats: str | None,
     fit: str | None,
     coded: bool,
+    outliers: float | None,
     nonfinite: str,
     max_shard_size: int,
     force: bool,
@@ -146,7 +151,15 @@ def materialize(
 ) -> str: ...
 def codecs_json() -> str: ...
 def decode_plane(codec: str, plane: str, rows: int, cols: int, stream: _Bytes) -> bytes: ...
-def encode(bytes: npt.NDArray[Any], dtype: str, rows: int, cols: int, codec: str) -> Matrix: ...
+def encode(
+    bytes: npt.NDArray[Any],
+    dtype: str,
+    rows: int,
+    cols: int,
+    codec: str,
+    column_scales: list[float] | None,
+    outliers: float | None,
+) -> Matrix: ...
 def multiply(
     codec: str,
     rows: int,

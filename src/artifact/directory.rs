@@ -28,6 +28,7 @@ use super::map::ArtifactFile;
 use super::store::{Content, Directory, Place, Store};
 use super::writer::place;
 use super::{HEADER_FILE, HEADER_SUM};
+use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
@@ -88,6 +89,11 @@ fn as_tensor(entry: &Entry, place: &PlaneEntry) -> Result<(TensorInfo, u64)> {
     let Layout::Grouped(layout) = &entry.codec().layout else { return Ok((own.clone(), own.dtype().size())) };
     let (rows, cols) = entry.matrix();
     let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
+    let base = own.name().strip_suffix(".weight").filter(|base| !base.is_empty()).unwrap_or(own.name());
+    let name = format!("{base}.{}", plane.name());
+    if let Some((dtype, count)) = entry.extras().elements(plane, rows, entry.matrix().1) {
+        return Ok((TensorInfo::new(name, dtype, vec![count])?, dtype.size()));
+    }
     let (dtype, width) = match plane {
         // Rows of codes are whole words.
         Plane::Codes | Plane::HighCodes => (DType::U8, 4),
@@ -97,11 +103,9 @@ fn as_tensor(entry: &Entry, place: &PlaneEntry) -> Result<(TensorInfo, u64)> {
             let dtype = layout.offset().map_or(DType::U8, crate::layout::Float::dtype);
             (dtype, dtype.size())
         }
-        Plane::ZeroPoints | Plane::Data => (DType::U8, 1),
+        _ => (DType::U8, 1),
     };
     let stride = entry.codec().layout.stride(plane, own.dtype(), cols) as u64;
-    let base = own.name().strip_suffix(".weight").filter(|base| !base.is_empty()).unwrap_or(own.name());
-    let name = format!("{base}.{}", plane.name());
     if place.coding.is_some() {
         return Ok((TensorInfo::new(name, DType::U8, vec![place.bytes])?, 1));
     }
@@ -117,8 +121,11 @@ pub(crate) fn quantization_config(entries: &[Entry]) -> String {
         let codings = e.planes().iter().filter_map(|p| p.coding.map(|c| (p.plane.name(), c.id())));
         let codings =
             codings.map(|(plane, id)| format!("{}: {}", json(plane), json(id))).collect::<Vec<_>>().join(", ");
+        let extras = e.extras();
+        let scaled = if extras.column_scales { ", \"column_scales\": true" } else { "" };
+        let outliers = if extras.outliers > 0 { format!(", \"outliers\": {}", extras.outliers) } else { String::new() };
         let coding = if codings.is_empty() { String::new() } else { format!(", \"coding\": {{{codings}}}") };
-        format!("\n      {name}: {{\"codec\": {codec}, \"dtype\": {dtype}, \"shape\": [{shape}]{transposed}{coding}}}")
+        format!("\n      {name}: {{\"codec\": {codec}, \"dtype\": {dtype}, \"shape\": [{shape}]{transposed}{scaled}{outliers}{coding}}}")
     });
     let tensors = tensors.collect::<Vec<_>>().join(",");
     let method = json(METHOD);
@@ -269,6 +276,10 @@ struct Tensor {
     shape: Vec<u64>,
     #[serde(default)]
     transposed: bool,
+    #[serde(default)]
+    column_scales: bool,
+    #[serde(default)]
+    outliers: u64,
     /// Planes and their codings.
     #[serde(default)]
     coding: BTreeMap<String, String>,
@@ -326,7 +337,8 @@ fn entries(quantized: BTreeMap<String, Tensor>, source: &Source, limits: &Limits
             Error::unsupported(format!("tensor '{name}' has the unknown dtype '{}'; upgrade tenpak", tensor.dtype))
         })?;
         let info = TensorInfo::within(limits, name, dtype, tensor.shape)?;
-        let mut entry = Entry::unplaced(info, codecs::get(&tensor.codec)?, tensor.transposed)?;
+        let extras = Extras { column_scales: tensor.column_scales, outliers: tensor.outliers };
+        let mut entry = Entry::unplaced(info, codecs::get(&tensor.codec)?, tensor.transposed)?.with_extras(extras)?;
         let names = stored(std::slice::from_ref(&entry))?;
         for (plane, id) in &tensor.coding {
             let coding = Coding::get(id)?;

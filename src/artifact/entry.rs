@@ -9,6 +9,7 @@ use super::checksum::{chunks, from_hex, to_hex};
 use super::coded::Coding;
 use super::identity::Identity;
 use crate::codec::Codec;
+use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::fit::{Fit, Rate};
@@ -45,6 +46,7 @@ pub struct Entry {
     codec: &'static Codec,
     transposed: bool,
     rate: Option<Rate>,
+    extras: Extras,
     planes: Box<[PlaneEntry]>,
 }
 
@@ -56,20 +58,26 @@ impl Entry {
     /// [`Error::Invalid`] when the codec cannot hold the tensor: a lossy codec and integers, a transposed tensor that
     /// is not a matrix, or sizes beyond 63 bits.
     pub(crate) fn unplaced(info: TensorInfo, codec: &'static Codec, transposed: bool) -> Result<Self> {
-        let mut entry = Self { info, codec, transposed, rate: None, planes: Box::default() };
-        entry.planes = entry
-            .plane_bytes()?
-            .into_iter()
-            .map(|(plane, bytes)| PlaneEntry {
-                plane,
-                coding: None,
-                offset: 0,
-                bytes,
-                crc32c: Box::default(),
-                blake3: Identity([0; 32]),
-            })
-            .collect();
-        Ok(entry)
+        Self { info, codec, transposed, rate: None, extras: Extras::NONE, planes: Box::default() }
+            .with_extras(Extras::NONE)
+    }
+
+    /// The same entry with extra planes, none of its planes placed or coded.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the codec stores bytes as they are, or there are more outliers than weights.
+    pub(crate) fn with_extras(mut self, extras: Extras) -> Result<Self> {
+        self.extras = extras;
+        let plane = |(plane, bytes)| PlaneEntry {
+            plane,
+            coding: None,
+            offset: 0,
+            bytes,
+            crc32c: Box::default(),
+            blake3: Identity([0; 32]),
+        };
+        self.planes = self.plane_bytes()?.into_iter().map(plane).collect();
+        Ok(self)
     }
 
     /// The same entry, at a rate that was asked for.
@@ -126,7 +134,13 @@ impl Entry {
             )));
         }
         let (rows, cols) = self.matrix();
-        self.codec.layout.plane_bytes(self.info.dtype(), rows, cols)
+        let mut planes = self.codec.layout.plane_bytes(self.info.dtype(), rows, cols)?;
+        if self.extras != Extras::NONE {
+            let of = |e| Error::invalid(format!("tensor '{name}': {e}"));
+            self.codec.grouped().map_err(of)?;
+            planes.extend(self.extras.plane_bytes(rows, cols).map_err(of)?);
+        }
+        Ok(planes)
     }
 
     /// Name, dtype and shape of the source tensor.
@@ -161,6 +175,12 @@ impl Entry {
     #[must_use]
     pub fn rate(&self) -> Option<Rate> {
         self.rate
+    }
+
+    /// Which planes there are beside the codec's.
+    #[must_use]
+    pub fn extras(&self) -> Extras {
+        self.extras
     }
 
     /// Whether a plane is coded.
@@ -208,6 +228,7 @@ impl Entry {
         self.info == other.info
             && self.codec == other.codec
             && self.transposed == other.transposed
+            && self.extras == other.extras
             && self.planes.iter().zip(&other.planes).all(|(a, b)| a.blake3 == b.blake3)
     }
 }
@@ -231,11 +252,20 @@ struct EntryJson {
     codec: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rate: Option<u32>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    column_scales: bool,
+    #[serde(default, skip_serializing_if = "is_none")]
+    outliers: u64,
     #[serde(deserialize_with = "short")]
     planes: Vec<PlaneJson>,
 }
 
-/// The most dimensions or planes that an entry may list, whatever the limits: no codec has more than three planes.
+/// By reference, as serde calls it.
+fn is_none(outliers: &u64) -> bool {
+    *outliers == 0
+}
+
+/// The most dimensions or planes that an entry may list, whatever the limits: no tensor has as many planes.
 const SHORT: usize = 16;
 
 /// Reads an array of at most [`SHORT`] elements, so that a hostile one takes no memory.
@@ -292,6 +322,8 @@ impl Serialize for Entry {
             transposed: self.transposed,
             codec: self.codec.id.into(),
             rate: self.rate.map(Rate::thousandths),
+            column_scales: self.extras.column_scales,
+            outliers: self.extras.outliers,
             planes: self.planes.iter().map(plane).collect(),
         }
         .serialize(s)
@@ -341,7 +373,9 @@ impl EntryJson {
         // The caller's limits are applied by `HeaderIn::check`; here only what no limit may lift.
         let lifted = Limits { dims: u64::MAX, name_bytes: u64::MAX, ..Limits::DEFAULT };
         let info = TensorInfo::within(&lifted, self.name, dtype, self.shape)?;
+        let extras = Extras { column_scales: self.column_scales, outliers: self.outliers };
         let mut entry = Entry::unplaced(info, codec, self.transposed)?
+            .with_extras(extras)?
             .at_rate(self.rate.map(Rate::from_thousandths).transpose()?)?;
         for (index, plane) in self.planes.iter().enumerate().take(entry.planes.len()) {
             if let Some(id) = &plane.coding {

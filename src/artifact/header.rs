@@ -13,8 +13,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::attached::{self, AttachedFile};
 use super::entry::{ALIGN, EntriesIn, Entry, align};
 use super::identity::{self, Identity};
-use super::preamble::{FLAG_CODED, FLAG_DELTA, Preamble};
+use super::preamble::{FLAG_CODED, FLAG_DELTA, FLAG_EXTRA, Preamble};
 use super::text::{Count, Text};
+use crate::codec::extra::Extras;
 use crate::compress::Nonfinite;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
@@ -205,7 +206,10 @@ impl Header {
     /// The flags of the preamble.
     pub(super) fn flags(&self) -> u32 {
         let coded = self.tensors.iter().any(Entry::is_coded);
-        (u32::from(self.delta.is_some()) * FLAG_DELTA) | (u32::from(coded) * FLAG_CODED)
+        let extra = self.tensors.iter().any(|t| t.extras() != Extras::NONE);
+        (u32::from(self.delta.is_some()) * FLAG_DELTA)
+            | (u32::from(coded) * FLAG_CODED)
+            | (u32::from(extra) * FLAG_EXTRA)
     }
 
     /// Writes the canonical JSON.
@@ -320,6 +324,9 @@ impl HeaderIn {
         // A header without a preamble has no flags.
         if ends_planes && tensors.iter().any(Entry::is_coded) != (flags & FLAG_CODED != 0) {
             return Err(bad("the flag of coded planes and the planes contradict each other".into()));
+        }
+        if ends_planes && tensors.iter().any(|t| t.extras() != Extras::NONE) != (flags & FLAG_EXTRA != 0) {
+            return Err(bad("the flag of extra planes and the planes contradict each other".into()));
         }
         if let Some(delta) = &self.delta {
             delta.check_runs(tensors.len() as u64).map_err(|what| bad(format!("delta: {what}")))?;

@@ -59,7 +59,15 @@ pub(crate) fn of<'a>(tensors: impl ExactSizeIterator<Item = &'a Entry>) -> Ident
             hasher.update(&dim.to_le_bytes());
         }
         hasher.update(&[u8::from(tensor.transposed())]);
-        text(&mut hasher, tensor.codec().id);
+        // No id has a plus, so that no tensor can pass for another.
+        let mut codec = tensor.codec().id.to_owned();
+        if tensor.extras().column_scales {
+            codec += "+column_scales";
+        }
+        if tensor.extras().outliers > 0 {
+            codec += "+outliers";
+        }
+        text(&mut hasher, &codec);
         for plane in tensor.planes() {
             hasher.update(&plane.blake3.0);
         }

@@ -14,10 +14,11 @@ use super::header::Header;
 use super::identity::Identity;
 use super::store::{CHANGED, Store};
 use super::verify::bad_content;
+use crate::codec::extra::{ExtraPlanes, Extras};
 use crate::codec::{self, Planes};
 use crate::error::{Error, Result};
 use crate::file::{Access, Block, InputFile};
-use crate::layout::Layout;
+use crate::layout::{Layout, Plane};
 use crate::limits::Limits;
 use crate::tensor;
 
@@ -126,6 +127,22 @@ impl ArtifactFile {
     pub fn plane(&self, tensor: usize, plane: usize) -> Result<Block> {
         let bytes = self.tensors()[tensor].plain_bytes(plane);
         self.range(tensor, plane, 0, bytes)
+    }
+
+    /// Reads the extra planes of a tensor and checks all that holds of them.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming tensor and plane; [`Error::Io`].
+    pub fn check_extras(&self, tensor: usize) -> Result<()> {
+        let entry = &self.tensors()[tensor];
+        let rows = entry.matrix().0;
+        let parts = extra_parts(entry, 0, rows, |plane, start, bytes| self.range(tensor, plane, start, bytes));
+        parts.and_then(|parts| with_extras(entry, rows, &parts, |_| Ok(()))).map_err(|e| self.of_file(e))
+    }
+
+    /// An error about a tensor as one of the file.
+    fn of_file(&self, error: Error) -> Error {
+        if let Error::Corrupt { .. } = error { error.in_file(self.path()) } else { error }
     }
 
     /// The attached files, by name.
@@ -251,6 +268,7 @@ impl ArtifactFile {
         decode_rows(&self.tensors()[tensor], first_row, out, |plane, start, bytes| {
             self.range(tensor, plane, start, bytes)
         })
+        .map_err(|e| self.of_file(e))
     }
 }
 
@@ -292,8 +310,69 @@ pub(crate) fn decode_rows<B: Deref<Target = [u8]>>(
         Layout::Raw => tensor::to_f32(dtype, &parts[0], out),
         Layout::Grouped(layout) => {
             let slices: Vec<&[u8]> = parts.iter().map(|b| &**b).collect();
-            codec::decode_planes(layout, &Planes::new(layout, &slices), cols, out);
+            let extra = extra_parts(entry, first_row, count, read)?;
+            with_extras(entry, count, &extra, |extra| {
+                codec::decode_matrix(layout, &Planes::new(layout, &slices), extra, cols, out)
+            })?;
         }
     }
     Ok(())
+}
+
+/// The extra planes of `count` rows from `first` on; what counts say must be seen as a whole.
+fn extra_parts<B: Deref<Target = [u8]>>(
+    entry: &Entry,
+    first: u64,
+    count: u64,
+    read: impl Fn(usize, u64, u64) -> Result<B>,
+) -> Result<Vec<Vec<u8>>> {
+    if entry.extras() == Extras::NONE {
+        return Ok(Vec::new());
+    }
+    let (rows, cols) = entry.matrix();
+    let own = entry.codec().layout.planes().len();
+    let mut skipped = 0;
+    let mut taken = 0;
+    let mut parts = Vec::new();
+    for (plane, place) in entry.planes().iter().enumerate().skip(own) {
+        let width = entry.extras().elements(place.plane, rows, cols).map_or(1, |(dtype, _)| dtype.size());
+        let whole = || read(plane, 0, place.bytes);
+        parts.push(match place.plane {
+            Plane::ColumnScales => whole()?.to_vec(),
+            Plane::OutlierCounts => {
+                let counts = whole()?;
+                let number = |bytes: &[u8; 4]| u64::from(u32::from_le_bytes(*bytes));
+                let sum = |counts: &[u8]| counts.as_chunks::<4>().0.iter().map(number).sum::<u64>();
+                let [from, until] =
+                    [first, first + count].map(|row| usize::try_from(4 * row).expect("a part of what was just read"));
+                (skipped, taken) = (sum(&counts[..from]), sum(&counts[from..until]));
+                if skipped + taken + sum(&counts[until..]) != entry.extras().outliers {
+                    return Err(wrong(entry, "counts do not add up to the number of outliers"));
+                }
+                counts[from..until].to_vec()
+            }
+            _ => read(plane, skipped * width, taken * width)?.to_vec(),
+        });
+    }
+    Ok(parts)
+}
+
+/// Gives the extra planes of `count` rows to `work`, once all that holds of them was found to hold.
+fn with_extras(
+    entry: &Entry,
+    count: u64,
+    parts: &[Vec<u8>],
+    work: impl FnOnce(&ExtraPlanes<'_>) -> Result<()>,
+) -> Result<()> {
+    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+    let size = |n: u64| usize::try_from(n).map_err(|_| Error::invalid("the matrix is larger than memory"));
+    let (rows, cols) = (size(count)?, size(entry.matrix().1)?);
+    let extra = ExtraPlanes::new(&parts, rows, cols).and_then(|extra| extra.check().map(|()| extra));
+    work(&extra.map_err(|e| wrong(entry, &e.to_string()))?)
+}
+
+/// The error of extra planes that break a rule.
+fn wrong(entry: &Entry, what: &str) -> Error {
+    let at = entry.planes().get(entry.codec().layout.planes().len()).map_or(0, |place| place.offset);
+    Error::corrupt(at, format!("tensor '{}': {what}; fetch or write the file again", entry.info().name()))
 }

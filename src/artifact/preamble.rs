@@ -14,8 +14,10 @@ pub const VERSION: u32 = 1;
 pub const FLAG_DELTA: u32 = 1;
 /// Flag bit of an artifact that has coded planes.
 pub const FLAG_CODED: u32 = 2;
+/// Flag bit of an artifact that has extra planes.
+pub const FLAG_EXTRA: u32 = 4;
 /// The flags that this build knows.
-const FLAGS: u32 = FLAG_DELTA | FLAG_CODED;
+const FLAGS: u32 = FLAG_DELTA | FLAG_CODED | FLAG_EXTRA;
 
 /// The first 64 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

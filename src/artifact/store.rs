@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::file::{Block, InputFile};
 
 /// The most planes that a tensor has.
-pub(super) const PLANES: usize = 4;
+pub(super) const PLANES: usize = 4 + 4;
 
 /// Where a plane of a directory begins.
 #[derive(Debug, Clone, Copy, Default)]

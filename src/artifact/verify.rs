@@ -8,6 +8,7 @@ use super::entry::{CHUNK, Entry, align};
 use super::identity::Identity;
 use super::map::{ArtifactFile, bad_file};
 use super::store::Store;
+use crate::codec::extra::bad_scale;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::layout::{Float, Layout, Plane};
@@ -49,8 +50,12 @@ pub struct Verified {
 pub fn verify(artifact: &ArtifactFile, mut step: impl FnMut(u64) -> Result<()>) -> Result<Verified> {
     let mut result = Verified { bytes: 0, chunks: 0, problems: Vec::new() };
     for (tensor, entry) in artifact.tensors().iter().enumerate() {
+        let before = result.problems.len();
         for plane in 0..entry.planes().len() {
             check_plane(artifact, (tensor, plane), &mut result, &mut step)?;
+        }
+        if result.problems.len() == before {
+            check_extras(artifact, tensor, &mut result)?;
         }
     }
     for index in 0..artifact.files().len() {
@@ -164,6 +169,16 @@ fn check_plane(
     Ok(())
 }
 
+/// Checks what extra planes, sound each by itself, say together.
+fn check_extras(artifact: &ArtifactFile, tensor: usize, result: &mut Verified) -> Result<()> {
+    let Err(e) = artifact.check_extras(tensor) else { return Ok(()) };
+    let Error::Corrupt { at, what } = e.root() else { return Err(e) };
+    let name = artifact.tensors()[tensor].info().name().to_owned();
+    let problem = Problem { tensor: Some(name), plane: None, file: None, chunk: None, at: *at, what: what.clone() };
+    result.problems.push(problem);
+    Ok(())
+}
+
 /// Decodes a coded plane whose chunks are sound and gives its digest; `found` is told what no layout allows.
 fn coded_digest(
     artifact: &ArtifactFile,
@@ -198,7 +213,10 @@ pub(super) fn bad_content(entry: &Entry, plane: Plane, start: u64, bytes: &[u8])
         Plane::Scales if layout.bank().is_some() => None,
         Plane::Scales | Plane::RowScales => not_finite(layout.scale(), bytes),
         Plane::Offsets => not_finite(layout.offset()?, bytes),
-        Plane::Data => None,
+        Plane::ColumnScales => bad_scale(bytes),
+        Plane::OutlierValues => not_finite(Float::F16, bytes),
+        // Counts and columns mean something together only.
+        Plane::Data | Plane::OutlierCounts | Plane::OutlierColumns => None,
     }
 }
 

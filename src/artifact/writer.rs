@@ -18,6 +18,7 @@ use super::map::{ArtifactFile, decode_rows};
 use super::preamble::Preamble;
 use super::store::Store;
 use crate::codec::Codec;
+use crate::codec::extra::Extras;
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
 use crate::fit::Rate;
@@ -72,6 +73,8 @@ pub(crate) struct Whole {
     pub transposed: bool,
     /// Bits per weight that were asked for.
     pub rate: Option<Rate>,
+    /// Which planes there are beside the codec's.
+    pub extras: Extras,
 }
 
 /// What was written.
@@ -154,7 +157,7 @@ impl Writer {
         how: Whole,
         planes: Vec<Prepared>,
     ) -> Result<TensorWriter> {
-        let mut entry = Entry::unplaced(info, codec, how.transposed)?.at_rate(how.rate)?;
+        let mut entry = Entry::unplaced(info, codec, how.transposed)?.with_extras(how.extras)?.at_rate(how.rate)?;
         for (index, plane) in planes.iter().enumerate() {
             if let Some(coding) = plane.coding {
                 entry.set_coding(index, coding, plane.stored.len() as u64)?;
@@ -354,7 +357,7 @@ pub(crate) fn planned<'a>(
     let mut end = ALIGN;
     let mut entries = Vec::new();
     for (info, codec, how) in tensors {
-        let mut entry = Entry::unplaced(info, codec, how.transposed)?.at_rate(how.rate)?;
+        let mut entry = Entry::unplaced(info, codec, how.transposed)?.with_extras(how.extras)?.at_rate(how.rate)?;
         coded::plan(&mut entry)?;
         let mut entry = place(entry, end)?;
         entry.planes_mut().iter_mut().for_each(|plane| plane.crc32c = vec![0; chunks(plane.bytes)].into());
@@ -423,6 +426,7 @@ impl TensorWriter {
     pub(crate) fn same_as(&self, other: &Entry) -> bool {
         other.codec() == self.entry.codec()
             && other.transposed() == self.entry.transposed()
+            && other.extras() == self.entry.extras()
             && other.info() == self.entry.info()
             && other
                 .planes()

@@ -13,6 +13,7 @@ use crate::compress::{Options, Report, compress_as, plan_as};
 use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
 use crate::fit::Rate;
+use crate::fit::outliers::Share;
 use crate::measure::Distance;
 use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
@@ -35,8 +36,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     stats: Option<PathBuf>,
     /// What scales and codes are chosen by: the codec's own fit, least squared error, the same weighted by what flows in,
-    /// or least error of the layer's output [default: with --stats gptq, or weighted without second moments; else codec]
-    #[arg(long, value_parser = ["codec", "search", "weighted", "gptq"], value_name = "FIT", hide_possible_values = false)]
+    /// least error of the layer's output, or column scales from the magnitudes of what flows in [default: with --stats gptq, or weighted without second moments; else codec]
+    #[arg(long, value_parser = ["codec", "search", "weighted", "gptq", "awq"], value_name = "FIT", hide_possible_values = false)]
     fit: Option<String>,
     /// Entropy-code every plane that gets shorter by it: the same weights in a smaller file, decoded when it is opened
     /// instead of mapped
@@ -62,7 +63,7 @@ pub(super) struct Arguments {
 /// Which codec for which tensor.
 #[derive(Debug, Args)]
 pub(super) struct Choice {
-    /// Codec of the linear weights, see `tenpak codecs` [default: int4_g32_fp16_v1, or ecu_v1 where a size is asked for]
+    /// Codec of the linear weights, see `tenpak codecs`, or a named recipe: awq_v10, awq_v60 [default: int4_g32_fp16_v1, or ecu_v1 where a size is asked for]
     #[arg(long, value_name = "ID", conflicts_with = "recipe")]
     codec: Option<String>,
     /// Bits per weight on disk of the tensors in ecu_v1, such as 4.25; in memory they take 8
@@ -71,9 +72,12 @@ pub(super) struct Choice {
     /// Size of the whole output, such as 4GiB or 900MB: the tensors in ecu_v1 get what the rest leaves
     #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "target_bits")]
     target_size: Option<u64>,
-    /// TOML file of rules, instead of --codec
+    /// TOML file of rules, or a named recipe, instead of --codec
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
+    /// Part of the weights with 4-bit codes to store by themselves, those that save most, such as 0.005
+    #[arg(long, value_name = "PART")]
+    outliers: Option<Share>,
     /// Another codec for a role: attention, mlp, linear, router, embedding, head
     #[arg(long, value_name = "ROLE=ID")]
     role: Vec<String>,
@@ -103,7 +107,13 @@ impl Choice {
     /// The recipe, and the size that it is to be fitted to.
     pub fn recipe(&self, fit: Option<&str>) -> Result<(Recipe, Option<u64>)> {
         let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
-        let text = self.recipe.as_ref().map(read).transpose()?;
+        let text = match &self.recipe {
+            Some(path) => match path.to_str().filter(|name| Recipe::named(name).is_some()) {
+                Some(name) if !path.exists() => Some(name.to_owned()),
+                _ => Some(read(path)?),
+            },
+            None => None,
+        };
         let recipe = Request {
             codec: self.codec.as_deref(),
             // A size says that some size is to be chosen, and so does any rate.
@@ -115,6 +125,7 @@ impl Choice {
             exclude: &self.exclude,
             all: self.all,
             fit,
+            outliers: self.outliers,
         }
         .recipe()?;
         Ok((recipe, self.target_size))

@@ -7,6 +7,7 @@ pub(crate) mod batch;
 pub(crate) mod convert;
 mod decode;
 mod encode;
+pub mod extra;
 pub mod isa;
 pub(crate) mod kind;
 pub(crate) mod lanes;
@@ -15,9 +16,11 @@ pub mod reference;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::fit::{Fit, OutOfRange};
+use crate::fit::outliers::Share;
+use crate::fit::{self, Fit, OutOfRange};
 use crate::layout::{Grouped, Layout, Plane};
 use crate::tensor::DType;
+use extra::{ExtraPlanes, Extras, Outlier};
 
 /// A registered way to store a matrix: see [`crate::codecs`].
 #[derive(Debug, PartialEq)]
@@ -220,16 +223,23 @@ pub fn decode_rows(layout: &Grouped, planes: &Planes<'_>, cols: usize, out: &mut
     isa::best().decode_rows(layout, planes, cols, out);
 }
 
-/// Refuses planes that are not those of a `rows x cols` matrix in `layout`.
+/// Refuses planes that are not those of a `rows x cols` matrix in `layout`, and gives the extra ones behind them.
 ///
 /// # Errors
 /// [`Error::Invalid`] naming the plane, its length and the expected one.
-pub(crate) fn check_planes(layout: &Layout, rows: usize, cols: usize, planes: &[&[u8]]) -> Result<()> {
+pub(crate) fn check_planes<'a>(
+    layout: &Layout,
+    rows: usize,
+    cols: usize,
+    planes: &[&'a [u8]],
+) -> Result<ExtraPlanes<'a>> {
     let expected = layout.plane_bytes(DType::F32, rows as u64, cols as u64)?;
-    if planes.len() != expected.len() {
+    let Some((planes, extra)) =
+        planes.split_at_checked(expected.len()).filter(|(_, extra)| Extras::of(extra).is_some())
+    else {
         let names: Vec<_> = expected.iter().map(|(plane, _)| plane.name()).collect();
         return Err(Error::invalid(format!("{} planes, expected {}", planes.len(), names.join(", "))));
-    }
+    };
     for ((plane, want), got) in expected.iter().zip(planes) {
         if got.len() as u64 != *want {
             return Err(Error::invalid(format!(
@@ -239,29 +249,51 @@ pub(crate) fn check_planes(layout: &Layout, rows: usize, cols: usize, planes: &[
             )));
         }
     }
-    Ok(())
+    ExtraPlanes::new(extra, rows, cols)
 }
 
-/// A matrix in a codec: its planes have exactly the lengths that the layout gives.
+/// A matrix in a codec: its planes have exactly the lengths that the layout gives, and those behind them are sound.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
     codec: &'static Codec,
     rows: usize,
     cols: usize,
     planes: Vec<Vec<u8>>,
+    extras: Extras,
 }
 
 impl Encoded {
-    /// Takes planes that came from elsewhere.
+    /// Takes planes that came from elsewhere: the codec's, and behind them [`extra`] ones.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the number or the length of the planes is not what the layout gives, or for `raw_v1`,
-    /// which has no codes.
+    /// [`Error::Invalid`] when the number or the length of the planes is not what the layout gives, extra ones break a
+    /// rule, or for `raw_v1`, which has no codes.
     pub fn from_planes(codec: &'static Codec, rows: usize, cols: usize, planes: Vec<Vec<u8>>) -> Result<Self> {
         let _ = codec.grouped()?;
         let slices: Vec<&[u8]> = planes.iter().map(Vec::as_slice).collect();
-        check_planes(&codec.layout, rows, cols, &slices)?;
-        Ok(Self { codec, rows, cols, planes })
+        check_planes(&codec.layout, rows, cols, &slices)?.check()?;
+        let extra = &slices[codec.layout.planes().len()..];
+        let extras = Extras::of(extra).unwrap_or_default();
+        if extras.planes().len() != extra.len() {
+            return Err(Error::invalid("planes of outliers without any, expected none"));
+        }
+        Ok(Self { codec, rows, cols, planes, extras })
+    }
+
+    /// The same matrix with other [`extra`] planes: column scales, and outliers in the order of rows and columns.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when they break a rule of their planes.
+    pub fn with_extras(mut self, column_scales: Option<&[f32]>, outliers: &[Outlier]) -> Result<Self> {
+        self.planes.truncate(self.codec.layout.planes().len());
+        self.planes.extend(extra::planes(self.rows, self.cols, column_scales, outliers)?);
+        Self::from_planes(self.codec, self.rows, self.cols, self.planes)
+    }
+
+    /// Which planes there are beside the codec's.
+    #[must_use]
+    pub fn extras(&self) -> Extras {
+        self.extras
     }
 
     /// The codec.
@@ -284,7 +316,8 @@ impl Encoded {
 
     /// The planes with their kinds, in stored order.
     pub fn planes(&self) -> impl Iterator<Item = (Plane, &[u8])> {
-        self.codec.layout.planes().iter().copied().zip(self.planes.iter().map(Vec::as_slice))
+        let kinds = self.codec.layout.planes().iter().chain(self.extras.planes()).copied();
+        kinds.zip(self.planes.iter().map(Vec::as_slice))
     }
 
     /// The weights, row by row.
@@ -303,8 +336,30 @@ impl Encoded {
         assert_eq!(out.len(), self.rows * self.cols, "the output does not match the matrix");
         let layout = self.codec.grouped().expect("checked by the constructor");
         let planes: Vec<_> = self.planes.iter().map(Vec::as_slice).collect();
-        decode_planes(layout, &Planes::new(layout, &planes), self.cols, out);
+        let (own, extra) = planes.split_at(self.codec.layout.planes().len());
+        let extra = ExtraPlanes::new(extra, self.rows, self.cols).expect("checked by the constructor");
+        decode_matrix(layout, &Planes::new(layout, own), &extra, self.cols, out).expect("checked by the constructor");
     }
+}
+
+/// Decodes all rows with their extra planes, in parallel.
+///
+/// # Errors
+/// [`Error::Invalid`] for an outlier beyond its row.
+pub(crate) fn decode_matrix(
+    layout: &Grouped,
+    planes: &Planes<'_>,
+    extra: &ExtraPlanes<'_>,
+    cols: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    decode_planes(layout, planes, cols, out);
+    if extra.is_empty() || out.is_empty() {
+        return Ok(());
+    }
+    let rows = rows_per_task(cols);
+    let parts = extra.chunks(out.len() / cols, rows);
+    out.par_chunks_mut(rows * cols).zip(parts).try_for_each(|(out, extra)| extra.apply(out))
 }
 
 /// Decodes all rows, in parallel.
@@ -364,7 +419,41 @@ impl Codec {
                 .try_for_each(|(mut planes, weights)| encode_rows(layout, self.fit, weights, cols, &mut planes))
                 .map_err(|OutOfRange| self.out_of_range())?;
         }
-        Ok(Encoded { codec: self, rows, cols, planes })
+        Ok(Encoded { codec: self, rows, cols, planes, extras: Extras::NONE })
+    }
+
+    /// The same with [`extra`] planes: column scales, of which each weight is divided by its column's first, and a part of
+    /// the weights stored as outliers, those of the greatest squares.
+    ///
+    /// # Errors
+    /// Those of [`Codec::encode`]; [`Error::Invalid`] when column scales break a rule of theirs, or what an outlier adds leaves
+    /// the range of F16.
+    pub fn encode_with(
+        &'static self,
+        weights: &[f32],
+        rows: usize,
+        cols: usize,
+        column_scales: Option<&[f32]>,
+        outliers: Option<Share>,
+    ) -> Result<Encoded> {
+        let layout = self.grouped()?;
+        if rows.checked_mul(cols) != Some(weights.len()) {
+            return Err(Error::invalid(format!("{} weights for a {rows} x {cols} matrix", weights.len())));
+        }
+        extra::planes(rows, cols, column_scales, &[])?;
+        let wanted = outliers.map_or(0, |share| share.of(weights.len() as u64));
+        let wanted = usize::try_from(wanted).map_err(|_| Error::invalid("the matrix is larger than memory"))?;
+        let places = fit::outliers::choose(weights, cols, wanted, None);
+        let mut fitted = weights.to_vec();
+        fit::awq::prepare(&mut fitted, cols, layout.group_len(cols).max(1), column_scales, &places);
+        let encoded = self.encode(&fitted, rows, cols)?.with_extras(column_scales, &[])?;
+        let decoded = encoded.decode();
+        let outlier = |&place: &usize| {
+            let value = half::f16::from_f32(weights[place] - decoded[place]);
+            Outlier { row: place / cols, column: place % cols, value }
+        };
+        let outliers: Vec<Outlier> = places.iter().map(outlier).collect();
+        encoded.with_extras(column_scales, &outliers)
     }
 
     /// The error of a matrix whose scales leave the range of their stored type.

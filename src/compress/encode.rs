@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 
 use super::fitting::Fitting;
-use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, rated, report, transposed};
+use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, rated, report, transposed, whole};
 use crate::artifact::Writer;
 use crate::artifact::writer::TensorWriter;
+use crate::codec::extra::Extras;
 use crate::codec::{self, Codec, PlanesMut};
 use crate::codecs;
 use crate::error::{Error, Result};
@@ -53,6 +54,11 @@ pub(crate) fn encode_tensor(
         };
         let misfit = if let Some(rate) = done.rate {
             match rated::encode(source, index, &mut done, (rate, fitting), nonfinite, writer, tick)? {
+                Ok(out) => return Ok((done, out)),
+                Err(misfit) => misfit,
+            }
+        } else if done.extras != Extras::NONE {
+            match whole::encode(source, index, &mut done, fitting, nonfinite, writer, tick)? {
                 Ok(out) => return Ok((done, out)),
                 Err(misfit) => misfit,
             }

@@ -7,6 +7,7 @@
 use crate::codec::reference;
 use crate::codec::{self, Codec, PlanesMut};
 use crate::error::{Error, Result};
+use crate::fit::awq::{Inputs, Moment};
 use crate::fit::entropy::{self, Quantized};
 use crate::fit::gptq;
 use crate::fit::hessian::{Hessian, PANEL};
@@ -37,6 +38,13 @@ pub(super) fn method(
         return Ok((Method::Codec, Some(format!("no statistics in {}", stats.name()))));
     };
     moments.check_cols(cols)?;
+    let short = codec.grouped().is_ok_and(|layout| layout.bits() <= 4);
+    if wanted == Method::Awq && !short {
+        return Ok(match codec.fit {
+            Fit::Rate if moments.has_second_moment() => (Method::Gptq, None),
+            _ => (Method::Weighted, None),
+        });
+    }
     if wanted == Method::Gptq && !moments.has_second_moment() {
         return Ok((Method::Weighted, Some(format!("no second moment in {}", stats.name()))));
     }
@@ -48,6 +56,7 @@ pub(super) enum Fitting {
     Codec,
     Weighted(Importance),
     Gptq(Box<Hessian>, Importance),
+    Awq(Box<Inputs>),
 }
 
 impl Fitting {
@@ -64,8 +73,22 @@ impl Fitting {
                 let named = |e| Error::invalid(format!("the second moment of '{name}': {e}"));
                 Self::Gptq(Box::new(hessian.map_err(named)?), importance)
             }
+            (Method::Awq, Some(moments)) => {
+                let moment = moments.second_moment()?.map(|moment| Moment::new(moment, cols, DAMPING));
+                let importance = Importance::new(moments.mean_sq());
+                Self::Awq(Box::new(Inputs { mean_abs: moments.mean_abs()?, importance, moment }))
+            }
             _ => Self::Codec,
         })
+    }
+
+    /// How much an error in each column costs, where that is known.
+    pub(super) fn importance(&self) -> Option<&Importance> {
+        match self {
+            Self::Codec => None,
+            Self::Weighted(importance) | Self::Gptq(_, importance) => Some(importance),
+            Self::Awq(inputs) => Some(&inputs.importance),
+        }
     }
 
     /// Quantizes a whole matrix for a rate.
@@ -74,6 +97,7 @@ impl Fitting {
         match self {
             Self::Codec => entropy::quantize(weights, rows, cols, bits, None),
             Self::Weighted(importance) => entropy::quantize(weights, rows, cols, bits, Some(importance.columns())),
+            Self::Awq(inputs) => entropy::quantize(weights, rows, cols, bits, Some(inputs.importance.columns())),
             Self::Gptq(hessian, importance) => entropy::solve(weights, rows, cols, bits, hessian, importance.columns()),
         }
     }
@@ -100,7 +124,8 @@ impl Fitting {
     ) -> Result<(), OutOfRange> {
         match self {
             Self::Codec => codec::encode_rows(layout, fit, weights, cols, planes),
-            Self::Weighted(importance) => {
+            Self::Weighted(_) | Self::Awq(_) => {
+                let importance = self.importance().expect("known where errors are weighted");
                 for (r, row) in weights.chunks(cols).enumerate() {
                     let mut place = planes.row(layout, cols, r);
                     let params = weighted::row(fit, layout, row, importance)?;

@@ -10,6 +10,7 @@ mod fitting;
 mod form;
 mod rated;
 mod size;
+mod whole;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::artifact::header::Header;
 use crate::artifact::writer::{Whole, Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
+use crate::codec::extra::Extras;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::fit::{Method, Rate};
@@ -149,10 +151,14 @@ pub struct TensorReport {
     pub dtype: tensor::DType,
     /// Shape in the source.
     pub shape: Vec<u64>,
+    /// Rows and columns of the matrix as a codec sees it.
+    pub matrix: (u64, u64),
     /// The codec it is stored with.
     pub codec: &'static Codec,
     /// Bits per weight on disk that were asked for, where the codec leaves them open.
     pub rate: Option<Rate>,
+    /// Which planes there are beside the codec's.
+    pub extras: Extras,
     /// Why that codec.
     pub reason: String,
     /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
@@ -178,6 +184,18 @@ impl TensorReport {
     #[must_use]
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
+    }
+
+    /// Says which planes there are beside the codec's, in sizes too.
+    fn set_extras(&mut self, extras: Extras) -> Result<()> {
+        let bytes = |extras: Extras| -> Result<u64> {
+            Ok(extras.plane_bytes(self.matrix.0, self.matrix.1)?.iter().map(|(_, bytes)| bytes).sum())
+        };
+        let (before, after) = (bytes(self.extras)?, bytes(extras)?);
+        self.extras = extras;
+        self.stored_bytes = self.stored_bytes - before + after;
+        self.memory_bytes = self.memory_bytes - before + after;
+        Ok(())
     }
 }
 
@@ -247,6 +265,7 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
                 let (name, cols) = (t.info().name(), t.matrix().1);
                 (report.method, report.method_reason) =
                     fitting::method(options.recipe.method(), codec, options.stats.as_deref(), name, cols)?;
+                report.set_extras(options.recipe.extras(codec, report.method, t.info().elements()))?;
             }
             Ok(report)
         })
@@ -257,10 +276,10 @@ fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
 fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));
     planned(
-        tensors
-            .iter()
-            .zip(source.tensors())
-            .map(|(r, t)| (t.info().clone(), r.codec, Whole { transposed: transposed(t, r.codec), rate: r.rate })),
+        tensors.iter().zip(source.tensors()).map(|(r, t)| {
+            let how = Whole { transposed: transposed(t, r.codec), rate: r.rate, extras: r.extras };
+            (t.info().clone(), r.codec, how)
+        }),
         source.attached().iter().map(|f| (f.name(), f.file().len())),
         source.metadata(),
         &provenance(source, options, unknown)?,
@@ -345,8 +364,10 @@ fn report(
         name: info.name().to_owned(),
         dtype: info.dtype(),
         shape: info.shape().to_vec(),
+        matrix: (rows, cols),
         codec,
         rate,
+        extras: Extras::NONE,
         reason,
         changed_codec,
         method: Method::Codec,

@@ -8,6 +8,7 @@ use super::{BLOCK_BYTES, Nonfinite, TensorReport, transposed};
 use crate::artifact::Coding;
 use crate::artifact::Writer;
 use crate::artifact::writer::{Prepared, TensorWriter, Whole};
+use crate::codec::extra::{self, ExtraPlanes, Extras};
 use crate::codec::{self, Planes};
 use crate::error::{Error, Result};
 use crate::fit::{self, Rate};
@@ -17,9 +18,9 @@ use crate::source::Source;
 use crate::tensor;
 
 /// Weights of a matrix, those that were not finite replaced, and how many these were.
-struct Loaded {
-    weights: Vec<f32>,
-    repaired: u64,
+pub(super) struct Loaded {
+    pub weights: Vec<f32>,
+    pub repaired: u64,
 }
 
 /// Writes a tensor at a rate; what it became is put into `done`.
@@ -45,7 +46,7 @@ pub(super) fn encode(
     };
     if weights.is_empty() {
         let planes = codec.layout.planes().iter().map(|_| Prepared::new(Vec::new(), None)).collect();
-        let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
+        let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate), extras: done.extras };
         return writer.whole(tensor.info().clone(), codec, how, planes).map(Ok);
     }
     let quantized = match fitting.quantize(&weights, rows, cols, rate) {
@@ -60,21 +61,24 @@ pub(super) fn encode(
     let mut plane = crate::error::try_zeroed(rows * layout.scale().size(), || "a plane of scales".to_owned())?;
     quantized.scales.iter().enumerate().for_each(|(row, &scale)| layout.scale().store(&mut plane, row, scale));
     let codes = padded(quantized.codes, layout.code_stride(cols), cols)?;
-    done.distance = Some(distance(layout, &weights, cols, &codes, &plane));
+    let extra = extra::planes(rows, cols, quantized.column_scales.as_deref(), &[])?;
+    done.distance = Some(distance(layout, &weights, cols, [&codes, &plane], &extra)?);
     done.repaired = repaired;
-    let planes = vec![
+    done.set_extras(Extras { column_scales: quantized.column_scales.is_some(), outliers: 0 })?;
+    let mut planes = vec![
         Prepared::new(codes, Some((Coding::Rows, quantized.stream))),
         Prepared::new(plane, Some((Coding::Scales, quantized.scales_stream))),
     ];
+    planes.extend(extra.into_iter().map(|plane| Prepared::new(plane, None)));
     done.stored_bytes = planes.iter().map(|plane| plane.stored.len() as u64).sum();
-    let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate) };
+    let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate), extras: done.extras };
     let out = writer.whole(tensor.info().clone(), codec, how, planes)?;
     tick(tensor.info().bytes())?;
     Ok(Ok(out))
 }
 
 /// Reads all of a tensor.
-fn load(
+pub(super) fn load(
     source: &Source,
     index: usize,
     nonfinite: Nonfinite,
@@ -135,8 +139,17 @@ fn padded(codes: Vec<u8>, stride: usize, cols: usize) -> Result<Vec<u8>> {
 }
 
 /// How far the decoded weights are from the original ones.
-fn distance(layout: &Grouped, weights: &[f32], cols: usize, codes: &[u8], scales: &[u8]) -> Distance {
-    let planes = Planes::new(layout, &[codes, scales]);
+fn distance(
+    layout: &Grouped,
+    weights: &[f32],
+    cols: usize,
+    planes: [&[u8]; 2],
+    extra: &[Vec<u8>],
+) -> Result<Distance> {
+    let extra: Vec<&[u8]> = extra.iter().map(Vec::as_slice).collect();
+    // Column scales are those of any row.
+    let extra = ExtraPlanes::new(&extra, weights.len() / cols, cols)?;
+    let planes = Planes::new(layout, &planes);
     let rows = codec::rows_per_task(cols);
     let parts: Vec<Distance> = weights
         .par_chunks((rows * cols).max(1))
@@ -145,12 +158,13 @@ fn distance(layout: &Grouped, weights: &[f32], cols: usize, codes: &[u8], scales
             decoded.resize(weights.len(), 0.0);
             let planes = planes.slice(layout, cols, task * rows, weights.len() / cols);
             codec::decode_rows(layout, &planes, cols, decoded);
+            extra.scale(decoded);
             Distance::between(weights, decoded)
         })
         .collect();
     // Added in the order of the rows, so that the report does not depend on the number of threads.
-    parts.iter().fold(Distance::default(), |mut all, part| {
+    Ok(parts.iter().fold(Distance::default(), |mut all, part| {
         all.merge(part);
         all
-    })
+    }))
 }

@@ -3,11 +3,13 @@
 //! Whatever a fit chooses is stored, and the code of a weight is then the level nearest to it (see
 //! [`crate::codec::reference`]), or, with [`gptq`], any code at all: bytes written with any fit decode by the same rule.
 
+pub mod awq;
 pub mod entropy;
 pub mod gptq;
 pub mod hessian;
 pub(crate) mod lanes;
 pub mod nested;
+pub mod outliers;
 pub mod polish;
 mod rate;
 pub mod search;
@@ -68,12 +70,19 @@ pub enum Method {
     Weighted,
     /// Codes of least proxy loss under the second moment of the inputs; see [`gptq`].
     Gptq,
+    /// Column scales from the magnitudes of the inputs; see [`awq`].
+    Awq,
 }
 
 impl Method {
     /// Every method, with its name.
-    pub const ALL: &[(&'static str, Self)] =
-        &[("codec", Self::Codec), ("search", Self::Search), ("weighted", Self::Weighted), ("gptq", Self::Gptq)];
+    pub const ALL: &[(&'static str, Self)] = &[
+        ("codec", Self::Codec),
+        ("search", Self::Search),
+        ("weighted", Self::Weighted),
+        ("gptq", Self::Gptq),
+        ("awq", Self::Awq),
+    ];
 
     /// The name in options, recipes and reports.
     #[must_use]
@@ -84,7 +93,7 @@ impl Method {
     /// Whether it needs statistics of the inputs.
     #[must_use]
     pub fn needs_stats(self) -> bool {
-        matches!(self, Self::Weighted | Self::Gptq)
+        matches!(self, Self::Weighted | Self::Gptq | Self::Awq)
     }
 }
 
@@ -96,7 +105,7 @@ impl std::str::FromStr for Method {
             .iter()
             .find(|(name, _)| *name == s)
             .map(|(_, method)| *method)
-            .ok_or_else(|| Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted or gptq")))
+            .ok_or_else(|| Error::invalid(format!("unknown fit '{s}', expected codec, search, weighted, gptq or awq")))
     }
 }
 

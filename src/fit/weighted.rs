@@ -45,6 +45,12 @@ impl Importance {
         Self(mean_sq.iter().map(|&x| (f64::from(x) / mean + FLOOR) as f32).collect())
     }
 
+    /// Columns that matter in these proportions.
+    #[must_use]
+    pub fn relative(columns: Vec<f32>) -> Self {
+        Self(columns)
+    }
+
     /// Columns that all matter alike: what is minimised is the squared error of the weights.
     #[must_use]
     pub fn uniform(cols: usize) -> Self {

@@ -6,9 +6,14 @@
 //!
 //! Offsets leave the inner loop: with `x_g` the activations of a group and `q_g` its levels,
 //! `y = Σ_g scale_g · (q_g · x_g) + offset_g · Σ x_g`.
+//!
+//! Extra planes ([`codec::extra`]) stay out of the kernels altogether: with *s* the column scales and *o* the outliers,
+//! `y = base · (x ∘ s) + o · x`. Activations are scaled first, in f32, then rounded as [`Act`] says; outliers are added
+//! in f32 whatever it says, with the activations as they came.
 
 pub mod cpu;
 
+use crate::codec::extra::ExtraPlanes;
 use crate::codec::{self, Encoded, Planes};
 use crate::error::{Error, Result};
 use crate::layout::{Grouped, Layout};
@@ -18,7 +23,8 @@ use crate::layout::{Grouped, Layout};
 pub enum Act {
     /// f32 throughout. The error of a result is at most `(k + 4) · eps · Σ |x| · (|scale · level| + |offset|)`, where
     /// `eps` is that of f32 and a zero point counts as an offset of `scale · (c - zero_point)` to levels `q - c`, with
-    /// `c` the middle of the codes; as long as no sum of `level · x` over a group leaves the range of f32.
+    /// `c` the middle of the codes; as long as no sum of `level · x` over a group leaves the range of f32. With extra
+    /// planes it is `(k + 8) · eps · Σ |x| · ((|scale · level| + |offset|) · |column scale| + |outlier|)`.
     #[default]
     F32,
     /// Activations and weights rounded to bf16 and added up in f32, as a 16-bit linear layer computes: a relative error
@@ -65,10 +71,11 @@ pub struct Weights<'a> {
     rows: usize,
     cols: usize,
     planes: Planes<'a>,
+    extra: ExtraPlanes<'a>,
 }
 
 impl<'a> Weights<'a> {
-    /// A matrix of the planes `planes`, in stored order.
+    /// A matrix of the planes `planes`, in stored order, extra ones last.
     ///
     /// # Errors
     /// [`Error::Invalid`] when the number or the length of the planes is not what the layout gives, or for the raw
@@ -77,8 +84,9 @@ impl<'a> Weights<'a> {
         let Layout::Grouped(grouped) = layout else {
             return Err(Error::invalid("a raw tensor has no codes to multiply with; decode it"));
         };
-        codec::check_planes(layout, rows, cols, planes)?;
-        Ok(Self { layout: grouped, rows, cols, planes: Planes::new(grouped, planes) })
+        let extra = codec::check_planes(layout, rows, cols, planes)?;
+        let own = Planes::new(grouped, &planes[..layout.planes().len()]);
+        Ok(Self { layout: grouped, rows, cols, planes: own, extra })
     }
 
     /// What the planes mean.
@@ -99,17 +107,30 @@ impl<'a> Weights<'a> {
         self.cols
     }
 
-    /// The planes.
+    /// The codec's planes.
     #[must_use]
     pub fn planes(&self) -> &Planes<'a> {
         &self.planes
+    }
+
+    /// The extra planes.
+    #[must_use]
+    pub fn extra(&self) -> &ExtraPlanes<'a> {
+        &self.extra
+    }
+
+    /// The matrix that the codec's planes stand for by themselves: what kernels see.
+    #[must_use]
+    pub fn base(&self) -> Self {
+        Self { extra: ExtraPlanes::default(), ..*self }
     }
 
     /// Bytes of all planes: what a product with few activations reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let Planes { codes, high_codes, scales, addends, row_scales } = self.planes;
-        codes.len() + high_codes.len() + scales.len() + addends.len() + row_scales.len()
+        let own = codes.len() + high_codes.len() + scales.len() + addends.len() + row_scales.len();
+        own + self.extra.bytes()
     }
 
     /// Consecutive rows, a matrix of their own: one expert of a stack, or the part of a thread.
@@ -120,15 +141,15 @@ impl<'a> Weights<'a> {
     pub fn slice(&self, first: usize, count: usize) -> Self {
         assert!(first + count <= self.rows, "rows {first}..+{count} of {}", self.rows);
         let planes = self.planes.slice(self.layout, self.cols, first, count);
-        Self { rows: count, planes, ..*self }
+        let extra = if self.extra.is_empty() { self.extra } else { self.extra.slice(first, count) };
+        Self { rows: count, planes, extra, ..*self }
     }
 }
 
 impl<'a> From<&'a Encoded> for Weights<'a> {
     fn from(encoded: &'a Encoded) -> Self {
         let planes: Vec<&[u8]> = encoded.planes().map(|(_, bytes)| bytes).collect();
-        let layout = encoded.codec().grouped().expect("an encoded matrix has codes");
-        Self { layout, rows: encoded.rows(), cols: encoded.cols(), planes: Planes::new(layout, &planes) }
+        Self::new(&encoded.codec().layout, encoded.rows(), encoded.cols(), &planes).expect("an encoded matrix is sound")
     }
 }
 

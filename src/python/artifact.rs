@@ -95,6 +95,18 @@ impl PyEntry {
         planes.filter_map(|place| Some((place.plane.name(), place.coding?.id()))).collect()
     }
 
+    /// Whether columns have scales: a plane `column_scales`.
+    #[getter]
+    fn column_scales(&self) -> bool {
+        self.entry().extras().column_scales
+    }
+
+    /// How many weights are outliers, which have planes of their own.
+    #[getter]
+    fn outliers(&self) -> u64 {
+        self.entry().extras().outliers
+    }
+
     /// Bits of a weight on average in the file, everything in the planes counted.
     #[getter]
     fn bits_per_weight(&self) -> f64 {
@@ -187,6 +199,7 @@ impl PyArtifact {
         let (index, blocks) = guarded(py, || {
             let index = self.0.find(name)?;
             let count = self.0.tensors()[index].planes().len();
+            self.0.check_extras(index)?;
             let blocks = (0..count).map(|plane| self.0.plane(index, plane)).collect::<Result<Vec<_>>>()?;
             Ok((index, blocks))
         })?;
@@ -203,7 +216,10 @@ impl PyArtifact {
                 array.readwrite().make_nonwriteable();
                 let dtype = match plane.plane {
                     Plane::Data => entry.info().dtype().name(),
-                    kind => plane_dtype(&entry.codec().layout, kind),
+                    kind => match entry.extras().elements(kind, entry.matrix().0, entry.matrix().1) {
+                        Some((dtype, _)) => dtype.name(),
+                        None => plane_dtype(&entry.codec().layout, kind),
+                    },
                 };
                 Ok((plane.plane.name(), dtype, array))
             })

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
 use crate::fit::Rate;
+use crate::fit::outliers::Share;
 use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
@@ -52,7 +53,7 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 #[pyfunction]
 #[pyo3(signature = (
     source, output, codec, target_bits, target_size, recipe, roles, rules, include, exclude, all, stats, fit, coded,
-    nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
+    outliers, nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -71,6 +72,7 @@ fn compress(
     stats: Option<PathBuf>,
     fit: Option<&str>,
     coded: bool,
+    outliers: Option<f64>,
     nonfinite: &str,
     max_shard_size: u64,
     force: bool,
@@ -85,10 +87,21 @@ fn compress(
         if target_bits.is_some() && target_size.is_some() {
             return Err(Error::invalid("target_bits and target_size are both given, pass one of them"));
         }
+        let outliers = outliers.map(Share::from_part).transpose()?;
         // A size says that some size is to be chosen, and so does any rate.
         let target_bits = target_bits.map(Rate::from_bits).transpose()?.or_else(|| target_size.map(|_| Rate::DEFAULT));
-        let request =
-            Request { codec, target_bits, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
+        let request = Request {
+            codec,
+            target_bits,
+            toml,
+            roles,
+            rules,
+            include: &include,
+            exclude: &exclude,
+            all,
+            fit,
+            outliers,
+        };
         let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
         Ok(engine::Options { target_bytes: target_size, coded, ..options })
     };
@@ -263,8 +276,11 @@ impl PyMatrix {
     /// Name, numpy dtype of the elements and bytes of each plane.
     fn planes<'py>(&self, py: Python<'py>) -> Vec<(&'static str, &'static str, Bound<'py, PyBytes>)> {
         let layout = &self.0.codec().layout;
-        let plane =
-            |(kind, bytes): (Plane, &[u8])| (kind.name(), artifact::plane_dtype(layout, kind), PyBytes::new(py, bytes));
+        let dtype = |kind| match self.0.extras().elements(kind, self.0.rows() as u64, self.0.cols() as u64) {
+            Some((dtype, _)) => dtype.name(),
+            None => artifact::plane_dtype(layout, kind),
+        };
+        let plane = |(kind, bytes): (Plane, &[u8])| (kind.name(), dtype(kind), PyBytes::new(py, bytes));
         self.0.planes().map(plane).collect()
     }
 
@@ -293,8 +309,10 @@ impl PyMatrix {
     }
 }
 
-/// Encodes a matrix given as the bytes of an array of `dtype`.
+/// Encodes a matrix given as the bytes of an array of `dtype`, with column scales and a part of outliers where asked for.
 #[pyfunction]
+#[pyo3(signature = (bytes, dtype, rows, cols, codec, column_scales, outliers))]
+#[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn encode(
     py: Python<'_>,
     bytes: PyReadonlyArray1<'_, u8>,
@@ -302,20 +320,28 @@ fn encode(
     rows: usize,
     cols: usize,
     codec: &str,
+    column_scales: Option<Vec<f32>>,
+    outliers: Option<f64>,
 ) -> PyResult<PyMatrix> {
     let bytes = bytes.as_slice()?;
     interruptible(py, 0, None, |_| {
         let dtype: DType = dtype.parse()?;
         let codec = codecs::get(codec)?;
+        let extra = column_scales.is_some() || outliers.is_some();
+        let outliers = outliers.map(Share::from_part).transpose()?;
+        let encode = |weights: &[f32]| match extra {
+            false => codec.encode(weights, rows, cols),
+            true => codec.encode_with(weights, rows, cols, column_scales.as_deref(), outliers),
+        };
         if dtype == DType::F32
             && cfg!(target_endian = "little")
             && let Ok(weights) = bytemuck::try_cast_slice(bytes)
         {
-            return codec.encode(weights, rows, cols);
+            return encode(weights);
         }
         let mut weights = vec![0.0; rows * cols];
         to_f32(dtype, bytes, &mut weights);
-        codec.encode(&weights, rows, cols)
+        encode(&weights)
     })
     .map(PyMatrix)
 }

@@ -16,7 +16,7 @@
 //! A codec whose size is open, such as `ecu_v1`, gets the rate of the rule that decided, or else the recipe's.
 //!
 //! Last of all, whoever decided: a codec whose group is longer than a row of the tensor gives way to `int8_sym_v1`,
-//! since a group may not span rows.
+//! since a group may not span rows. Not so from groups of 256 on, which are as good as a row: there the row is the group.
 //!
 //! A pattern is a glob for the whole name, whose `*` crosses dots and slashes, or `re:` and a regular expression that
 //! must match from the first character on, but not up to the last.
@@ -42,8 +42,10 @@ mod text;
 use std::fmt;
 
 use crate::codec::Codec;
+use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::fit::outliers::Share;
 use crate::fit::{Fit, Method, Rate};
 use crate::layout::Layout;
 use crate::tensor::{DType, TensorInfo};
@@ -51,6 +53,13 @@ use crate::tensor::{DType, TensorInfo};
 use pattern::Pattern;
 pub use request::Request;
 pub use role::Role;
+
+/// From this group on a shorter row is a group by itself.
+const ROW_GROUP: usize = 256;
+
+/// Recipes that have a name: the codecs of attention and of the MLP.
+const NAMED: &[(&str, &str, &str)] =
+    &[("awq_v10", "int4_g256_fp16_v1", "int4_g2048_fp16_v1"), ("awq_v60", "int4_g512_fp16_v1", "int4_g4096_fp16_v1")];
 
 /// Which codec for which tensor; equal recipes make equal choices.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,6 +74,7 @@ pub struct Recipe {
     roles: [&'static Codec; Role::WITH_CODEC.len()],
     rules: Vec<Rule>,
     method: Method,
+    outliers: Option<Share>,
 }
 
 /// A codec for the tensors that match.
@@ -155,6 +165,42 @@ impl Recipe {
             roles,
             rules: Vec::new(),
             method: Method::Codec,
+            outliers: None,
+        }
+    }
+
+    /// A recipe that has a name.
+    ///
+    /// | name | attention and other linear layers | MLP | outliers | fit |
+    /// |---|---|---|---|---|
+    /// | `awq_v10` | `int4_g256_fp16_v1` | `int4_g2048_fp16_v1` | 0.5 % | `awq` |
+    /// | `awq_v60` | `int4_g512_fp16_v1` | `int4_g4096_fp16_v1` | 0.5 % | `awq` |
+    ///
+    /// They are for large models and need statistics.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let (_, attention, mlp) = NAMED.iter().find(|(known, ..)| *known == name)?;
+        let recipe = Self::new(registered(attention)).role(Role::Mlp, registered(mlp)).expect("a role with a codec");
+        let share = Share::from_part(0.005).expect("a share");
+        Some(recipe.fit(Method::Awq).outliers(share))
+    }
+
+    /// Stores this part of the weights of every tensor with 4-bit codes by themselves; see [`crate::fit::outliers`].
+    #[must_use]
+    pub fn outliers(mut self, share: Share) -> Self {
+        self.outliers = Some(share);
+        self
+    }
+
+    /// Which planes a tensor of so many weights gets beside its codec's, as far as can be known before it is read.
+    #[must_use]
+    pub fn extras(&self, codec: &Codec, method: Method, weights: u64) -> Extras {
+        match &codec.layout {
+            Layout::Grouped(layout) if layout.bits() <= 4 && weights > 0 => Extras {
+                column_scales: method == Method::Awq,
+                outliers: self.outliers.map_or(0, |share| share.of(weights)),
+            },
+            _ => Extras::NONE,
         }
     }
 
@@ -247,7 +293,7 @@ impl Recipe {
     pub fn choose(&self, info: &TensorInfo, cols: u64) -> Choice {
         let (codec, reason) = self.decide(info);
         match &codec.layout {
-            Layout::Grouped(layout) if layout.group() as u64 > cols => Choice {
+            Layout::Grouped(layout) if layout.group() as u64 > cols && layout.group() < ROW_GROUP => Choice {
                 codec: registered(codecs::INT8_ROW),
                 rate: None,
                 reason: Reason::ShortRows { wanted: codec, group: layout.group(), cols },

@@ -6,15 +6,16 @@ use super::Recipe;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::fit::Rate;
+use crate::fit::outliers::Share;
 
 /// The wishes of a user, ids and roles still being names.
 #[derive(Debug, Clone, Default)]
 pub struct Request<'a> {
-    /// Id of the codec, of no effect beside `toml`; `None` for the usual one.
+    /// Id of the codec or name of a recipe ([`Recipe::named`]), of no effect beside `toml`; `None` for the usual one.
     pub codec: Option<&'a str>,
     /// Bits per weight on disk of codecs that leave them open; `None` leaves it to `toml`.
     pub target_bits: Option<Rate>,
-    /// A recipe as TOML, and the file that it was read from, where there is one.
+    /// A recipe as TOML or its name, and the file that it was read from, where there is one.
     pub toml: Option<(&'a str, Option<&'a Path>)>,
     /// Roles and the ids of their codecs.
     pub roles: Vec<(&'a str, &'a str)>,
@@ -28,6 +29,8 @@ pub struct Request<'a> {
     pub all: bool,
     /// Name of a fit; without one it is left to `toml`.
     pub fit: Option<&'a str>,
+    /// Which part of the weights are outliers; without one it is left to `toml`.
+    pub outliers: Option<Share>,
 }
 
 impl Request<'_> {
@@ -37,10 +40,12 @@ impl Request<'_> {
     /// Those of [`Recipe::from_toml`], in the file that it was read from, of [`codecs::get`], [`Recipe::role`] and
     /// [`Recipe::rule`].
     pub fn recipe(&self) -> Result<Recipe> {
-        let mut recipe = match self.toml {
-            Some((text, None)) => Recipe::from_toml(text)?,
-            Some((text, Some(path))) => Recipe::from_toml(text).map_err(|e| e.in_file(path))?,
-            None => Recipe::new(codecs::get(self.codec.unwrap_or(match self.target_bits {
+        let named = self.toml.map_or(self.codec, |(text, _)| Some(text.trim())).and_then(Recipe::named);
+        let mut recipe = match (named, self.toml) {
+            (Some(recipe), _) => recipe,
+            (None, Some((text, None))) => Recipe::from_toml(text)?,
+            (None, Some((text, Some(path)))) => Recipe::from_toml(text).map_err(|e| e.in_file(path))?,
+            (None, None) => Recipe::new(codecs::get(self.codec.unwrap_or(match self.target_bits {
                 Some(_) => codecs::ANY_RATE,
                 None => codecs::DEFAULT,
             }))?),
@@ -63,6 +68,9 @@ impl Request<'_> {
         recipe = recipe.narrow(self.include, self.exclude)?;
         if let Some(fit) = self.fit {
             recipe = recipe.fit(fit.parse()?);
+        }
+        if let Some(share) = self.outliers {
+            recipe = recipe.outliers(share);
         }
         Ok(if self.all { recipe.all(true) } else { recipe })
     }

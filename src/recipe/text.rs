@@ -5,7 +5,8 @@
 //! | `codec` | id | refused |
 //! | `target_bits` | bits per weight on disk of codecs that leave them open | 4.5 |
 //! | `all` | boolean | `false` |
-//! | `fit` | `codec`, `search`, `weighted` or `gptq` | `codec` |
+//! | `fit` | `codec`, `search`, `weighted`, `gptq` or `awq` | `codec` |
+//! | `outliers` | part of the weights of tensors with 4-bit codes that are stored by themselves, such as 0.005 | none |
 //! | `include`, `exclude` | array of patterns | everything, nothing |
 //! | `roles.attention`, `.mlp`, `.linear`, `.router`, `.embedding`, `.head` | id | see [`Recipe::new`] |
 //! | `[[rule]]` with `match`, `codec` and, where the codec leaves it open, `target_bits` | pattern, id, bits | no rules |
@@ -21,9 +22,10 @@ use super::{Recipe, Rule};
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::fit::outliers::Share;
 use crate::fit::{Fit, Method, Rate};
 
-const KEYS: &[&str] = &["codec", "target_bits", "all", "include", "exclude", "roles", "rule", "fit"];
+const KEYS: &[&str] = &["codec", "target_bits", "all", "include", "exclude", "roles", "rule", "fit", "outliers"];
 const RULE_KEYS: &[&str] = &["match", "codec", "target_bits"];
 
 impl Recipe {
@@ -43,6 +45,10 @@ impl Recipe {
         if let Some(value) = table.get("fit") {
             let name = value.as_str().ok_or_else(|| wrong_type("fit", value, "the name of a fit"))?;
             recipe.method = name.parse().map_err(|error| at("fit", error))?;
+        }
+        if let Some(value) = table.get("outliers") {
+            let part = value.as_float().ok_or_else(|| wrong_type("outliers", value, "a part such as 0.005"))?;
+            recipe.outliers = Some(Share::from_part(part).map_err(|error| at("outliers", error))?);
         }
         recipe.include = patterns(&table, "include")?;
         if table.contains_key("include") && recipe.include.is_empty() {
@@ -82,6 +88,9 @@ impl Recipe {
         // Left out where it is the default, as it was before there was another.
         if self.method != Method::Codec {
             out += &format!("fit = {}\n", quoted(self.method.name()));
+        }
+        if let Some(share) = self.outliers {
+            out += &format!("outliers = {share}\n");
         }
         for (key, patterns) in [("include", &self.include), ("exclude", &self.exclude)] {
             if !patterns.is_empty() {

@@ -38,6 +38,7 @@ MAGIC = bytes.fromhex("89544E504B0D0A1A")
 VERSION = 1
 DELTA_FLAG = 1
 CODED_FLAG = 2
+EXTRA_FLAG = 4
 PREAMBLE = 64
 CHUNK = 4 << 20
 HEADER_LIMIT = 64 << 20
@@ -156,6 +157,10 @@ CODECS = {
         Codec("int4_g16_fp16_v1", 4, "unsigned", 16, "F16", "F16"),
         Codec("int4_g32_fp16_v1", 4, "unsigned", 32, "F16", "F16"),
         Codec("int4_g128_fp16_v1", 4, "unsigned", 128, "F16", "F16"),
+        Codec("int4_g256_fp16_v1", 4, "unsigned", 256, "F16", "F16"),
+        Codec("int4_g512_fp16_v1", 4, "unsigned", 512, "F16", "F16"),
+        Codec("int4_g2048_fp16_v1", 4, "unsigned", 2048, "F16", "F16"),
+        Codec("int4_g4096_fp16_v1", 4, "unsigned", 4096, "F16", "F16"),
         Codec("int4_opt_v1", 4, "unsigned", 16, "F16", "F16"),
         Codec("int4_opt_llama_v1", 4, "unsigned", 8, "F16", "F16"),
         Codec("int8_sym_v1", 8, "signed", 0, "F32"),
@@ -268,6 +273,13 @@ class Entry:
     codec: str
     planes: tuple[Plane, ...]
     rate: int | None = None
+    column_scales: bool = False
+    outliers: int = 0
+
+    @property
+    def has_extra(self) -> bool:
+        """Whether there are planes beside the codec's."""
+        return self.column_scales or self.outliers > 0
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -320,13 +332,32 @@ def matrix(shape: Sequence[int], transposed: bool) -> tuple[int, int]:
     return rows, shape[-1]
 
 
-def plane_lengths(codec: str, dtype: str, shape: Sequence[int], transposed: bool) -> dict[str, int]:
+def extra_planes(rows: int, cols: int, column_scales: bool, outliers: int) -> dict[str, tuple[str, int]]:
+    """Dtype and number of the elements of every extra plane, in order."""
+    planes = {"column_scales": ("F32", cols)} if column_scales else {}
+    if outliers:
+        planes["outlier_counts"] = "U32", rows
+        planes["outlier_columns"] = "U16" if cols <= 65536 else "U32", outliers
+        planes["outlier_values"] = "F16", outliers
+    return planes
+
+
+def plane_lengths(
+    codec: str,
+    dtype: str,
+    shape: Sequence[int],
+    transposed: bool,
+    column_scales: bool = False,
+    outliers: int = 0,
+) -> dict[str, int]:
     """Bytes of every plane of a tensor, in order."""
     rows, cols = matrix(shape, transposed)
     if codec == RAW:
         return {"data": rows * cols * ELEMENT_BYTES[dtype]}
     layout = CODECS[codec]
-    return {plane: rows * layout.row_bytes(plane, cols) for plane in layout.planes()}
+    extra = extra_planes(rows, cols, column_scales, outliers)
+    own = {plane: rows * layout.row_bytes(plane, cols) for plane in layout.planes()}
+    return own | {plane: count * ELEMENT_BYTES[kind] for plane, (kind, count) in extra.items()}
 
 
 def align(x: int) -> int:
@@ -366,6 +397,10 @@ def _print_entry(entry: Entry) -> Object:
     out["codec"] = entry.codec
     if entry.rate is not None:
         out["rate"] = entry.rate
+    if entry.column_scales:
+        out["column_scales"] = True
+    if entry.outliers:
+        out["outliers"] = entry.outliers
     out["planes"] = [
         {"plane": p.plane}
         | ({"coding": p.coding} if p.coding is not None else {})
@@ -498,8 +533,11 @@ def _check_runs(delta: Delta, own: int) -> None:
         require(not joined, "two runs could be one")
 
 
+EXTRAS = ("column_scales", "outliers")
+
+
 def _parse_entry(value: object) -> Entry:
-    out = _fields(value, "tensor", ["name", "dtype", "shape", "codec", "planes"], ["transposed", "rate"])
+    out = _fields(value, "tensor", ["name", "dtype", "shape", "codec", "planes"], ["transposed", "rate", *EXTRAS])
     name = _text(out["name"], "name")
     require(not any(is_control(c) for c in name), "control character in a name")
     require(1 <= len(name.encode("utf-8", "surrogatepass")) <= NAME_LIMIT, "a name is not of 1 to 1024 bytes")
@@ -523,7 +561,13 @@ def _parse_entry(value: object) -> Entry:
     if "rate" in out:
         rate = _number(out["rate"], "rate", 100)
         require(rate <= 8000 and codec == "ecu_v1", "a rate above 8000, or of a codec that takes none")
-    lengths = plane_lengths(codec, dtype, shape, transposed)
+    scaled = out.get("column_scales", False)
+    require(scaled is True or "column_scales" not in out, "column_scales is not true")
+    outliers = _number(out["outliers"], "outliers", 1) if "outliers" in out else 0
+    rows, cols = matrix(shape, transposed)
+    require(codec != RAW or not (scaled or outliers), "a raw tensor with extra planes")
+    require(outliers <= rows * cols and (not outliers or cols <= 2**32), "more outliers than weights, or too many columns")
+    lengths = plane_lengths(codec, dtype, shape, transposed, scaled, outliers)
     planes = []
     for item in _array(out["planes"], "planes"):
         _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"], ["coding"])
@@ -556,7 +600,7 @@ def _parse_entry(value: object) -> Entry:
             require(p.bytes < length, f"coded plane {p.plane} is not shorter than {length} bytes")
             require(p.coding == "scales_v1" or length // 16384 <= p.bytes, f"coded plane {p.plane} is too short")
         require(len(p.crc32c) == 8 * -(-p.bytes // CHUNK), "crc32c has not 8 digits per chunk")
-    return Entry(name, dtype, shape, transposed, codec, tuple(planes), rate)
+    return Entry(name, dtype, shape, transposed, codec, tuple(planes), rate, scaled, outliers)
 
 
 def _parse_file(value: object) -> File:
@@ -610,7 +654,8 @@ def identity(tensors: Iterable[Entry]) -> str:
     for entry in entries:
         out += [text(entry.name), text(entry.dtype), struct.pack("<Q", len(entry.shape))]
         out += [struct.pack("<Q", dim) for dim in entry.shape]
-        out += [bytes([entry.transposed]), text(entry.codec)]
+        extra = "+column_scales" * entry.column_scales + "+outliers" * (entry.outliers > 0)
+        out += [bytes([entry.transposed]), text(entry.codec + extra)]
         out += [bytes.fromhex(p.blake3) for p in entry.planes]
     return str(blake3(b"".join(out)).hexdigest())
 
@@ -763,12 +808,39 @@ class Artifact:
         return {
             p.plane: np.frombuffer(self.plane(entry, p.plane), np.uint8).reshape(rows, codec.row_bytes(p.plane, cols))
             for p in entry.planes
+            if p.plane in codec.planes()
         }
+
+    def extra(self, entry: Entry) -> dict[str, npt.NDArray[Any]]:
+        """Give the extra planes of a tensor, checked against each other."""
+        rows, cols = entry.matrix
+        kinds = {"F32": "<f4", "F16": "<f2", "U32": "<u4", "U16": "<u2"}
+        listed = extra_planes(rows, cols, entry.column_scales, entry.outliers)
+        out = {name: np.frombuffer(self.plane(entry, name), kinds[kind]) for name, (kind, _) in listed.items()}
+        if entry.column_scales:
+            scales = out["column_scales"]
+            require(bool(np.isfinite(scales).all() and (scales != 0).all()), f"column scales of {entry.name}")
+        if entry.outliers:
+            counts = out["outlier_counts"].astype(np.int64)
+            require(int(counts.sum()) == entry.outliers, f"counts of {entry.name} do not add up")
+            require(bool(np.isfinite(out["outlier_values"]).all()), f"outliers of {entry.name} are not finite")
+            columns = out["outlier_columns"].astype(np.int64)
+            require(bool((columns < cols).all()), f"an outlier of {entry.name} beyond its row")
+            flat = np.repeat(np.arange(rows), counts) * cols + columns
+            require(bool((np.diff(flat) > 0).all()), f"outliers of {entry.name} do not ascend")
+        return out
 
     def decode(self, entry: Entry) -> F32:
         """Weights of a quantized tensor in the shape and the orientation of the source."""
         rows, cols = entry.matrix
         weights = decode_matrix(CODECS[entry.codec], self.matrices(entry), cols)
+        extra = self.extra(entry)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            if entry.column_scales:
+                weights = weights * extra["column_scales"]
+            if entry.outliers:
+                row = np.repeat(np.arange(rows), extra["outlier_counts"].astype(np.int64))
+                weights[row, extra["outlier_columns"].astype(np.int64)] += extra["outlier_values"].astype(np.float32)
         return np.ascontiguousarray(weights.T if entry.transposed else weights).reshape(entry.shape)
 
     def raw(self, entry: Entry) -> bytes:
@@ -788,6 +860,8 @@ class Artifact:
                 e.transposed,
                 {p.plane: (p.coding, self.stored(p)) for p in e.planes if p.coding is not None},
                 e.rate,
+                e.column_scales,
+                e.outliers,
             )
             for e in self.header.tensors
         ]
@@ -808,7 +882,7 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     require(magic == MAGIC, "wrong magic")
     require(preamble_crc == crc32c(data[:60]), "wrong checksum of the preamble")
     require(version == VERSION, f"unknown version {version}", "unsupported")
-    require(flags & ~(DELTA_FLAG | CODED_FLAG) == 0, f"unknown flags {flags:#x}", "unsupported")
+    require(flags & ~(DELTA_FLAG | CODED_FLAG | EXTRA_FLAG) == 0, f"unknown flags {flags:#x}", "unsupported")
     require(rest == bytes(24), "bytes 36 to 60 are not zero")
     require(file_length <= len(data), "truncated")
     require(file_length >= len(data), "trailing data")
@@ -818,6 +892,8 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     require(header_crc == crc32c(data[header_at:]), "wrong checksum of the header")
     header = parse_header(data[header_at:], is_delta=bool(flags & DELTA_FLAG))
     require(is_coded(header.tensors) == bool(flags & CODED_FLAG), "coded planes and flag bit 1 disagree")
+    has_extra = any(e.has_extra for e in header.tensors)
+    require(has_extra == bool(flags & EXTRA_FLAG), "extra planes and flag bit 2 disagree")
     require(header_at == _check_offsets(header), "the header is not where planes and files end")
     end = PREAMBLE
     view = memoryview(data)
@@ -840,6 +916,7 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
 
 
 def _check_content(artifact: Artifact, entry: Entry) -> None:
+    artifact.extra(entry)
     codec, (_, cols) = CODECS[entry.codec], entry.matrix
     planes = artifact.matrices(entry)
     for name, dtype in (("scales", codec.scale), ("offsets", codec.offset)):
@@ -863,6 +940,8 @@ class Tensor:
     transposed: bool = False
     coded: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     rate: int | None = None
+    column_scales: bool = False
+    outliers: int = 0
 
 
 PROVENANCE: Object = {"tool": "oracle", "recipe": "", "nonfinite": "error", "sources": []}
@@ -881,7 +960,8 @@ def write(
     entries = []
     for tensor in tensors:
         planes = []
-        for name, length in plane_lengths(tensor.codec, tensor.dtype, tensor.shape, tensor.transposed).items():
+        extra = tensor.column_scales, tensor.outliers
+        for name, length in plane_lengths(tensor.codec, tensor.dtype, tensor.shape, tensor.transposed, *extra).items():
             given = tensor.planes.get(name, bytes(length))
             content = given if isinstance(given, bytes) else given.tobytes()
             require(len(content) == length, f"plane {name} of {tensor.name} takes {length} bytes, got {len(content)}")
@@ -891,7 +971,7 @@ def write(
             planes.append(Plane(name, len(out), len(stored), chunk_checksums(stored), digest, coding))
             out += stored
         what = tensor.name, tensor.dtype, tensor.shape, tensor.transposed, tensor.codec
-        entries.append(Entry(*what, tuple(planes), tensor.rate))
+        entries.append(Entry(*what, tuple(planes), tensor.rate, *extra))
     attached = []
     for name, content in sorted((files or {}).items(), key=lambda item: item[0].encode()):
         out += bytes(align(len(out)) - len(out))
@@ -900,9 +980,14 @@ def write(
         out += content
     out += bytes(align(len(out)) - len(out))
     header = Header(dict(metadata or {}), provenance, delta, identity(entries), tuple(entries), tuple(attached))
-    return seal(
-        bytes(out), print_header(header), (DELTA_FLAG if delta else 0) | (CODED_FLAG if is_coded(entries) else 0)
-    )
+    return seal(bytes(out), print_header(header), (DELTA_FLAG if delta else 0) | content_flags(entries))
+
+
+def content_flags(tensors: Iterable[Entry]) -> int:
+    """Give the flags that follow from the tensors."""
+    entries = list(tensors)
+    extra = any(entry.has_extra for entry in entries)
+    return (CODED_FLAG if is_coded(entries) else 0) | (EXTRA_FLAG if extra else 0)
 
 
 def seal(front: bytes, header: bytes, flags: int = 0, version: int = VERSION) -> bytes:
@@ -946,13 +1031,19 @@ def join(directory: Path) -> bytes:
                 base = entry.name.removesuffix(".weight") or entry.name
                 name = f"{base}.{p.plane}"
                 dtype = {"scales": layout.scale, "offsets": layout.offset or ""}.get(p.plane, "U8")
-                shape = [rows, layout.row_bytes(p.plane, cols) // ELEMENT_BYTES[dtype]]
+                extra = extra_planes(rows, cols, entry.column_scales, entry.outliers)
+                if p.plane in extra:
+                    dtype, shape = extra[p.plane][0], [extra[p.plane][1]]
+                else:
+                    shape = [rows, layout.row_bytes(p.plane, cols) // ELEMENT_BYTES[dtype]]
                 if p.coding is not None:
                     dtype, shape = "U8", [p.bytes]
                 told_here = config["tensors"][entry.name]
                 require(told_here.get("transposed", False) == entry.transposed, "config.json differs in transposed")
                 fields = [told_here["codec"], told_here["dtype"], told_here["shape"]]
                 require(fields == [entry.codec, entry.dtype, list(entry.shape)], "config.json differs")
+                extras = [told_here.get("column_scales", False), told_here.get("outliers", 0)]
+                require(extras == [entry.column_scales, entry.outliers], "config.json differs in extra planes")
                 require(told_here.get("coding", {}).get(p.plane) == p.coding, "config.json differs in coding")
             got_dtype, got_shape, content = found.pop(name)
             require((got_dtype, got_shape) == (dtype, shape), f"{name} is {got_dtype} of {got_shape}")
@@ -962,7 +1053,7 @@ def join(directory: Path) -> bytes:
         content = (directory / file.name).read_bytes()
         out += bytes(file.offset - len(out)) + (_restored(content) if file.name == "config.json" else content)
     out += bytes(align(len(out)) - len(out))
-    return seal(bytes(out), text, CODED_FLAG if is_coded(header.tensors) else 0)
+    return seal(bytes(out), text, content_flags(header.tensors))
 
 
 def _restored(config: bytes) -> bytes:

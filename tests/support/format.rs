@@ -24,6 +24,8 @@ pub struct Entry {
     pub transposed: bool,
     pub codec: String,
     pub rate: Option<u64>,
+    pub column_scales: bool,
+    pub outliers: u64,
     pub planes: Vec<Plane>,
 }
 
@@ -43,6 +45,33 @@ impl Entry {
             .map(|(plane, bytes)| Plane { name: plane.name().to_owned(), bytes: bytes.to_vec(), ..Plane::default() })
             .collect();
         Self { planes, codec: codec.id.to_owned(), transposed, ..Self::new(name, DType::F32, shape) }
+    }
+
+    /// An F32 matrix in a codec, with column scales and outliers, each a row, a column and a value.
+    pub fn extra(
+        name: &str,
+        shape: [usize; 2],
+        codec: &'static Codec,
+        scales: &[f32],
+        outliers: &[(usize, u16, f32)],
+    ) -> Self {
+        let [rows, cols] = shape;
+        let shape = shape.map(|n| n as u64);
+        let weights: Vec<f32> = (0..rows * cols).map(|i| (i % 29) as f32 - 14.0).collect();
+        let mut entry = Self::encoded(name, &shape, false, codec, &weights);
+        let mut plane = |name: &str, bytes: Vec<u8>| {
+            entry.planes.push(Plane { name: name.to_owned(), bytes, ..Plane::default() });
+        };
+        if !scales.is_empty() {
+            plane("column_scales", scales.iter().flat_map(|s| s.to_le_bytes()).collect());
+        }
+        if !outliers.is_empty() {
+            let count = |row| u32::try_from(outliers.iter().filter(|o| o.0 == row).count()).unwrap();
+            plane("outlier_counts", (0..rows).flat_map(|row| count(row).to_le_bytes()).collect());
+            plane("outlier_columns", outliers.iter().flat_map(|o| o.1.to_le_bytes()).collect());
+            plane("outlier_values", outliers.iter().flat_map(|o| half::f16::from_f32(o.2).to_le_bytes()).collect());
+        }
+        Self { column_scales: !scales.is_empty(), outliers: outliers.len() as u64, ..entry }
     }
 
     /// An F32 tensor of codes and one scale in `ecu_v1`, both planes coded.
@@ -78,6 +107,8 @@ impl Entry {
             transposed: false,
             codec: String::new(),
             rate: None,
+            column_scales: false,
+            outliers: 0,
             planes: Vec::new(),
         }
     }
@@ -141,7 +172,9 @@ impl Artifact {
             number(&mut bytes, t.shape.len() as u64);
             t.shape.iter().for_each(|&d| number(&mut bytes, d));
             bytes.push(u8::from(t.transposed));
-            text(&mut bytes, &t.codec);
+            let scaled = if t.column_scales { "+column_scales" } else { "" };
+            let outliers = if t.outliers > 0 { "+outliers" } else { "" };
+            text(&mut bytes, &format!("{}{scaled}{outliers}", t.codec));
             for p in &t.planes {
                 let digest = blake3::Hash::from_hex(p.digest()).unwrap_or(blake3::hash(b""));
                 bytes.extend(digest.as_bytes());
@@ -167,11 +200,13 @@ impl Artifact {
                 planes.push(p.json("plane", offset));
             }
             let rate = t.rate.map_or_else(String::new, |rate| format!(",\"rate\":{rate}"));
+            let scaled = if t.column_scales { ",\"column_scales\":true" } else { "" };
+            let outliers = if t.outliers > 0 { format!(",\"outliers\":{}", t.outliers) } else { String::new() };
             let transposed = if t.transposed { ",\"transposed\":true" } else { "" };
             let (shape, planes) = (serde_json::to_string(&t.shape).unwrap(), planes.join(","));
             let [name, dtype, codec] = [&t.name, &t.dtype, &t.codec].map(|s| serde_json::to_string(s).unwrap());
             tensors.push(format!(
-                "{{\"name\":{name},\"dtype\":{dtype},\"shape\":{shape}{transposed},\"codec\":{codec}{rate},\"planes\":[{planes}]}}"
+                "{{\"name\":{name},\"dtype\":{dtype},\"shape\":{shape}{transposed},\"codec\":{codec}{rate}{scaled}{outliers},\"planes\":[{planes}]}}"
             ));
         }
         let mut files = Vec::new();
@@ -198,10 +233,11 @@ impl Artifact {
             "{{{metadata}\"provenance\":{provenance},{delta}\"identity\":\"{identity}\",\"tensors\":[{tensors}]{files}}}"
         );
         let coded = self.tensors.iter().flat_map(|t| &t.planes).any(|p| p.coding.is_some());
+        let extra = self.tensors.iter().any(|t| t.column_scales || t.outliers > 0);
         File {
             magic: *b"\x89TNPK\r\n\x1a",
             version: 1,
-            flags: u32::from(self.delta.is_some()) + 2 * u32::from(coded),
+            flags: u32::from(self.delta.is_some()) + 2 * u32::from(coded) + 4 * u32::from(extra),
             header_bytes: header.len() as u64,
             file_bytes: None,
             header_crc32c: None,

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stats", metavar="FILE", help="statistics that codecs and recipes are compressed with, of another text")
     add(
         "--fit",
-        choices=("codec", "search", "weighted", "gptq"),
+        choices=("codec", "search", "weighted", "gptq", "awq"),
         help="fit of codecs and recipes; see `tenpak compress`",
     )
     add(

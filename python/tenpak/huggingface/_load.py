@@ -88,6 +88,10 @@ def entries(artifact: Artifact) -> dict[str, dict[str, Any]]:
             described[name] = {"codec": entry.codec, "dtype": entry.dtype, "shape": list(entry.shape)}
             if entry.transposed:
                 described[name]["transposed"] = True
+            if entry.column_scales:
+                described[name]["column_scales"] = True
+            if entry.outliers:
+                described[name]["outliers"] = entry.outliers
     return described
 
 

@@ -30,7 +30,8 @@ class TenpakConfig(QuantizationConfigMixin):
         Version of the description; this build knows 1.
     tensors
         For each encoded tensor, by its name in the source: ``codec``, ``dtype`` (as safetensors names it), ``shape``
-        and, where it is stored transposed, ``transposed``; ``coding`` of the planes that are coded, by plane.
+        and, where it is stored transposed, ``transposed``; ``column_scales`` and the number of ``outliers`` where it has
+        them; ``coding`` of the planes that are coded, by plane.
 
     Raises
     ------
@@ -162,6 +163,11 @@ class TenpakQuantizer(HfQuantizer):
             raise UnsupportedError(
                 f"tensors {names} become one stack and have the codecs {codecs}, expected one; compress the experts of "
                 "a layer with one codec"
+            )
+        if any(entry.get("column_scales") or entry.get("outliers") for entry in entries):
+            raise UnsupportedError(
+                f"tensors {names} become one stack and have column scales or outliers, one set for each; compress the "
+                "experts without them"
             )
         experts, rows, cols = module._parameters[parameter].shape
         if sum(entry["shape"][0] for entry in entries) != experts * rows or first["shape"][1] != cols:
@@ -307,6 +313,11 @@ def described(model: Any) -> dict[str, Entry]:
             if isinstance(module, QuantizedLinear) and module.transposed:
                 entry["shape"].reverse()
                 entry["transposed"] = True
+            column_scales, outliers = module.extra
+            if column_scales:
+                entry["column_scales"] = True
+            if outliers:
+                entry["outliers"] = outliers
             tensors[full] = entry
     return tensors
 
@@ -317,8 +328,11 @@ def _place(parameter: torch.Tensor, dtype: torch.dtype | None) -> dict[str, Any]
 
 
 def _told(module: Any, entry: Entry) -> Any:
-    """Tell a module what its source was."""
+    """Tell a module what its source was, and which planes it has beside its codec's."""
     module.source = entry["dtype"]
+    extra = bool(entry.get("column_scales")), int(entry.get("outliers", 0))
+    if extra != module.extra:
+        module.set_extra(*extra)
     return module
 
 

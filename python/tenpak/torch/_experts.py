@@ -64,6 +64,11 @@ class QuantizedStack(Quantized):
 
     def split_planes(self) -> None:
         """Give planes the shape ``[experts, out, elements of a row]``, without a copy."""
+        if any(self.extra):
+            raise UnsupportedError(
+                "a stack with column scales or outliers cannot be divided into planes of single experts; compress its "
+                "tensor without them"
+            )
         for name, plane in self.planes.items():
             self._buffers[name] = plane.view(self.experts, self.out_features, -1)
 

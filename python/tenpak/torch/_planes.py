@@ -17,7 +17,7 @@ from .._arrays import Array
 from .._artifact import Artifact
 from .._encoded import Encoded
 from .._errors import InvalidError
-from ._ops import ACTS, DTYPES
+from ._ops import ACTS, DTYPES, Matrix
 from ._weight import DecodedWeight
 
 #: Planes whose memory may not be written: views of an artifact's file.
@@ -34,11 +34,25 @@ _STATE = "_extra_state"
 @functools.cache
 def row_planes(codec: str, cols: int) -> dict[str, tuple[torch.dtype, int]]:
     """Return the planes of a codec in stored order: dtype and number of elements that one row of ``cols`` takes."""
-    row = _tenpak.encode(np.zeros(4 * cols, np.uint8), "F32", 1, cols, codec)
+    row = _tenpak.encode(np.zeros(4 * cols, np.uint8), "F32", 1, cols, codec, None, None)
     planes = {}
     for name, dtype, data in row.planes():
         kind = _PLANE_DTYPES[dtype]
         planes[name] = (kind, len(data) // kind.itemsize)
+    return planes
+
+
+def extra_planes(
+    rows: int, cols: int, column_scales: bool, outliers: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the planes that a matrix has behind its codec's, in stored order: dtype and shape."""
+    planes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if column_scales:
+        planes["column_scales"] = torch.float32, (cols,)
+    if outliers:
+        planes["outlier_counts"] = torch.uint32, (rows,)
+        planes["outlier_columns"] = torch.uint16 if cols <= 1 << 16 else torch.uint32, (outliers,)
+        planes["outlier_values"] = torch.float16, (outliers,)
     return planes
 
 
@@ -78,14 +92,16 @@ def encode(weight: torch.Tensor, codec: str) -> Encoded:
     cols = dense.shape[-1]
     rows = math.prod(dense.shape[:-1])
     memory = dense.reshape(-1).view(torch.uint8).numpy()
-    return Encoded(_tenpak.encode(memory, DTYPES[dense.dtype], rows, cols, codec), tuple(dense.shape))
+    return Encoded(_tenpak.encode(memory, DTYPES[dense.dtype], rows, cols, codec, None, None), tuple(dense.shape))
 
 
 class Quantized(nn.Module):
     """A matrix, or a stack of matrices, whose weights are planes: base of the quantized modules.
 
     The planes are buffers named as in an artifact, ``codes``, ``scales`` and, where the codec has them, ``offsets`` or
-    ``zero_points``, of shape ``[rows, elements of a row]``. Conversions between dtypes never touch them, devices do.
+    ``zero_points``, of shape ``[rows, elements of a row]``, and behind them what the matrix has beside: ``column_scales``
+    ``[cols]``, ``outlier_counts`` ``[rows]``, ``outlier_columns`` and ``outlier_values`` ``[outliers]``. Conversions
+    between dtypes never touch them, devices do.
     """
 
     codec: str
@@ -113,6 +129,35 @@ class Quantized(nn.Module):
             self.register_buffer(name, torch.zeros((rows, width), dtype=kind, device=device))
         self._names = tuple(row_planes(codec, cols))
         self._addends = self._names[2] if len(self._names) > 2 else None
+        self._extra: tuple[str, ...] = ()
+
+    def set_extra(self, column_scales: bool, outliers: int) -> None:
+        """Have planes beside the codec's: column scales, so many outliers; their numbers are yet to come.
+
+        Parameters
+        ----------
+        column_scales
+            Whether columns have scales.
+        outliers
+            How many weights are outliers.
+        """
+        for name in self._extra:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        device = self._plane("codes").device
+        wanted = extra_planes(self.rows, self.cols, column_scales, outliers)
+        for name, (kind, shape) in wanted.items():
+            # A module that follows another leaves these to it too.
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device), not self.is_follower)
+        self._extra = tuple(wanted)
+        self._names = (*row_planes(self.codec, self.cols), *self._extra)
+
+    @property
+    def extra(self) -> tuple[bool, int]:
+        """Whether columns have scales, and how many weights are outliers."""
+        buffers: dict[str, Any] = self._buffers
+        outliers = buffers["outlier_values"].numel() if "outlier_values" in self._extra else 0
+        return "column_scales" in self._extra, outliers
 
     def set_act(self, act: str | None) -> None:
         """Choose the arithmetic of products; see :func:`tenpak.torch.set_act`."""
@@ -136,11 +181,12 @@ class Quantized(nn.Module):
         return 8 * sum(plane.nbytes for plane in self.planes.values()) / max(1, self.rows * self.cols)
 
     @property
-    def matrix(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str, int, int]:
+    def matrix(self) -> Matrix:
         """The arguments by which operators know the matrix."""
         buffers: dict[str, Any] = self._buffers
         addends = None if self._addends is None else buffers[self._addends]
-        return buffers["codes"], buffers["scales"], addends, self.codec, self.rows, self.cols
+        extra = [buffers[name] for name in self._extra] if self._extra else []
+        return buffers["codes"], buffers["scales"], addends, extra, self.codec, self.rows, self.cols
 
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the weights as a dense tensor ``[rows, cols]``.
@@ -176,6 +222,7 @@ class Quantized(nn.Module):
 
     def _set_planes(self, planes: Mapping[str, Any]) -> None:
         """Take planes from elsewhere, without a copy where they are tensors or arrays of the right dtype and shape."""
+        self._fit_extra(planes)
         if set(planes) != set(self._names):
             raise InvalidError(
                 f"planes {', '.join(planes) or 'none'} for codec {self.codec}, expected {', '.join(self._names)}"
@@ -190,6 +237,14 @@ class Quantized(nn.Module):
             if tensor.shape != expected.shape or not tensor.is_contiguous():
                 tensor = tensor.contiguous().view(expected.shape)
             self._buffers[name] = tensor
+
+    def _fit_extra(self, planes: Mapping[str, Any], prefix: str = "") -> None:
+        """Have the planes beside the codec's that ``planes`` has under ``prefix``."""
+        values = planes.get(prefix + "outlier_values")
+        outliers = 0 if values is None else int(np.prod(values.shape))
+        wanted = prefix + "column_scales" in planes, outliers
+        if wanted != self.extra:
+            self.set_extra(*wanted)
 
     def share_planes(self, other: "Quantized") -> None:
         """Use the planes of another module of the same codec and size from now on, without a copy.
@@ -209,6 +264,8 @@ class Quantized(nn.Module):
             raise InvalidError(
                 f"a module of {_described(*theirs)} cannot lend its planes to one of {_described(*mine)}"
             )
+        if self.extra != other.extra:
+            self.set_extra(*other.extra)
         for name in self._names:
             self._buffers[name] = other._plane(name)
 
@@ -271,6 +328,8 @@ class Quantized(nn.Module):
                 "into a dense module and quantize that"
             )
             return
+        if prefix + "codes" in state_dict:
+            self._fit_extra(state_dict, prefix)
         wrong = [
             f"plane {prefix}{name} has dtype {plane.dtype} and shape {tuple(plane.shape)}, expected {own.dtype} and "
             f"{tuple(own.shape)} for codec {self.codec}; build the module with the codec of the state dict"

@@ -14,6 +14,8 @@ mod rate;
 mod solve;
 mod viterbi;
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 pub use rate::{quantize, quantize_with};
@@ -56,6 +58,8 @@ pub struct Quantized {
     pub scales: Vec<f32>,
     /// Rows whose step is larger than the common one.
     pub stretched: usize,
+    /// A factor on the weights of each column, where there are any.
+    pub column_scales: Option<Vec<f32>>,
     /// The codes as they lie on disk.
     pub stream: Vec<u8>,
     /// The scales as they lie on disk.
@@ -71,17 +75,18 @@ pub struct Quantized {
 }
 
 impl Quantized {
-    /// Bits on disk per weight, both planes counted.
+    /// Bits on disk per weight, all planes counted.
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
-        (self.stream.len() + self.scales_stream.len()) as f64 * 8.0 / self.codes.len().max(1) as f64
+        let columns = self.column_scales.as_ref().map_or(0, |scales| 4 * scales.len());
+        (self.stream.len() + self.scales_stream.len() + columns) as f64 * 8.0 / self.codes.len().max(1) as f64
     }
 }
 
 /// A matrix of finite weights, with the importance of its columns scaled to a mean of one.
 #[derive(Debug)]
 struct Matrix<'a> {
-    weights: &'a [f32],
+    weights: Cow<'a, [f32]>,
     rows: usize,
     cols: usize,
     importance: Vec<f32>,
@@ -103,7 +108,7 @@ impl<'a> Matrix<'a> {
             }
             None => flat,
         };
-        Self { weights, rows, cols, importance }
+        Self { weights: Cow::Borrowed(weights), rows, cols, importance }
     }
 
     /// Squared error of codes, plain and weighted, summed row by row.
@@ -272,6 +277,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
             codes,
             scales,
             stretched: 0,
+            column_scales: None,
             stream,
             scales_stream,
             squared_error: 0.0,
@@ -296,5 +302,17 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
     let scales: Vec<f32> = scales.iter().map(|&scale| (f64::from(scale) * gain) as f32).collect();
     let (squared_error, weighted_error) = matrix.errors(&codes, &scales);
     let scales_stream = coding::encode_scales(&scales);
-    Ok(Quantized { codes, scales, stretched, stream, scales_stream, squared_error, weighted_error, step, choice })
+    let column_scales = None;
+    Ok(Quantized {
+        codes,
+        scales,
+        stretched,
+        column_scales,
+        stream,
+        scales_stream,
+        squared_error,
+        weighted_error,
+        step,
+        choice,
+    })
 }

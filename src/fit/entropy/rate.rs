@@ -2,6 +2,8 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "a step is a single, and exponents are small")]
 
+use std::borrow::Cow;
+
 use super::viterbi::LANES;
 use super::{Choice, Matrix, Quantized, step_of};
 use crate::coding::Trellis;
@@ -98,7 +100,12 @@ pub(super) fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Qu
         let weights: Vec<f32> = matrix.weights.chunks_exact(chunk).step_by(every).flatten().copied().collect();
         if weights.iter().any(|&w| w != 0.0) {
             let rows = weights.len() / matrix.cols;
-            let sample = Matrix { weights: &weights, rows, cols: matrix.cols, importance: matrix.importance.clone() };
+            let sample = Matrix {
+                weights: Cow::Borrowed(&weights),
+                rows,
+                cols: matrix.cols,
+                importance: matrix.importance.clone(),
+            };
             if let Some((_, exponent)) = meet(target, start, |step| step_of(&sample, step, choice))? {
                 start = exponent;
             }

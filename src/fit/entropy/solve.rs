@@ -4,8 +4,15 @@
 //! all of them, and a level is cheaper the more often its context has it: so columns that matter little fall to zero
 //! where that saves bits. This excludes the trellis, which wants the columns of a row in the order of the row; which of
 //! the two loses less depends on how much the inputs have in common, so both are computed and the better one is kept.
+//!
+//! A third one has a step per column, as WaterSIC has it: an error of the column at position *p* costs `L[p,p]²`
+//! ([`crate::fit::hessian`]), and bits are the same whatever the step, so all columns should lose alike, with steps in
+//! proportion to `1 / L[p,p]`. They stay with the matrix as column scales, and each is multiplied by the factor at which
+//! its column, codes given, loses least. That costs 32 bits per column, which are counted: it is for matrices of many rows.
 
 #![expect(clippy::cast_possible_truncation, reason = "clamped to the codes first")]
+
+use std::borrow::Cow;
 
 use super::rate::{aim, exponent_of, meet};
 use super::{Choice, Matrix, Quantized, ROUNDS, prices};
@@ -32,62 +39,147 @@ pub fn solve(
     assert_eq!(hessian.cols(), cols, "a second moment of other columns");
     let mut trellis = super::quantize(weights, rows, cols, target_bits, Some(importance))?;
     trellis.weighted_error = loss(weights, cols, &trellis, hessian);
-    let matrix = Matrix::new(weights, rows, cols, None);
     let choice = Choice::of(None);
-    let start = exponent_of(aim(&matrix, target_bits, choice)?.step);
-    let solved = meet(target_bits, start, |step| step_of(&matrix, hessian, step, choice))?;
-    Ok(match solved {
-        Some((solved, _)) if solved.weighted_error < trellis.weighted_error => solved,
-        _ => trellis,
-    })
+    let flat = vec![1.0; cols];
+    let mut best = trellis;
+    let scales = column_steps(hessian);
+    for (columns, spent) in [(&flat, 0.0), (&scales, 32.0 / rows.max(1) as f64)] {
+        if target_bits <= spent {
+            continue;
+        }
+        let stepped = Stepped::new(weights, rows, cols, columns, hessian, spent > 0.0);
+        let aimed = match aim(&stepped.scaled, target_bits - spent, choice) {
+            Ok(aimed) => aimed,
+            // Columns of their own leave too few bits for codes.
+            Err(_) if spent > 0.0 => continue,
+            Err(e) => return Err(e),
+        };
+        let solved = meet(target_bits, exponent_of(aimed.step), |step| stepped.at(step, choice))?;
+        if let Some((solved, _)) = solved
+            && solved.weighted_error < best.weighted_error
+        {
+            best = solved;
+        }
+    }
+    Ok(best)
+}
+
+/// Steps of columns in proportion to `1 / L[p,p]`, relative to that of a column of mean cost.
+fn column_steps(hessian: &Hessian) -> Vec<f32> {
+    let cols = hessian.cols();
+    let mean = (0..cols).map(|p| hessian.pivot(p)).sum::<f64>() / cols.max(1) as f64;
+    let mut steps = vec![1.0; cols];
+    for (p, column) in hessian.order().enumerate() {
+        steps[column] = (mean / hessian.pivot(p)).sqrt() as f32;
+    }
+    steps
 }
 
 /// The proxy loss of a quantized matrix.
 fn loss(weights: &[f32], cols: usize, quantized: &Quantized, hessian: &Hessian) -> f64 {
+    hessian.losses(&errors(weights, cols, quantized).collect::<Vec<_>>()).iter().sum()
+}
+
+/// What the weights of a quantized matrix are off by, row by row.
+fn errors<'a>(weights: &'a [f32], cols: usize, quantized: &'a Quantized) -> impl Iterator<Item = f64> + 'a {
     let rows = weights.chunks_exact(cols).zip(quantized.codes.chunks_exact(cols)).zip(&quantized.scales);
-    let errors: Vec<f64> = rows
-        .flat_map(|((weights, codes), &scale)| {
-            weights.iter().zip(codes).map(move |(&w, &code)| f64::from(w) - value(code, scale))
-        })
-        .collect();
-    hessian.losses(&errors).iter().sum()
+    rows.flat_map(move |((weights, codes), &scale)| {
+        let columns = quantized.column_scales.as_deref();
+        let error = move |(column, (&w, &code)): (usize, (&f32, &u8))| {
+            f64::from(w) - value(code, scale, columns.map_or(1.0, |columns| columns[column]))
+        };
+        weights.iter().zip(codes).enumerate().map(error)
+    })
 }
 
 /// The weight that a code stands for.
-fn value(code: u8, scale: f32) -> f64 {
-    f64::from(f32::from(i16::from(code) - 128) * scale)
+fn value(code: u8, scale: f32, column: f32) -> f64 {
+    f64::from(f32::from(i16::from(code) - 128) * scale * column)
 }
 
-fn step_of(matrix: &Matrix<'_>, hessian: &Hessian, step: f32, choice: Choice) -> Result<Quantized> {
-    let (rows, cols) = (matrix.rows, matrix.cols);
-    let scales = matrix.scales(step, choice);
-    let mut codes = matrix.round(&scales);
-    let mut contexts = context::fit(&codes, rows, cols, None);
-    let mean = (0..cols).map(|p| hessian.pivot(p)).sum::<f64>() / cols.max(1) as f64;
-    let mut weighted_error = 0.0;
-    for _ in 0..ROUNDS {
-        let prices = prices(&contexts.model, choice.lambda);
-        let mut position = 0;
-        let losses = ldlq(hessian, matrix.weights, |column, adjusted, chosen| {
-            let weight = hessian.pivot(position) / mean;
-            position += 1;
-            for (row, (&w, chosen)) in adjusted.iter().zip(chosen).enumerate() {
-                let scale = f64::from(scales[row]);
-                let relative = scale / f64::from(step);
-                let price = &prices[contexts.at(row, column)];
-                let code = cheapest(w / scale, weight * relative * relative, price);
-                codes[row * cols + column] = code;
-                *chosen = value(code, scales[row]);
-            }
-        });
-        weighted_error = losses.iter().sum();
-        contexts = context::fit(&codes, rows, cols, None);
+/// A matrix whose columns have steps of their own, in proportions that are given.
+struct Stepped<'a> {
+    weights: &'a [f32],
+    columns: &'a [f32],
+    hessian: &'a Hessian,
+    /// The weights divided by the steps of their columns.
+    scaled: Matrix<'a>,
+    /// Whether the steps are kept with the matrix; else they are all one.
+    own: bool,
+}
+
+impl<'a> Stepped<'a> {
+    fn new(weights: &'a [f32], rows: usize, cols: usize, columns: &'a [f32], hessian: &'a Hessian, own: bool) -> Self {
+        let mut scaled = Matrix::new(weights, rows, cols, None);
+        if own {
+            let divided = weights.chunks_exact(cols.max(1)).flat_map(|row| row.iter().zip(columns).map(|(w, s)| w / s));
+            scaled.weights = Cow::Owned(divided.collect());
+        }
+        Self { weights, columns, hessian, scaled, own }
     }
-    let stream = coding::write(&codes, cols, &contexts)?;
-    let (squared_error, _) = matrix.errors(&codes, &scales);
-    let scales_stream = coding::encode_scales(&scales);
-    let stretched = scales.iter().filter(|&&scale| scale != step).count();
-    Ok(Quantized { codes, scales, stretched, stream, scales_stream, squared_error, weighted_error, step, choice })
+
+    /// Quantizes with a given common step.
+    fn at(&self, step: f32, choice: Choice) -> Result<Quantized> {
+        let (matrix, hessian) = (&self.scaled, self.hessian);
+        let (rows, cols) = (matrix.rows, matrix.cols);
+        let scales = matrix.scales(step, choice);
+        let mut codes = matrix.round(&scales);
+        let mut contexts = context::fit(&codes, rows, cols, None);
+        let cost = |p: usize, column: usize| hessian.pivot(p) * f64::from(self.columns[column]).powi(2);
+        let order: Vec<usize> = hessian.order().collect();
+        let mean = order.iter().enumerate().map(|(p, &column)| cost(p, column)).sum::<f64>() / cols.max(1) as f64;
+        let mut weighted_error = 0.0;
+        let mut columns = self.columns.to_vec();
+        for _ in 0..ROUNDS {
+            let prices = prices(&contexts.model, choice.lambda);
+            let mut position = 0;
+            let losses = ldlq(hessian, self.weights, |column, adjusted, chosen| {
+                let weight = cost(position, column) / mean;
+                position += 1;
+                let own = f64::from(self.columns[column]);
+                for (row, &w) in adjusted.iter().enumerate() {
+                    let scale = f64::from(scales[row]);
+                    let relative = scale / f64::from(step);
+                    let price = &prices[contexts.at(row, column)];
+                    codes[row * cols + column] = cheapest(w / (scale * own), weight * relative * relative, price);
+                }
+                let code = |row: usize| codes[row * cols + column];
+                if self.own {
+                    let (mut cross, mut power) = (0.0, 0.0);
+                    for (row, &w) in adjusted.iter().enumerate() {
+                        let value = value(code(row), scales[row], self.columns[column]);
+                        cross += w * value;
+                        power += value * value;
+                    }
+                    let factor = if cross > 0.0 && power > 0.0 { cross / power } else { 1.0 };
+                    columns[column] = (own * factor) as f32;
+                }
+                for (row, chosen) in chosen.iter_mut().enumerate() {
+                    *chosen = value(code(row), scales[row], columns[column]);
+                }
+            });
+            weighted_error = losses.iter().sum();
+            contexts = context::fit(&codes, rows, cols, None);
+        }
+        let stream = coding::write(&codes, cols, &contexts)?;
+        let scales_stream = coding::encode_scales(&scales);
+        let stretched = scales.iter().filter(|&&scale| scale != step).count();
+        let column_scales = self.own.then_some(columns);
+        let mut out = Quantized {
+            codes,
+            scales,
+            stretched,
+            stream,
+            scales_stream,
+            column_scales,
+            squared_error: 0.0,
+            weighted_error,
+            step,
+            choice,
+        };
+        out.squared_error = errors(self.weights, cols, &out).map(|e| e * e).sum();
+        Ok(out)
+    }
 }
 
 /// Of the level nearest to `target`, the one before it on the way to zero, and zero, the code of least

@@ -6,12 +6,15 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 pub mod bf16;
+mod extra;
 pub mod float;
 pub mod int8;
 mod nested;
 pub mod reference;
 pub mod team;
 mod tile;
+
+use std::sync::{Mutex, PoisonError};
 
 use super::{Act, Backend, Matrix, Weights, check_sizes};
 use crate::codec;
@@ -47,10 +50,9 @@ impl Matrix for Weights<'_> {
         }
         if is_small(self.rows(), self.cols(), 1) {
             codec::decode_rows(self.layout(), self.planes(), self.cols(), out);
-        } else {
-            codec::decode_planes(self.layout(), self.planes(), self.cols(), out);
+            return self.extra().apply(out);
         }
-        Ok(())
+        codec::decode_matrix(self.layout(), self.planes(), self.extra(), self.cols(), out)
     }
 }
 
@@ -61,8 +63,17 @@ impl Matrix for Weights<'_> {
 pub fn multiply(weights: &Weights<'_>, x: &[f32], m: usize, act: Act, y: &mut [f32]) -> Result<()> {
     check_sizes(weights, x.len(), m, y.len())?;
     let small = is_small(weights.rows(), weights.cols(), m);
-    run(Product::list(*weights, x, m, y), act, small);
-    Ok(())
+    let scaled = scaled(weights, x);
+    run(Product::list(weights.base(), scaled.as_deref().unwrap_or(x), m, y), act, small);
+    extra::add(weights, x, m, y, small)
+}
+
+/// Activations times column scales; nothing where there are none.
+fn scaled(weights: &Weights<'_>, x: &[f32]) -> Option<Vec<f32>> {
+    weights.extra().column_scales()?;
+    let mut scaled = x.to_vec();
+    weights.extra().scale(&mut scaled);
+    Some(scaled)
 }
 
 /// One matrix and what it is multiplied with; none of its sizes is zero.
@@ -124,12 +135,23 @@ pub fn decode_rows(weights: &Weights<'_>, ids: &[usize], out: &mut [f32]) -> Res
     }
     if cols > 0 {
         let per_task = codec::rows_per_task(cols);
+        let (base, outliers, failed) = (weights.base(), weights.extra().rows(), Mutex::new(None));
+        let scales = weights.extra().column_scales();
         let tasks: Vec<_> = out.chunks_mut(per_task * cols).zip(ids.chunks(per_task)).collect();
         tile::each(tasks, is_small(ids.len(), cols, 1), |(rows, ids)| {
             for (row, &id) in rows.chunks_exact_mut(cols).zip(ids) {
-                codec::decode_rows(weights.layout(), weights.slice(id, 1).planes(), cols, row);
+                codec::decode_rows(base.layout(), base.slice(id, 1).planes(), cols, row);
+                for (w, scale) in row.iter_mut().zip(scales.iter().flatten()) {
+                    *w *= scale;
+                }
+                if let Some(Err(e)) = outliers.as_ref().map(|outliers| outliers.add(id, row)) {
+                    *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+                }
             }
         });
+        if let Some(e) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(e);
+        }
     }
     Ok(())
 }
@@ -152,16 +174,24 @@ pub fn multiply_grouped(stack: &Weights<'_>, x: &[f32], ends: &[usize], act: Act
         )));
     }
     let (rows, cols) = (stack.rows() / ends.len(), stack.cols());
-    check_sizes(&stack.slice(0, rows), x.len(), m, y.len())?;
+    check_sizes(&stack.base().slice(0, rows), x.len(), m, y.len())?;
+    let small = is_small(stack.rows(), cols, m);
     let mut parts = Vec::with_capacity(ends.len());
-    let (mut first, mut rest) = (0, y);
+    let scaled = scaled(stack, x);
+    let (base, scaled) = (stack.base(), scaled.as_deref().unwrap_or(x));
+    let (mut first, mut rest) = (0, &mut *y);
     for (e, &end) in ends.iter().enumerate() {
         let (part, tail) = rest.split_at_mut((end - first) * rows);
         if end > first {
-            parts.extend(Product::list(stack.slice(e * rows, rows), &x[first * cols..end * cols], end - first, part));
+            parts.extend(Product::list(
+                base.slice(e * rows, rows),
+                &scaled[first * cols..end * cols],
+                end - first,
+                part,
+            ));
         }
         (first, rest) = (end, tail);
     }
-    run(parts, act, is_small(stack.rows(), cols, m));
-    Ok(())
+    run(parts, act, small);
+    extra::add_grouped(stack, x, ends, y, small)
 }

@@ -10,25 +10,45 @@ use crate::gemm::{ACT_BLOCK, Act, Weights};
 pub fn multiply(weights: &Weights<'_>, x: &[f32], m: usize, act: Act, y: &mut [f32]) {
     let (rows, cols) = (weights.rows(), weights.cols());
     assert!(x.len() == m * cols && y.len() == m * rows, "sizes were checked");
-    let x = round_activations(act, x, cols);
+    let mut scaled = x.to_vec();
+    weights.extra().scale(&mut scaled);
+    let scaled = round_activations(act, &scaled, cols);
+    let outliers = weights.extra().rows();
     let mut row = vec![0.0; cols];
     for n in 0..rows {
-        decode_row(weights, n, &mut row);
+        decode_base_row(weights, n, &mut row);
         if act == Act::Bf16 {
             row = round_bf16(&row);
         }
         for i in 0..m {
-            let products = x[i * cols..][..cols].iter().zip(&row).map(|(&a, &b)| f64::from(a) * f64::from(b));
+            let dot = |x: &[f32], row: &[f32]| -> f64 {
+                x[i * cols..][..cols].iter().zip(row).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+            };
+            let mut sum = dot(&scaled, &row);
+            if let Some(outliers) = &outliers {
+                let mut added = vec![0.0; cols];
+                outliers.add(n, &mut added).expect("outliers were checked");
+                sum += dot(x, &added);
+            }
             #[expect(clippy::cast_possible_truncation, reason = "the one rounding of a result")]
-            let sum = products.sum::<f64>() as f32;
+            let sum = sum as f32;
             y[i * rows + n] = sum;
         }
     }
 }
 
 /// Row `n` as the specification decodes it.
+///
+/// # Panics
+/// When an outlier lies beyond its row.
 pub fn decode_row(weights: &Weights<'_>, n: usize, out: &mut [f32]) {
-    let row: Planes<'_> = *weights.slice(n, 1).planes();
+    decode_base_row(weights, n, out);
+    weights.slice(n, 1).extra().apply(out).expect("outliers were checked");
+}
+
+/// The same of the codec's planes alone.
+fn decode_base_row(weights: &Weights<'_>, n: usize, out: &mut [f32]) {
+    let row: Planes<'_> = *weights.base().slice(n, 1).planes();
     reference::decode_row(weights.layout(), &row, out);
 }
 

@@ -1,0 +1,465 @@
+//! Extra planes: what the matrix of any grouped codec may have beside its codec's own planes.
+//!
+//! ```text
+//! weight[r, c] = base[r, c] * column_scale[c], then + outlier[r, c] where there is one
+//! ```
+//!
+//! in f32, each one rounding, *base* being what the codec decodes. Both are of the matrix and not of the codec, so a codec
+//! stays what its layout says, and kernels never meet them: in a product activations are multiplied by the column scales
+//! first, and what outliers add comes last.
+//!
+//! | plane | element | count |
+//! |---|---|---|
+//! | `column_scales` | F32, finite, not zero | one per column |
+//! | `outlier_counts` | U32 | one per row: its outliers |
+//! | `outlier_columns` | U16, or U32 where there are more than 65536 columns | one per outlier, row after row, ascending in a row |
+//! | `outlier_values` | F16, finite | one per outlier |
+
+use half::f16;
+
+use crate::error::{Error, Result};
+use crate::layout::Plane;
+use crate::tensor::DType;
+
+/// Columns that a U16 can count.
+const SHORT: u64 = 1 << 16;
+
+/// Which extra planes a matrix has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extras {
+    /// Whether columns have scales.
+    pub column_scales: bool,
+    /// How many weights are outliers; without any there are no planes of them.
+    pub outliers: u64,
+}
+
+impl Extras {
+    /// Nothing beside the codec's planes.
+    pub const NONE: Self = Self { column_scales: false, outliers: 0 };
+
+    /// The planes, in the order in which they are stored, behind the codec's.
+    #[must_use]
+    pub const fn planes(&self) -> &'static [Plane] {
+        kinds(self.column_scales, self.outliers > 0)
+    }
+
+    /// Dtype of the elements of an extra plane, and how many it has; nothing where `plane` is a codec's.
+    #[must_use]
+    pub fn elements(&self, plane: Plane, rows: u64, cols: u64) -> Option<(DType, u64)> {
+        match plane {
+            Plane::ColumnScales => Some((DType::F32, cols)),
+            Plane::OutlierCounts => Some((DType::U32, rows)),
+            Plane::OutlierColumns => Some((if cols > SHORT { DType::U32 } else { DType::U16 }, self.outliers)),
+            Plane::OutlierValues => Some((DType::F16, self.outliers)),
+            _ => None,
+        }
+    }
+
+    /// Bytes of every extra plane of a `rows x cols` matrix, in stored order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for more outliers than weights, more columns than 32 bits count, or sizes beyond 63 bits.
+    pub fn plane_bytes(&self, rows: u64, cols: u64) -> Result<Vec<(Plane, u64)>> {
+        let most = u128::from(rows) * u128::from(cols);
+        if u128::from(self.outliers) > most {
+            return Err(Error::invalid(format!("{} outliers of {most} weights", self.outliers)));
+        }
+        if self.outliers > 0 && cols > 1 << 32 {
+            return Err(Error::invalid(format!("outliers in rows of {cols} weights, more than 32 bits count")));
+        }
+        let too_large = || Error::invalid(format!("extra planes of a {rows} x {cols} matrix are too large"));
+        let bytes = |plane| {
+            let (dtype, count) = self.elements(plane, rows, cols).expect("an extra plane");
+            count.checked_mul(dtype.size()).filter(|&bytes| bytes < 1 << 63).ok_or_else(too_large)
+        };
+        self.planes().iter().map(|&plane| Ok((plane, bytes(plane)?))).collect()
+    }
+
+    /// What these planes are: none, column scales, those of outliers, or both; the lengths are not looked at.
+    pub(crate) fn of(planes: &[&[u8]]) -> Option<Self> {
+        let (column_scales, outliers) = of_number(planes.len())?;
+        let values = if outliers { planes.last().map_or(0, |values| values.len() as u64 / 2) } else { 0 };
+        Some(Self { column_scales, outliers: values })
+    }
+}
+
+/// The extra planes of a matrix, given whether it has column scales and outliers.
+const fn kinds(column_scales: bool, outliers: bool) -> &'static [Plane] {
+    const ALL: &[Plane] = &[Plane::ColumnScales, Plane::OutlierCounts, Plane::OutlierColumns, Plane::OutlierValues];
+    match (column_scales, outliers) {
+        (false, false) => &[],
+        (true, false) => ALL.split_at(1).0,
+        (false, true) => ALL.split_at(1).1,
+        (true, true) => ALL,
+    }
+}
+
+/// Whether so many extra planes are column scales, and whether they are outliers.
+fn of_number(planes: usize) -> Option<(bool, bool)> {
+    [(false, false), (true, false), (false, true), (true, true)]
+        .into_iter()
+        .find(|&(column_scales, outliers)| kinds(column_scales, outliers).len() == planes)
+}
+
+/// The extra planes of consecutive rows, for reading: lengths and counts agree.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ExtraPlanes<'a> {
+    column_scales: Option<&'a [u8]>,
+    outliers: Option<Outliers<'a>>,
+}
+
+/// The outliers of consecutive rows.
+#[derive(Debug, Clone, Copy)]
+struct Outliers<'a> {
+    counts: &'a [u8],
+    columns: &'a [u8],
+    values: &'a [u8],
+    cols: usize,
+}
+
+impl<'a> ExtraPlanes<'a> {
+    /// The extra planes of a `rows x cols` matrix, in stored order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when their number or a length is wrong, or counts do not add up to the outliers.
+    pub fn new(planes: &[&'a [u8]], rows: usize, cols: usize) -> Result<Self> {
+        let (Some(extras), Some((column_scales, outliers))) = (Extras::of(planes), of_number(planes.len())) else {
+            return Err(Error::invalid(format!(
+                "{} extra planes, expected column scales, the three of outliers, or both",
+                planes.len()
+            )));
+        };
+        extras.plane_bytes(rows as u64, cols as u64)?;
+        for (plane, got) in kinds(column_scales, outliers).iter().zip(planes) {
+            let elements = extras.elements(*plane, rows as u64, cols as u64);
+            let want = elements.map_or(0, |(dtype, count)| dtype.size() * count);
+            if got.len() as u64 != want {
+                return Err(Error::invalid(format!(
+                    "plane {} of a {rows} x {cols} matrix has {} bytes, expected {want}",
+                    plane.name(),
+                    got.len()
+                )));
+            }
+        }
+        let (scales, outliers) = planes.split_at(usize::from(column_scales));
+        let outliers = match *outliers {
+            [counts, columns, values] => Some(Outliers { counts, columns, values, cols }),
+            _ => None,
+        };
+        if let Some(outliers) = &outliers {
+            let (sum, count) = (outliers.before(rows), values_of(outliers.values) as u64);
+            if sum != count {
+                return Err(Error::invalid(format!("counts add up to {sum} outliers, there are {count}")));
+            }
+        }
+        Ok(Self { column_scales: scales.first().copied(), outliers })
+    }
+
+    /// Whether there is nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.column_scales.is_none() && self.outliers.is_none()
+    }
+
+    /// Whether there are planes of outliers.
+    pub(crate) fn has_outliers(&self) -> bool {
+        self.outliers.is_some()
+    }
+
+    /// Bytes of all of them.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let outliers = self.outliers.map_or(0, |o| o.counts.len() + o.columns.len() + o.values.len());
+        self.column_scales.map_or(0, <[u8]>::len) + outliers
+    }
+
+    /// Checks what lengths do not say: scales are finite and not zero, values finite, columns of a row ascend and exist.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the plane and the place.
+    pub fn check(&self) -> Result<()> {
+        if let Some(what) = self.column_scales.and_then(bad_scale) {
+            return Err(Error::invalid(format!("plane {}: {what}", Plane::ColumnScales.name())));
+        }
+        let Some(outliers) = &self.outliers else { return Ok(()) };
+        if let Some(what) = bad_value(outliers.values) {
+            return Err(Error::invalid(format!("plane {}: {what}", Plane::OutlierValues.name())));
+        }
+        let mut at = 0;
+        for row in 0..outliers.rows() {
+            let count = outliers.count(row);
+            let mut least = 0;
+            for i in at..at + count {
+                let column = outliers.column(i);
+                if column < least || column >= outliers.cols {
+                    return Err(Error::invalid(format!(
+                        "plane {}: column {column} of row {row} of {} columns, expected ascending ones inside the row",
+                        Plane::OutlierColumns.name(),
+                        outliers.cols
+                    )));
+                }
+                least = column + 1;
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// `count` rows of the matrix from `first` on.
+    pub(crate) fn slice(&self, first: usize, count: usize) -> Self {
+        Self { column_scales: self.column_scales, outliers: self.outliers.map(|o| o.slice(first, count)) }
+    }
+
+    /// The scales of the columns.
+    pub(crate) fn column_scales(&self) -> Option<Vec<f32>> {
+        Some(self.column_scales?.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    }
+
+    /// Makes weights of what the codec's planes of these rows decode to.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an outlier beyond its row.
+    pub(crate) fn apply(&self, weights: &mut [f32]) -> Result<()> {
+        self.scale(weights);
+        let Some(outliers) = &self.outliers else { return Ok(()) };
+        let mut at = 0;
+        for (row, weights) in weights.chunks_exact_mut(outliers.cols).enumerate() {
+            let count = outliers.count(row);
+            for i in at..at + count {
+                let column = outliers.column(i);
+                let w = weights.get_mut(column).ok_or_else(|| outliers.beyond(column))?;
+                *w += outliers.value(i);
+            }
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Multiplies rows of numbers with the column scales.
+    pub(crate) fn scale(&self, numbers: &mut [f32]) {
+        let Some(scales) = self.column_scales() else { return };
+        for row in numbers.chunks_exact_mut(scales.len().max(1)) {
+            for (number, scale) in row.iter_mut().zip(&scales) {
+                *number *= scale;
+            }
+        }
+    }
+
+    /// The rows in runs of `rows`, the last one shorter: the tasks of a parallel decoder, or the matrices of a stack.
+    pub(crate) fn chunks(&self, total: usize, rows: usize) -> Vec<Self> {
+        let mut rest = *self;
+        let mut chunks = Vec::with_capacity(total.div_ceil(rows));
+        for first in (0..total).step_by(rows) {
+            let count = rows.min(total - first);
+            chunks.push(rest.slice(0, count));
+            rest = rest.slice(count, total - first - count);
+        }
+        chunks
+    }
+
+    /// The outliers in an order of rows of the caller's; nothing where there are none.
+    pub(crate) fn rows(&self) -> Option<Rows<'a>> {
+        let outliers = self.outliers?;
+        let mut starts = Vec::with_capacity(outliers.rows());
+        let mut start = 0;
+        for row in 0..outliers.rows() {
+            starts.push(start);
+            start += outliers.count(row);
+        }
+        Some(Rows { outliers, starts })
+    }
+
+    /// Adds what outliers add to the products of all rows with one row of activations.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an outlier beyond its row.
+    pub(crate) fn add_products(&self, x: &[f32], y: &mut [f32]) -> Result<()> {
+        let Some(outliers) = &self.outliers else { return Ok(()) };
+        let mut at = 0;
+        for (row, y) in y.iter_mut().enumerate() {
+            let count = outliers.count(row);
+            let mut sum = 0.0;
+            for i in at..at + count {
+                let column = outliers.column(i);
+                sum += x.get(column).ok_or_else(|| outliers.beyond(column))? * outliers.value(i);
+            }
+            at += count;
+            *y += sum;
+        }
+        Ok(())
+    }
+
+    /// The outliers in numbers that can be multiplied as they are, for many rows of activations.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an outlier beyond its row.
+    pub(crate) fn sparse(&self) -> Result<Option<Sparse>> {
+        let Some(outliers) = &self.outliers else { return Ok(None) };
+        let number = values_of(outliers.values);
+        let columns: Vec<usize> = (0..number).map(|i| outliers.column(i)).collect();
+        if let Some(&column) = columns.iter().find(|&&column| column >= outliers.cols) {
+            return Err(outliers.beyond(column));
+        }
+        Ok(Some(Sparse {
+            counts: (0..outliers.rows()).map(|row| outliers.count(row)).collect(),
+            columns,
+            values: (0..number).map(|i| outliers.value(i)).collect(),
+        }))
+    }
+}
+
+/// The outliers of single rows.
+#[derive(Debug)]
+pub(crate) struct Rows<'a> {
+    outliers: Outliers<'a>,
+    starts: Vec<usize>,
+}
+
+impl Rows<'_> {
+    /// Adds the outliers of row `row` to its weights.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an outlier beyond its row.
+    pub fn add(&self, row: usize, weights: &mut [f32]) -> Result<()> {
+        for i in self.starts[row]..self.starts[row] + self.outliers.count(row) {
+            let column = self.outliers.column(i);
+            *weights.get_mut(column).ok_or_else(|| self.outliers.beyond(column))? += self.outliers.value(i);
+        }
+        Ok(())
+    }
+}
+
+/// Outliers as numbers, all of their columns inside the rows.
+#[derive(Debug)]
+pub(crate) struct Sparse {
+    counts: Vec<usize>,
+    columns: Vec<usize>,
+    values: Vec<f32>,
+}
+
+impl Sparse {
+    /// As [`ExtraPlanes::add_products`].
+    pub fn add_products(&self, x: &[f32], y: &mut [f32]) {
+        let (mut columns, mut values) = (&*self.columns, &*self.values);
+        for (&count, y) in self.counts.iter().zip(y) {
+            let (now, later) = columns.split_at(count);
+            let (value, rest) = values.split_at(count);
+            let mut sum = 0.0;
+            for (&column, value) in now.iter().zip(value) {
+                sum += x[column] * value;
+            }
+            (columns, values) = (later, rest);
+            *y += sum;
+        }
+    }
+}
+
+impl Outliers<'_> {
+    fn rows(&self) -> usize {
+        self.counts.len() / 4
+    }
+
+    fn count(&self, row: usize) -> usize {
+        let bytes = self.counts[4 * row..].first_chunk().expect("a count has four bytes");
+        usize::try_from(u32::from_le_bytes(*bytes)).unwrap_or(usize::MAX)
+    }
+
+    /// How many outliers stand before row `row`.
+    fn before(&self, row: usize) -> u64 {
+        let counts = self.counts[..4 * row].as_chunks::<4>().0;
+        counts.iter().map(|bytes| u64::from(u32::from_le_bytes(*bytes))).sum()
+    }
+
+    fn column(&self, i: usize) -> usize {
+        if self.cols as u64 > SHORT {
+            let bytes = self.columns[4 * i..].first_chunk().expect("a column has four bytes");
+            usize::try_from(u32::from_le_bytes(*bytes)).unwrap_or(usize::MAX)
+        } else {
+            usize::from(u16::from_le_bytes([self.columns[2 * i], self.columns[2 * i + 1]]))
+        }
+    }
+
+    fn value(&self, i: usize) -> f32 {
+        f16::from_le_bytes([self.values[2 * i], self.values[2 * i + 1]]).to_f32()
+    }
+
+    fn slice(&self, first: usize, count: usize) -> Self {
+        let number = |n: u64| usize::try_from(n).expect("counts were added up");
+        let start = number(self.before(first));
+        let counts = &self.counts[4 * first..][..4 * count];
+        let len = number(Outliers { counts, ..*self }.before(count));
+        let width = if self.cols as u64 > SHORT { 4 } else { 2 };
+        Self {
+            counts,
+            columns: &self.columns[width * start..][..width * len],
+            values: &self.values[2 * start..][..2 * len],
+            cols: self.cols,
+        }
+    }
+
+    fn beyond(&self, column: usize) -> Error {
+        Error::invalid(format!("an outlier in column {column} of {}", self.cols))
+    }
+}
+
+fn values_of(values: &[u8]) -> usize {
+    values.len() / 2
+}
+
+/// What a part of a plane of column scales holds that is not allowed.
+pub(crate) fn bad_scale(bytes: &[u8]) -> Option<String> {
+    let scales = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+    scales.into_iter().find(|s| !s.is_finite() || *s == 0.0).map(|s| format!("a value is {s}"))
+}
+
+/// What a part of a plane of values holds that is not allowed.
+fn bad_value(bytes: &[u8]) -> Option<String> {
+    let values = bytes.as_chunks::<2>().0.iter().map(|bytes| f16::from_le_bytes(*bytes));
+    values.into_iter().find(|v| !v.is_finite()).map(|v| format!("a value is {v}"))
+}
+
+/// One outlier: what is added to the weight at a row and a column.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlier {
+    /// Row of the matrix.
+    pub row: usize,
+    /// Column of the matrix.
+    pub column: usize,
+    /// What is added, as it is stored.
+    pub value: f16,
+}
+
+/// The extra planes of a `rows x cols` matrix: column scales, and outliers in the order of rows and columns.
+///
+/// # Errors
+/// [`Error::Invalid`] when scales or outliers break a rule of their planes.
+pub fn planes(rows: usize, cols: usize, column_scales: Option<&[f32]>, outliers: &[Outlier]) -> Result<Vec<Vec<u8>>> {
+    let mut planes = Vec::new();
+    if let Some(scales) = column_scales {
+        planes.push(scales.iter().flat_map(|s| s.to_le_bytes()).collect());
+    }
+    if !outliers.is_empty() {
+        let mut counts = vec![0_u32; rows];
+        let mut columns = Vec::new();
+        for outlier in outliers {
+            let count = counts.get_mut(outlier.row).ok_or_else(|| Error::invalid("an outlier beyond the last row"))?;
+            *count += 1;
+            if cols as u64 > SHORT {
+                let column = u32::try_from(outlier.column).map_err(|_| Error::invalid("a column beyond 32 bits"))?;
+                columns.extend(column.to_le_bytes());
+            } else {
+                let column = u16::try_from(outlier.column).map_err(|_| Error::invalid("an outlier beyond its row"))?;
+                columns.extend(column.to_le_bytes());
+            }
+        }
+        if !outliers.is_sorted_by_key(|outlier| (outlier.row, outlier.column)) {
+            return Err(Error::invalid("outliers are not in the order of rows and columns"));
+        }
+        planes.push(counts.iter().flat_map(|c| c.to_le_bytes()).collect());
+        planes.push(columns);
+        planes.push(outliers.iter().flat_map(|o| o.value.to_le_bytes()).collect());
+    }
+    let slices: Vec<&[u8]> = planes.iter().map(Vec::as_slice).collect();
+    ExtraPlanes::new(&slices, rows, cols)?.check()?;
+    Ok(planes)
+}
