@@ -66,6 +66,8 @@ impl Coding {
     #[must_use]
     pub fn of(layout: &Layout, plane: Plane) -> Option<Self> {
         match (layout, plane) {
+            // Few bytes, and not in rows.
+            (_, Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues) => None,
             (Layout::Grouped(g), Plane::Codes) if g.bits() == 8 => Some(Self::Rows),
             (Layout::Grouped(g), Plane::Scales) if g.group() == ROW && g.scale() == Float::F32 => Some(Self::Scales),
             (Layout::Grouped(_), _) => Some(Self::Bytes),

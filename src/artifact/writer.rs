@@ -134,7 +134,8 @@ impl Writer {
         if planes.iter().zip(plain.entry.planes()).all(|(plane, place)| plane.coding == place.coding) {
             return Ok(plain);
         }
-        let how = Whole { transposed: plain.entry.transposed(), rate: plain.entry.rate() };
+        let how =
+            Whole { transposed: plain.entry.transposed(), rate: plain.entry.rate(), extras: plain.entry.extras() };
         self.whole(plain.entry.info().clone(), plain.entry.codec(), how, planes)
     }
 

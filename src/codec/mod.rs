@@ -102,6 +102,9 @@ impl<'a> Planes<'a> {
                 Plane::Scales => all.scales = bytes,
                 Plane::Offsets | Plane::ZeroPoints => all.addends = bytes,
                 Plane::RowScales => all.row_scales = bytes,
+                Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues => {
+                    unreachable!("no plane of a layout")
+                }
             }
         }
         all
@@ -137,6 +140,9 @@ impl<'a> PlanesMut<'a> {
                 Plane::Scales => all.scales = bytes,
                 Plane::Offsets | Plane::ZeroPoints => all.addends = bytes,
                 Plane::RowScales => all.row_scales = bytes,
+                Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues => {
+                    unreachable!("no plane of a layout")
+                }
             }
         }
         all

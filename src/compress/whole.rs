@@ -72,7 +72,7 @@ pub(super) fn encode(
     let source_bytes = tensor.info().bytes();
     let per_task = scaled.rows_per_task(cols);
     let block = (usize::try_from(BLOCK_BYTES / 4).unwrap_or(1) / cols.max(1) / per_task).max(1);
-    let tasks: Vec<_> = PlanesMut::new(&mut planes)
+    let tasks: Vec<_> = PlanesMut::new(layout, &mut planes)
         .chunks(layout, cols, rows, per_task)
         .into_iter()
         .zip(fitted.chunks((per_task * cols).max(1)))
@@ -96,7 +96,7 @@ pub(super) fn encode(
     let slices: Vec<&[u8]> = planes.iter().map(Vec::as_slice).collect();
     let mut decoded = fitted;
     let target = if let Fitting::Gptq(..) = scaled { Some(decoded.clone()) } else { None };
-    codec::decode_planes(layout, &Planes::new(&slices), cols, &mut decoded);
+    codec::decode_planes(layout, &Planes::new(layout, &slices), cols, &mut decoded);
     let mut extra_planes = extra::planes(rows, cols, column_scales, &[])?;
     let extra_slices: Vec<&[u8]> = extra_planes.iter().map(Vec::as_slice).collect();
     ExtraPlanes::new(&extra_slices, rows, cols)?.apply(&mut decoded)?;

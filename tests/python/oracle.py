@@ -591,8 +591,8 @@ def _parse_entry(value: object) -> Entry:
         else:
             layout = CODECS.get(codec)
             takes = None
-            if layout is not None:
-                row_scales = p.plane == "scales" and layout.scale == "F32" and layout.group is None
+            if layout is not None and not p.plane.startswith(("column_", "outlier_")):
+                row_scales = p.plane == "scales" and layout.scale == "F32" and layout.group == 0
                 takes = "scales_v1" if row_scales else "bytes_v1"
                 if p.plane == "codes" and layout.bits == 8:
                     takes = "rows_v1"
