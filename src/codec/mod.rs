@@ -190,7 +190,8 @@ impl<'a> PlanesMut<'a> {
     }
 
     /// The rows in runs of `rows`, the last one shorter: the tasks of a parallel encoder.
-    pub(crate) fn chunks(self, layout: &Grouped, cols: usize, total: usize, rows: usize) -> Vec<Self> {
+    #[must_use]
+    pub fn chunks(self, layout: &Grouped, cols: usize, total: usize, rows: usize) -> Vec<Self> {
         let strides = Strides::new(layout, cols);
         let mut rest = self;
         let mut left = total;
