@@ -41,6 +41,13 @@ pub(super) fn encode<L: Lanes>(
         (Levels::Table(_), 4, None, Fit::AbsMax) if batched(layout) => {
             groups::<L, Table>(layout, fit, weights, cols, planes)
         }
+        (Levels::Bank(_), _, _, Fit::Nested) => {
+            for (r, row) in weights.chunks_exact(cols).enumerate() {
+                let params = fit::nested::lanes::<L>(layout, row, None)?;
+                reference::store_row(layout, &params, row, &mut planes.row(layout, cols, r));
+            }
+            Ok(())
+        }
         _ => reference_rows(layout, fit, weights, cols, planes),
     }
 }

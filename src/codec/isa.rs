@@ -10,16 +10,19 @@ use std::sync::OnceLock;
 
 use super::lanes::array::Array;
 use super::{Planes, PlanesMut, convert, decode, encode};
-use crate::fit::{Fit, OutOfRange};
+use crate::fit::{self, Fit, OutOfRange, Params};
 use crate::layout::Grouped;
 
 type Encode = unsafe fn(&Grouped, Fit, &[f32], usize, &mut PlanesMut<'_>) -> Result<(), OutOfRange>;
+
+type Nested = unsafe fn(&Grouped, &[f32], Option<&[f32]>) -> Result<Vec<Params>, OutOfRange>;
 
 /// The codec's functions for one instruction set.
 pub struct Isa {
     name: &'static str,
     encode: Encode,
     decode: unsafe fn(&Grouped, &Planes<'_>, usize, &mut [f32]),
+    nested: Nested,
     f16_to_f32: unsafe fn(&[u8], &mut [f32]),
     f32_to_f16: unsafe fn(&[f32], &mut [u8]),
     bf16_to_f32: unsafe fn(&[u8], &mut [f32]),
@@ -49,6 +52,15 @@ macro_rules! stamp {
             }
 
             $(#[target_feature(enable = $features)])?
+            fn nested(
+                layout: &Grouped,
+                weights: &[f32],
+                importance: Option<&[f32]>,
+            ) -> Result<Vec<Params>, OutOfRange> {
+                fit::nested::lanes::<$lanes>(layout, weights, importance)
+            }
+
+            $(#[target_feature(enable = $features)])?
             fn f16_to_f32(bytes: &[u8], out: &mut [f32]) {
                 convert::f16_to_f32::<$lanes>(bytes, out);
             }
@@ -72,6 +84,7 @@ macro_rules! stamp {
                 name: stringify!($module),
                 encode: encode_rows,
                 decode: decode_rows,
+                nested,
                 f16_to_f32,
                 f32_to_f16,
                 bf16_to_f32,
@@ -154,6 +167,20 @@ impl Isa {
     ) -> Result<(), OutOfRange> {
         // SAFETY: tables leave this module only where their instruction set was detected.
         unsafe { (self.encode)(layout, fit, weights, cols, planes) }
+    }
+
+    /// The parameters of a row of nested scales; see [`fit::nested::row`].
+    ///
+    /// # Errors
+    /// [`OutOfRange`] when the row has no scale that can be stored.
+    pub fn nested(
+        &self,
+        layout: &Grouped,
+        weights: &[f32],
+        importance: Option<&[f32]>,
+    ) -> Result<Vec<Params>, OutOfRange> {
+        // SAFETY: tables leave this module only where their instruction set was detected.
+        unsafe { (self.nested)(layout, weights, importance) }
     }
 
     /// Decodes consecutive rows, on this thread.

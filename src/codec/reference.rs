@@ -11,6 +11,7 @@
 //! No reciprocal and no fused multiply-add, so every backend and every thread count writes the same bytes. The fast
 //! paths of [`crate::codec`] are tested against this module byte for byte.
 
+use super::lanes::array::Array;
 use super::{Planes, PlanesMut};
 use crate::fit::{self, Fit, OutOfRange, Params};
 use crate::layout::{Float, Grouped, Levels, load_bits, store_bits};
@@ -71,7 +72,7 @@ pub fn code(layout: &Grouped, params: &Params, w: f32) -> u8 {
 pub fn encode_row(layout: &Grouped, fit: Fit, weights: &[f32], row: &mut PlanesMut<'_>) -> Result<(), OutOfRange> {
     let len = layout.group_len(weights.len()).max(1);
     let params: Vec<Params> = match fit {
-        Fit::Nested => fit::nested::row(layout, weights, None)?,
+        Fit::Nested => fit::nested::lanes::<Array<1>>(layout, weights, None)?,
         _ => weights.chunks(len).map(|group| fit::params(fit, layout, group)).collect::<Result<_, _>>()?,
     };
     store_row(layout, &params, weights, row);

@@ -4,15 +4,17 @@
 //! with which of the bank's tables the codes are read:
 //!
 //! ```text
-//! bits of the byte, low first:  magnitude (bits + 1) | table (6 - bits) | sign (1)
-//! multiplier = ± (1 + fraction / 2^f) * 2^(exponent - e)      magnitude = exponent * 2^f + fraction, 0 is zero
+//! bits of the byte, low first:  magnitude m (bits + 1) | table (6 - bits) | sign (1)
+//! multiplier = ± (m + (step - 1) * max(m - knee, 0))
 //! level      = LEVELS[table * 2^bits + code]
 //! scale      = multiplier * row_scale
 //! weight     = level * scale
 //! ```
 //!
-//! There are always 64 levels, so that one byte shuffle of a register finds them, and they are integers, so that
-//! products with rounded activations are integers too. A multiplier is the upper bits of an IEEE single.
+//! There are always 64 levels, so that one byte shuffle of a register finds them. Levels and multipliers are integers of
+//! eight bits, so that products with rounded activations, and sums of them over groups, are integers too. Most groups
+//! of a row lie where multipliers are one apart, which is finer than a geometric grid there; the long steps behind the knee
+//! are for the few groups of rows with heavy tails.
 
 /// Levels of a bank.
 pub const LEVELS: usize = 64;
@@ -21,25 +23,29 @@ pub const LEVELS: usize = 64;
 #[derive(Debug, PartialEq)]
 pub struct Bank {
     bits: u32,
+    knee: u8,
+    step: u8,
     levels: [i8; LEVELS],
-    fraction_bits: u32,
 }
 
 impl Bank {
-    /// A bank of tables of `2^bits` levels each; in a const context an impossible one does not compile.
+    /// A bank of tables of `2^bits` levels each, whose multipliers are `step` apart beyond `knee`; in a const context an
+    /// impossible one does not compile.
     ///
     /// # Panics
-    /// When codes have not 4, 5 or 6 bits, a table does not ascend, or a multiplier could exceed one.
+    /// When codes have not 4, 5 or 6 bits, a table does not ascend, or a multiplier has more than eight bits.
     #[must_use]
-    pub const fn new(bits: u32, fraction_bits: u32, levels: [i8; LEVELS]) -> Self {
+    pub const fn new(bits: u32, knee: u8, step: u8, levels: [i8; LEVELS]) -> Self {
         assert!(bits >= 4 && bits <= 6, "a bank has tables of 16, 32 or 64 levels");
-        assert!(fraction_bits <= bits, "a magnitude has an exponent");
         let mut i = 1;
         while i < LEVELS {
             assert!(i.is_multiple_of(1 << bits) || levels[i - 1] < levels[i], "the levels of a table ascend");
             i += 1;
         }
-        Self { bits, levels, fraction_bits }
+        let bank = Self { bits, knee, step, levels };
+        assert!(step > 0 && knee <= bank.max_magnitude(), "multipliers ascend");
+        assert!(bank.integer(bank.max_magnitude()) <= 255, "multipliers have eight bits");
+        bank
     }
 
     /// Bits of a code.
@@ -78,10 +84,22 @@ impl Bank {
         ((2_u32 << self.bits) - 1).to_le_bytes()[0]
     }
 
-    /// Bits of a magnitude that are its fraction.
+    /// The magnitude up to which it is the multiplier itself.
     #[must_use]
-    pub const fn fraction_bits(&self) -> u32 {
-        self.fraction_bits
+    pub const fn knee(&self) -> u8 {
+        self.knee
+    }
+
+    /// How far apart multipliers are beyond [`Bank::knee`].
+    #[must_use]
+    pub const fn step(&self) -> u8 {
+        self.step
+    }
+
+    /// What a magnitude multiplies by, an integer of eight bits.
+    #[must_use]
+    pub const fn integer(&self, magnitude: u8) -> u32 {
+        magnitude as u32 + (self.step as u32 - 1) * magnitude.saturating_sub(self.knee) as u32
     }
 
     /// The byte of a sign, a table and a magnitude.
@@ -90,15 +108,12 @@ impl Bank {
         (negative as u8) << 7 | table << (self.bits + 1) | magnitude
     }
 
-    /// What the scale of the row is multiplied by; at most one.
+    /// What the scale of the row is multiplied by; zero has a sign as well.
     #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "an integer of eight bits")]
     pub const fn multiplier(&self, byte: u8) -> f32 {
-        let magnitude = (byte & self.max_magnitude()) as u32;
-        let sign = ((byte >> 7) as u32) << 31;
-        // The exponent above the greatest one is that of one.
-        let lowest = 127 - (2 << (self.bits - self.fraction_bits));
-        let bits = if magnitude == 0 { 0 } else { (lowest << 23) + (magnitude << (23 - self.fraction_bits)) };
-        f32::from_bits(sign | bits)
+        let multiplier = self.integer(byte & self.max_magnitude()) as f32;
+        if byte >> 7 == 1 { -multiplier } else { multiplier }
     }
 
     /// The level of an index.
@@ -111,7 +126,8 @@ impl Bank {
 /// The bank of 4-bit codes.
 pub static BANK4: Bank = Bank::new(
     4,
-    3,
+    28,
+    4,
     [
         -127, -107, -89, -71, -55, -39, -23, -8, 8, 23, 39, 55, 71, 89, 107, 127, -127, -103, -83, -64, -48, -33, -20,
         -6, 6, 20, 33, 48, 64, 83, 103, 127, -121, -100, -81, -63, -46, -31, -16, -1, 13, 28, 43, 58, 75, 93, 112, 127,
@@ -122,7 +138,8 @@ pub static BANK4: Bank = Bank::new(
 /// The bank of 5-bit codes.
 pub static BANK5: Bank = Bank::new(
     5,
-    3,
+    56,
+    8,
     [
         -127, -116, -106, -97, -88, -79, -70, -62, -54, -47, -39, -32, -25, -18, -10, -3, 3, 10, 18, 25, 32, 39, 47,
         54, 62, 70, 79, 88, 97, 106, 116, 127, -127, -113, -101, -90, -79, -70, -61, -53, -46, -39, -32, -26, -20, -14,
@@ -133,7 +150,8 @@ pub static BANK5: Bank = Bank::new(
 /// The bank of 6-bit codes.
 pub static BANK6: Bank = Bank::new(
     6,
-    4,
+    112,
+    8,
     [
         -127, -121, -115, -110, -104, -99, -94, -89, -84, -80, -75, -71, -67, -63, -59, -55, -51, -47, -44, -40, -37,
         -33, -30, -27, -24, -20, -17, -14, -11, -8, -5, -2, 2, 5, 8, 11, 14, 17, 20, 24, 27, 30, 33, 37, 40, 44, 47,
