@@ -259,9 +259,8 @@ mod tests {
     fn layouts() -> impl Iterator<Item = Layout> {
         let banks = [&BANK4, &BANK5, &BANK6];
         banks.into_iter().flat_map(|bank| {
-            [16, 32, 64].map(|group| {
-                Layout::Grouped(Grouped::new(bank.bits(), Levels::Bank(bank), group, Float::F32, None))
-            })
+            [16, 32, 64]
+                .map(|group| Layout::Grouped(Grouped::new(bank.bits(), Levels::Bank(bank), group, Float::F32, None)))
         })
     }
 

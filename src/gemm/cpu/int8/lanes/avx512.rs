@@ -182,10 +182,7 @@ impl Found {
         }
         // SAFETY: both arrays hold 64 bytes.
         unsafe {
-            Self {
-                table: _mm512_loadu_si512(table.as_ptr().cast()),
-                bytes: _mm512_loadu_si512(bytes.as_ptr().cast()),
-            }
+            Self { table: _mm512_loadu_si512(table.as_ptr().cast()), bytes: _mm512_loadu_si512(bytes.as_ptr().cast()) }
         }
     }
 }
