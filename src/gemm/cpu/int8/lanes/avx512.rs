@@ -178,7 +178,7 @@ impl Found {
         let table = bank.levels().map(|level| level.cast_unsigned() ^ nested::BIAS);
         let mut bytes = [0u8; 64];
         for (i, byte) in (0u8..).zip(&mut bytes) {
-            *byte = (i / 4) >> shift;
+            *byte = (i / 4).checked_shr(shift).unwrap_or(0);
         }
         // SAFETY: both arrays hold 64 bytes.
         unsafe {
