@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use tenpak::codec::reference::load_params;
 use tenpak::gemm::cpu::float::isa::{self, Isa};
 use tenpak::gemm::{Act, Matrix, Weights, cpu};
-use tenpak::layout::{Float, Grouped, Layout, Levels, NF4, Plane, ROW};
+use tenpak::layout::{BANK5, Float, Grouped, Layout, Levels, NF4, Plane, ROW};
 use tenpak::{DType, codecs};
 
 mod stream;
@@ -36,6 +36,7 @@ fn layouts() -> Vec<Layout> {
         Grouped::new(8, Levels::Unsigned, 4, Float::F16, Some(Float::F32)),
         Grouped::new(8, Levels::ZeroPoint, 12, Float::F16, None),
         Grouped::new(8, Levels::Signed, 8, Float::F32, None),
+        Grouped::new(5, Levels::Bank(&BANK5), 24, Float::F32, None),
     ];
     layouts.extend(more.map(Layout::Grouped));
     layouts.dedup();

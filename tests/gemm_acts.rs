@@ -4,15 +4,18 @@ use tenpak::codec::{self, Codec, Encoded};
 use tenpak::codecs;
 #[cfg(target_arch = "x86_64")]
 use tenpak::gemm::cpu::bf16;
-use tenpak::gemm::cpu::{int8, reference};
+use tenpak::gemm::cpu::{int8, is_small, reference};
 use tenpak::gemm::{Act, Weights};
 use tenpak::layout::Grouped;
 
 mod stream;
 use stream::Stream;
 
+/// What rows of both sides are divided by: every pair of these numbers, with few columns.
 const M: [usize; 13] = [1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 33, 64, 100];
 const N: [usize; 8] = [1, 3, 15, 16, 17, 64, 65, 130];
+/// What columns are divided by, each with a few rows of both sides: kernels divide columns in the same way for all rows
+/// of the kernel for few rows of activations, and for all of that for many.
 const K: [usize; 15] = [1, 7, 8, 31, 32, 33, 64, 100, 128, 129, 172, 255, 256, 513, 1000];
 
 /// A kernel: an arithmetic on an instruction set.
@@ -58,8 +61,17 @@ impl Kernel {
     }
 }
 
-fn grouped() -> impl Iterator<Item = (&'static Codec, &'static Grouped)> {
-    codecs::all().iter().filter_map(|codec| codec.grouped().ok().map(|layout| (codec, layout)))
+/// A codec of every layout: products know nothing else of it.
+fn grouped() -> Vec<(&'static Codec, &'static Grouped)> {
+    let mut found: Vec<(&Codec, &Grouped)> = Vec::new();
+    for codec in codecs::all() {
+        if let Ok(layout) = codec.grouped()
+            && found.iter().all(|(_, other)| *other != layout)
+        {
+            found.push((codec, layout));
+        }
+    }
+    found
 }
 
 fn normal(stream: &mut Stream, count: usize, deviation: f32) -> Vec<f32> {
@@ -139,10 +151,15 @@ fn check_shapes(encoded: &Encoded, x: &[f32], m: &[usize], n: &[usize]) {
 fn every_codec_on_every_instruction_set_at_every_shape() {
     let mut stream = Stream(11);
     for (codec, _) in grouped() {
+        let mut check = |k: usize, m: &[usize], n: &[usize]| {
+            let (most, rows) = (m[m.len() - 1], n[n.len() - 1]);
+            let weights = normal(&mut stream, rows * k, 0.05);
+            let x = normal(&mut stream, most * k, 1.0);
+            check_shapes(&codec.encode(&weights, rows, k).unwrap(), &x, m, n);
+        };
+        check(72, &M, &N);
         for k in K {
-            let weights = normal(&mut stream, 130 * k, 0.05);
-            let x = normal(&mut stream, 100 * k, 1.0);
-            check_shapes(&codec.encode(&weights, 130, k).unwrap(), &x, &M, &N);
+            check(k, &[1, 2, 3, 4, 9, 33], &[1, 3, 17]);
         }
     }
 }
@@ -206,20 +223,25 @@ fn one_number_that_is_not_finite_spoils_its_row_and_no_other() {
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let mut stream = Stream(14);
-    let (n, k) = (300, 1000);
-    let x = normal(&mut stream, 150 * k, 1.0);
+    let pools = [1, 2, 3, 64].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
+    let n = 300;
     for (codec, layout) in grouped() {
-        let encoded = codec.encode(&normal(&mut stream, n * k, 0.05), n, k).unwrap();
-        for kernel in Kernel::available().iter().filter(|kernel| kernel.supports(layout)) {
-            for m in [1, 8, 40, 150] {
-                let on = |threads| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                    pool.install(|| kernel.multiply(&Weights::from(&encoded), &x[..m * k], m))
-                };
-                let one: Vec<u32> = on(1).iter().map(|y| y.to_bits()).collect();
-                for threads in [2, 3, 64] {
-                    let many: Vec<u32> = on(threads).iter().map(|y| y.to_bits()).collect();
-                    assert!(one == many, "{} on {kernel:?}, m={m}, {threads} threads", codec.id);
+        // As few columns as make work that is divided among threads.
+        for (k, ms) in [(600, [1, 8]), (72, [40, 150])] {
+            let encoded = codec.encode(&normal(&mut stream, n * k, 0.05), n, k).unwrap();
+            let x = normal(&mut stream, ms[1] * k, 1.0);
+            for kernel in Kernel::available().iter().filter(|kernel| kernel.supports(layout)) {
+                for m in ms {
+                    assert!(!is_small(n, k, m));
+                    let on = |pool: &rayon::ThreadPool| {
+                        pool.install(|| kernel.multiply(&Weights::from(&encoded), &x[..m * k], m))
+                    };
+                    let one: Vec<u32> = on(&pools[0]).iter().map(|y| y.to_bits()).collect();
+                    for pool in &pools[1..] {
+                        let many: Vec<u32> = on(pool).iter().map(|y| y.to_bits()).collect();
+                        let threads = pool.current_num_threads();
+                        assert!(one == many, "{} on {kernel:?}, m={m}, {threads} threads", codec.id);
+                    }
                 }
             }
         }

@@ -4,6 +4,9 @@
 //! it makes of them is a [`Matrix`], and nothing else ever sees its order. Activations and results are f32 here;
 //! [`Act`] says what arithmetic a product may use.
 //!
+//! Levels of nested scales are bytes for every kernel, whatever the width of their codes, and a scale is what the
+//! specification makes of the group's byte and the row, rounded once: so their products have the bounds of all others.
+//!
 //! Offsets leave the inner loop: with `x_g` the activations of a group and `q_g` its levels,
 //! `y = Σ_g scale_g · (q_g · x_g) + offset_g · Σ x_g`.
 //!

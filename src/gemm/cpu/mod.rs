@@ -1,6 +1,7 @@
 //! The CPU: stored order is multiplied as it is, so loading costs nothing and planes may be those of a mapped file.
 //!
-//! [`mod@reference`] says what a product is, [`float`] computes it in f32.
+//! [`mod@reference`] says what a product is, [`float`] computes it in f32. Codes of nested scales are unpacked on the way
+//! (`nested`), a little at a time.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -2,6 +2,7 @@
 
 use super::lanes::{Lanes, MAX_LANES};
 use crate::gemm::ACT_BLOCK;
+use crate::gemm::cpu::nested;
 use crate::layout::{Grouped, Levels};
 
 /// The widest run of columns that a kernel reads at once: codes are zero up to a multiple of it.
@@ -93,7 +94,7 @@ pub(super) fn zero(layout: &Grouped) -> i32 {
     match layout.levels() {
         Levels::Unsigned | Levels::Table(_) => 0,
         Levels::Signed => i32::from(layout.zero_code(0)),
-        Levels::Bank(_) => unreachable!("levels of a bank are unpacked to 8 bits"),
+        Levels::Bank(_) => i32::from(nested::BIAS),
         Levels::ZeroPoint => 1,
     }
 }

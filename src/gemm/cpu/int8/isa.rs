@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use super::activations::{self, Records, Rounded};
+use super::few::Stored;
 use super::lanes::array::Words;
 use super::panels::Panels;
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +17,7 @@ use super::{CODES, SIGNED, ZERO_POINTS, few, many};
 use crate::error::{Error, Result};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm::cpu::amx::Amx;
+use crate::gemm::cpu::nested;
 use crate::gemm::cpu::tile::Tile;
 use crate::gemm::cpu::{Product, is_small};
 use crate::gemm::{Weights, check_sizes};
@@ -35,6 +37,8 @@ pub struct Isa {
     records: unsafe fn(&Rounded, &Grouped) -> Records,
     few: Few,
     many: Many,
+    /// Whether the kernel of few rows takes 4-bit codes of a bank as they are stored.
+    finds_levels: bool,
 }
 
 /// Stamps the generic code into a module with a table of its functions.
@@ -57,10 +61,12 @@ macro_rules! stamp {
             $(#[target_feature(enable = $features)])?
             fn few(weights: &Weights<'_>, x: &Records, tile: &mut Tile<'_>) {
                 match (weights.layout().levels(), weights.layout().bits()) {
-                    (Levels::Unsigned, 4) => few::multiply::<$lanes, 4, CODES>(weights, x, tile),
-                    (Levels::Signed, 4) => few::multiply::<$lanes, 4, SIGNED>(weights, x, tile),
-                    (Levels::ZeroPoint, 4) => few::multiply::<$lanes, 4, ZERO_POINTS>(weights, x, tile),
-                    (Levels::Signed, 8) | (Levels::Bank(_), _) => few::multiply::<$lanes, 8, SIGNED>(weights, x, tile),
+                    (Levels::Unsigned, 4) => few::multiply::<$lanes, _, CODES>(Stored::<4>, weights, x, tile),
+                    (Levels::Signed, 4) => few::multiply::<$lanes, _, SIGNED>(Stored::<4>, weights, x, tile),
+                    (Levels::ZeroPoint, 4) => few::multiply::<$lanes, _, ZERO_POINTS>(Stored::<4>, weights, x, tile),
+                    (Levels::Signed, 8) | (Levels::Bank(_), _) => {
+                        few::multiply::<$lanes, _, SIGNED>(Stored::<8>, weights, x, tile);
+                    }
                     _ => unreachable!("checked by supports()"),
                 }
             }
@@ -88,6 +94,7 @@ macro_rules! stamp {
                 records,
                 few,
                 many,
+                finds_levels: false,
             };
         }
     };
@@ -124,9 +131,26 @@ stamp!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,f16c,fma"
 );
 
-/// [`avx512vnni`] with the kernel of tiles.
+/// [`avx512vnni`] with a permutation that finds levels of a bank.
 #[cfg(target_arch = "x86_64")]
-const AMX: Isa = Isa { name: "amx", many_from: 9, many: tiles::multiply, ..avx512vnni::ISA };
+const VBMI: Isa = Isa { name: "avx512vbmi", few: few_with_vbmi, finds_levels: true, ..avx512vnni::ISA };
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,f16c,fma")]
+fn few_with_vbmi(weights: &Weights<'_>, x: &Records, tile: &mut Tile<'_>) {
+    match weights.layout().bank() {
+        Some(bank) if bank.bits() == 4 => {
+            let source = super::lanes::avx512::Found::new(bank, few::lanes_shift(weights));
+            few::multiply::<super::lanes::avx512::Vnni512, _, SIGNED>(source, weights, x, tile);
+        }
+        // SAFETY: this function enables more than that one does.
+        _ => unsafe { (avx512vnni::ISA.few)(weights, x, tile) },
+    }
+}
+
+/// [`VBMI`] with the kernel of tiles.
+#[cfg(target_arch = "x86_64")]
+const AMX: Isa = Isa { name: "amx", many: tiles::multiply, ..VBMI };
 
 /// The instruction sets of this machine, the best one last.
 #[must_use]
@@ -148,8 +172,11 @@ pub fn available() -> Vec<&'static Isa> {
                 && is_x86_feature_detected!("avx512vnni")
             {
                 found.push(&avx512vnni::ISA);
-                if Amx::int8().is_some() {
-                    found.push(&AMX);
+                if is_x86_feature_detected!("avx512vbmi") {
+                    found.push(&VBMI);
+                    if Amx::int8().is_some() {
+                        found.push(&AMX);
+                    }
                 }
             }
         }
@@ -202,10 +229,12 @@ impl Isa {
         unsafe { (self.round)(x, codes, scales) }
     }
 
-    /// [`Records::new`]
+    /// [`Records::new`] for what the kernel of few rows takes.
     pub(super) fn records(&self, x: &Rounded, layout: &Grouped) -> Records {
+        let stored = self.finds_levels && layout.bits() == 4;
+        let layout = if stored { *layout } else { nested::plain(layout) };
         // SAFETY: tables leave this module only where their instruction set was detected.
-        unsafe { (self.records)(x, layout) }
+        unsafe { (self.records)(x, &layout) }
     }
 
     /// [`few::multiply`]

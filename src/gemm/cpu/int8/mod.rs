@@ -30,8 +30,8 @@ use panels::Panels;
 #[cfg(target_arch = "x86_64")]
 pub(super) use params::Params;
 
+use super::Product;
 use super::tile::{self, Tile};
-use super::{Product, nested};
 use crate::gemm::ACT_BLOCK;
 use crate::layout::{Grouped, Levels, ROW};
 
@@ -88,16 +88,15 @@ fn multiply(isa: &Isa, products: Vec<Product<'_>>, small: bool) {
 /// Rounds the activations and lays them out for the kernel that takes them.
 fn prepare(isa: &Isa, product: &Product<'_>, small: bool) -> Prepared {
     let (weights, m) = (&product.weights, product.m);
-    let layout = nested::plain(weights.layout());
     let mut rounded = Rounded::new(m, weights.cols());
     let scales = rounded.scales.chunks_exact_mut(rounded.stride / ACT_BLOCK);
     let rows = rounded.codes.chunks_exact_mut(rounded.stride).zip(scales);
     let tasks: Vec<_> = product.x.chunks_exact(weights.cols()).zip(rows).collect();
     tile::each(tasks, small || m == 1, |(x, (codes, scales))| isa.round_row(x, codes, scales));
     if m < isa.many_from {
-        Prepared::Few(isa.records(&rounded, &layout))
+        Prepared::Few(isa.records(&rounded, weights.layout()))
     } else {
-        Prepared::Many(Panels::new(&rounded, &layout, isa.lanes, small))
+        Prepared::Many(Panels::new(&rounded, weights.layout(), isa.lanes, small))
     }
 }
 

@@ -15,6 +15,7 @@ pub(in super::super) struct Params {
     scales: Vec<f32>,
     offsets: Vec<f32>,
     zero_points: Vec<i32>,
+    bytes: Vec<u8>,
 }
 
 impl Params {
@@ -25,7 +26,14 @@ impl Params {
         let room = rows * groups + MAX_LANES;
         let zero_points = if weights.layout().levels() == Levels::ZeroPoint { room } else { 0 };
         let offsets = if weights.layout().offset().is_some() { room } else { 0 };
-        Self { groups, scales: vec![0.0; room], offsets: vec![0.0; offsets], zero_points: vec![0; zero_points] }
+        let bytes = if weights.layout().bank().is_some() { room } else { 0 };
+        Self {
+            groups,
+            scales: vec![0.0; room],
+            offsets: vec![0.0; offsets],
+            zero_points: vec![0; zero_points],
+            bytes: vec![0; bytes],
+        }
     }
 
     /// How many rows to load at once where each is used once.
@@ -40,6 +48,7 @@ impl Params {
         let (layout, planes) = (weights.layout(), weights.planes());
         let count = weights.rows() * self.groups;
         if let Some(bank) = layout.bank() {
+            self.bytes[..count].copy_from_slice(planes.scales);
             let rows = self.scales[..count].chunks_exact_mut(self.groups.max(1));
             for (r, (row, bytes)) in rows.zip(planes.scales.chunks_exact(self.groups.max(1))).enumerate() {
                 nested::scales(bank, bytes, layout.scale().load(planes.row_scales, r), row);
@@ -67,6 +76,12 @@ impl Params {
     #[inline(always)]
     pub(in super::super) fn scales(&self, r: usize) -> &[f32] {
         &self.scales[r * self.groups..][..self.groups + MAX_LANES]
+    }
+
+    /// The scale bytes from those of row `r` on, a vector more than it has; empty where there are none.
+    #[inline(always)]
+    pub(in super::super) fn bytes(&self, r: usize) -> &[u8] {
+        if self.bytes.is_empty() { &[] } else { &self.bytes[r * self.groups..][..self.groups + MAX_LANES] }
     }
 
     /// The zero points from those of row `r` on, a vector more than it has; empty where there are none.

@@ -1,6 +1,6 @@
 //! Levels one by one: what any machine can do.
 
-use super::{COLUMNS, Unpacker};
+use super::{COLUMNS, Unpacker, each_16};
 use crate::layout::LEVELS;
 
 /// Levels in an array.
@@ -9,14 +9,20 @@ pub(super) struct Words([u8; LEVELS]);
 
 impl Unpacker for Words {
     #[inline(always)]
-    fn new(table: &[u8; LEVELS]) -> Self {
+    fn new(table: &[u8; LEVELS], _group: usize) -> Self {
         Self(*table)
     }
 
     #[inline(always)]
-    fn unpack<const HIGH: usize>(self, low: &[u8; 32], high: &[u8], scales: u32, out: &mut [u8; COLUMNS]) {
+    fn unpack<const HIGH: usize, const GROUP: usize>(
+        self,
+        low: &[u8; 32],
+        high: &[u8],
+        scales: u32,
+        out: &mut [u8; COLUMNS],
+    ) {
         // A scale byte has the table above its magnitude, which is one bit wider than a code.
-        let tables = scales.to_le_bytes().map(|byte| byte >> 1 & (0x30 << HIGH & 0x30));
+        let tables = each_16::<GROUP>(scales).to_le_bytes().map(|byte| byte >> 1 & (0x30 << HIGH & 0x30));
         for (i, (out, low)) in out.as_chunks_mut::<8>().0.iter_mut().zip(low.as_chunks::<4>().0).enumerate() {
             let above = match HIGH {
                 0 => 0,

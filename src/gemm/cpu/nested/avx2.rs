@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Unpacker};
+use super::{COLUMNS, Unpacker, each_16};
 use crate::layout::LEVELS;
 
 /// Levels in memory, to be loaded sixteen at a time.
@@ -62,12 +62,19 @@ impl Tables {
 
 impl Unpacker for Tables {
     #[inline(always)]
-    fn new(table: &[u8; LEVELS]) -> Self {
+    fn new(table: &[u8; LEVELS], _group: usize) -> Self {
         Self(*table)
     }
 
     #[inline(always)]
-    fn unpack<const HIGH: usize>(self, low: &[u8; 32], high: &[u8], scales: u32, out: &mut [u8; COLUMNS]) {
+    fn unpack<const HIGH: usize, const GROUP: usize>(
+        self,
+        low: &[u8; 32],
+        high: &[u8],
+        scales: u32,
+        out: &mut [u8; COLUMNS],
+    ) {
+        let scales = each_16::<GROUP>(scales);
         self.half::<HIGH>(low, high, scales, out);
         self.half::<HIGH>(&low[16..], &high[4 * HIGH..], scales >> 16, &mut out[32..]);
     }

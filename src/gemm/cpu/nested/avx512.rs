@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Unpacker};
+use super::{COLUMNS, Unpacker, each_16};
 use crate::layout::LEVELS;
 
 /// Bits of a vector chosen from two others: those of the second where the first is one, else those of the third.
@@ -27,7 +27,7 @@ pub(super) struct Bytes {
     table: __m512i,
     /// Codes of 4 bits in the low half of a word of 64.
     codes: __m512i,
-    /// Bytes of scales that are moved down by a bit, each for 16 columns.
+    /// Bytes of scales that are moved down by a bit, each for the columns of its group.
     scales: __m512i,
     /// One high bit of each column in bit 4 of a byte.
     ones: __m512i,
@@ -37,12 +37,12 @@ pub(super) struct Bytes {
 
 impl Unpacker for Bytes {
     #[inline(always)]
-    fn new(table: &[u8; LEVELS]) -> Self {
+    fn new(table: &[u8; LEVELS], group: usize) -> Self {
         let [mut codes, mut scales, mut ones, mut twos] = [[0u8; COLUMNS]; 4];
         for c in 0..64u8 {
             let at = usize::from(c);
             codes[at] = 4 * (c % 8);
-            scales[at] = 8 * (c / 16) + 1;
+            scales[at] = if group == 16 { 8 * (c / 16) + 1 } else { 8 * (c / 32) + 1 };
             ones[at] = c.wrapping_sub(4) % 64;
             twos[at] = (2 * (c % 32)).wrapping_sub(4) % 64;
         }
@@ -59,7 +59,13 @@ impl Unpacker for Bytes {
     }
 
     #[inline(always)]
-    fn unpack<const HIGH: usize>(self, low: &[u8; 32], high: &[u8], scales: u32, out: &mut [u8; COLUMNS]) {
+    fn unpack<const HIGH: usize, const GROUP: usize>(
+        self,
+        low: &[u8; 32],
+        high: &[u8],
+        scales: u32,
+        out: &mut [u8; COLUMNS],
+    ) {
         let high = &high[..8 * HIGH];
         // SAFETY: the arrays hold 32 and 64 bytes, the slice as many as are read; only functions that enable AVX-512 with
         // VBMI name this type.
@@ -103,7 +109,7 @@ pub(super) struct Tables {
 
 impl Unpacker for Tables {
     #[inline(always)]
-    fn new(table: &[u8; LEVELS]) -> Self {
+    fn new(table: &[u8; LEVELS], _group: usize) -> Self {
         // SAFETY: the array holds 64 bytes; only functions that enable AVX-512 name this type.
         unsafe {
             let table = _mm512_loadu_si512(table.as_ptr().cast());
@@ -120,7 +126,13 @@ impl Unpacker for Tables {
     }
 
     #[inline(always)]
-    fn unpack<const HIGH: usize>(self, low: &[u8; 32], high: &[u8], scales: u32, out: &mut [u8; COLUMNS]) {
+    fn unpack<const HIGH: usize, const GROUP: usize>(
+        self,
+        low: &[u8; 32],
+        high: &[u8],
+        scales: u32,
+        out: &mut [u8; COLUMNS],
+    ) {
         let high = &high[..8 * HIGH];
         // SAFETY: the arrays hold 32 and 64 bytes, the slice as many as are read; only functions that enable AVX-512 name
         // this type.
@@ -143,7 +155,7 @@ impl Unpacker for Tables {
                 _mm512_mask_blend_epi8(upper, below, above)
             } else {
                 // Words 2q and 2q + 1 of 64 bits are the quarter q of the bank; bits 5 and 6 of a scale byte name one.
-                let scales = _mm512_set1_epi64(i64::from(scales));
+                let scales = _mm512_set1_epi64(i64::from(each_16::<GROUP>(scales)));
                 let places = _mm512_setr_epi64(4, 4, 12, 12, 20, 20, 28, 28);
                 let (halves, first) = (_mm512_setr_epi64(0, 1, 0, 1, 0, 1, 0, 1), if HIGH == 0 { 6 } else { 4 });
                 let first = _mm512_and_si512(_mm512_srlv_epi64(scales, places), _mm512_set1_epi64(first));

@@ -73,11 +73,17 @@ struct Task<'w, 'a> {
 /// The 64 levels of a bank in registers.
 trait Unpacker: Copy {
     /// Holds the levels of a bank.
-    fn new(table: &[u8; LEVELS]) -> Self;
+    fn new(table: &[u8; LEVELS], group: usize) -> Self;
 
-    /// The levels of 64 columns: of 32 bytes of codes, `8 * HIGH` bytes of high codes, and the scale byte of each 16
-    /// columns, the first in the low bits.
-    fn unpack<const HIGH: usize>(self, low: &[u8; 32], high: &[u8], scales: u32, out: &mut [u8; COLUMNS]);
+    /// The levels of 64 columns: of 32 bytes of codes, `8 * HIGH` bytes of high codes, and the scale bytes of groups of
+    /// `GROUP` columns, the first in the low bits.
+    fn unpack<const HIGH: usize, const GROUP: usize>(
+        self,
+        low: &[u8; 32],
+        high: &[u8],
+        scales: u32,
+        out: &mut [u8; COLUMNS],
+    );
 
     /// Asks for the cache line that is `ahead` bytes after the start of `bytes`, which may lie beyond all memory.
     #[inline(always)]
@@ -169,24 +175,23 @@ fn rows<U: Unpacker, const HIGH: usize, const GROUP: usize>(task: &Task<'_, '_>,
     let (layout, planes, cols) = (weights.layout(), weights.planes(), weights.cols());
     let strides = (layout.code_stride(cols), layout.high_code_stride(cols), layout.scale_stride(cols));
     let ahead = if end - start == cols { AHEAD } else { (end - start) / 2 };
-    let unpacker = U::new(&task.table);
+    let unpacker = U::new(&task.table, GROUP);
     for (r, out) in out.chunks_mut(stride.max(1)).take(weights.rows()).enumerate() {
         let low = &planes.codes[r * strides.0..][..strides.0][start / 2..];
         let high = &planes.high_codes[r * strides.1..][..strides.1][start / 8 * HIGH..];
         let scales = &planes.scales[r * strides.2..][..strides.2][start / GROUP..];
         let (low, low_rest) = low.as_chunks::<32>();
         let (out, out_rest) = out[..end - start].as_chunks_mut::<COLUMNS>();
-        for (c, (out, low)) in out.iter_mut().zip(low).enumerate() {
-            let high = if HIGH == 0 { high } else { &high[c * 8 * HIGH..][..8 * HIGH] };
-            let scales = scale_bytes::<GROUP>(&scales[c * (COLUMNS / GROUP)..]);
-            // Two chunks share a line of codes, more of them one of anything else.
-            if c % 2 == 0 {
-                U::prefetch(low, ahead);
-            }
-            if HIGH > 0 && c % 4 == 0 {
+        let bytes = scales.chunks_exact(COLUMNS / GROUP);
+        for (c, ((out, low), bytes)) in out.iter_mut().zip(low).zip(bytes).enumerate() {
+            U::prefetch(low, ahead);
+            if HIGH == 0 {
+                unpacker.unpack::<0, GROUP>(low, &[], scale_bytes(bytes), out);
+            } else {
+                let high = &high[c * 8 * HIGH..][..8 * HIGH];
                 U::prefetch(high, ahead / 4 * HIGH);
+                unpacker.unpack::<HIGH, GROUP>(low, high, scale_bytes(bytes), out);
             }
-            unpacker.unpack::<HIGH>(low, high, scales, out);
         }
         if !out_rest.is_empty() {
             let c = out.len();
@@ -196,8 +201,8 @@ fn rows<U: Unpacker, const HIGH: usize, const GROUP: usize>(task: &Task<'_, '_>,
             fill(&mut high_padded, high.get(c * 8 * HIGH..).unwrap_or_default());
             fill(&mut scales_padded, scales.get(c * (COLUMNS / GROUP)..).unwrap_or_default());
             let mut levels = [0; COLUMNS];
-            let scales = scale_bytes::<GROUP>(&scales_padded);
-            unpacker.unpack::<HIGH>(&low_padded, &high_padded[..8 * HIGH], scales, &mut levels);
+            let scales = u32::from_le_bytes(scales_padded);
+            unpacker.unpack::<HIGH, GROUP>(&low_padded, &high_padded[..8 * HIGH], scales, &mut levels);
             out_rest.copy_from_slice(&levels[..out_rest.len()]);
         }
     }
@@ -210,14 +215,20 @@ fn fill(to: &mut [u8], from: &[u8]) {
     to[..count].copy_from_slice(&from[..count]);
 }
 
-/// The scale byte of each 16 of 64 columns.
+/// The scale bytes of 64 columns, of which there are two or four.
 #[inline(always)]
-fn scale_bytes<const GROUP: usize>(bytes: &[u8]) -> u32 {
-    if GROUP == 16 {
-        u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-    } else {
-        (u32::from(bytes[0]) | u32::from(bytes[1]) << 16) * 0x0101
+fn scale_bytes(bytes: &[u8]) -> u32 {
+    match *bytes {
+        [a, b] => u32::from(u16::from_le_bytes([a, b])),
+        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+        _ => unreachable!("groups of 16 or 32 columns"),
     }
+}
+
+/// The scale byte of each 16 columns.
+#[inline(always)]
+fn each_16<const GROUP: usize>(scales: u32) -> u32 {
+    if GROUP == 16 { scales } else { (scales & 0xff | (scales & 0xff00) << 8) * 0x0101 }
 }
 
 /// Unpacks a layout of which no instruction set knows more than the specification.
@@ -248,9 +259,8 @@ mod tests {
     fn layouts() -> impl Iterator<Item = Layout> {
         let banks = [&BANK4, &BANK5, &BANK6];
         banks.into_iter().flat_map(|bank| {
-            [16, 32, 64].map(|group| {
-                Layout::Grouped(Grouped::new(bank.bits(), Levels::Bank(bank), group, Float::F32, None))
-            })
+            [16, 32, 64]
+                .map(|group| Layout::Grouped(Grouped::new(bank.bits(), Levels::Bank(bank), group, Float::F32, None)))
         })
     }
 

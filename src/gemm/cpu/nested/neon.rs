@@ -6,7 +6,7 @@
 
 use std::arch::aarch64::*;
 
-use super::{COLUMNS, Unpacker};
+use super::{COLUMNS, Unpacker, each_16};
 use crate::layout::LEVELS;
 
 /// All levels.
@@ -15,14 +15,20 @@ pub(super) struct Tables(uint8x16x4_t);
 
 impl Unpacker for Tables {
     #[inline(always)]
-    fn new(table: &[u8; LEVELS]) -> Self {
+    fn new(table: &[u8; LEVELS], _group: usize) -> Self {
         // SAFETY: the array holds 64 bytes; NEON is always there.
         Self(unsafe { vld1q_u8_x4(table.as_ptr()) })
     }
 
     #[inline(always)]
-    fn unpack<const HIGH: usize>(self, low: &[u8; 32], high: &[u8], scales: u32, out: &mut [u8; COLUMNS]) {
-        let scales = scales.to_le_bytes();
+    fn unpack<const HIGH: usize, const GROUP: usize>(
+        self,
+        low: &[u8; 32],
+        high: &[u8],
+        scales: u32,
+        out: &mut [u8; COLUMNS],
+    ) {
+        let scales = each_16::<GROUP>(scales).to_le_bytes();
         let quarters = out.as_chunks_mut::<16>().0.iter_mut().zip(low.as_chunks::<8>().0);
         for (q, ((out, low), scale)) in quarters.zip(scales).enumerate() {
             let high = &high[2 * HIGH * q..][..2 * HIGH];

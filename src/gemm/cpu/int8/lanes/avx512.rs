@@ -7,6 +7,9 @@
 use std::arch::x86_64::*;
 
 use super::Lanes;
+use crate::gemm::cpu::int8::few::Codes;
+use crate::gemm::cpu::nested;
+use crate::layout::Bank;
 
 /// Sixteen words.
 pub(in super::super) struct Vnni512;
@@ -155,5 +158,54 @@ impl Lanes for Vnni512 {
         let ints = &ints[..16];
         // SAFETY: the slice holds sixteen numbers; only functions that enable AVX-512 name this type.
         unsafe { _mm512_permutexvar_epi32(index, _mm512_loadu_si512(ints.as_ptr().cast())) }
+    }
+}
+
+/// 4-bit codes of a bank, whose levels a permutation of VBMI finds. Every value lives in a function that enables it too.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Found {
+    /// The levels plus [`nested::BIAS`].
+    table: __m512i,
+    /// Which scale byte belongs to each byte of codes.
+    bytes: __m512i,
+}
+
+impl Found {
+    /// For groups of which the number of a lane, eight columns wide, has `shift` bits fewer.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    pub(in super::super) fn new(bank: &Bank, shift: u32) -> Self {
+        let table = bank.levels().map(|level| level.cast_unsigned() ^ nested::BIAS);
+        let mut bytes = [0u8; 64];
+        for (i, byte) in (0u8..).zip(&mut bytes) {
+            *byte = (i / 4).checked_shr(shift).unwrap_or(0);
+        }
+        // SAFETY: both arrays hold 64 bytes.
+        unsafe {
+            Self { table: _mm512_loadu_si512(table.as_ptr().cast()), bytes: _mm512_loadu_si512(bytes.as_ptr().cast()) }
+        }
+    }
+}
+
+impl Codes<Vnni512> for Found {
+    const BITS: u32 = 4;
+    const LEVEL_BITS: u32 = 8;
+
+    #[inline(always)]
+    fn load(self, codes: &[u8], bytes: &[u8]) -> [__m512i; 2] {
+        // Bits of a vector chosen from two others: those of the second where the first is one, else those of the third.
+        const SELECT: i32 = 0xca;
+        let (codes, bytes) = (&codes[..64], &bytes[..16]);
+        // SAFETY: the slices hold 64 and 16 bytes; only functions that enable AVX-512 with VBMI name this type.
+        unsafe {
+            let nibble = _mm512_set1_epi8(15);
+            let codes = _mm512_loadu_si512(codes.as_ptr().cast());
+            let bytes = _mm512_castsi128_si512(_mm_loadu_si128(bytes.as_ptr().cast()));
+            // The table is in the bits 5 and 6 of a scale byte, and the permutation does not look at bits 6 and 7.
+            let tables = _mm512_srli_epi32::<1>(_mm512_permutexvar_epi8(self.bytes, bytes));
+            let even = _mm512_ternarylogic_epi32::<SELECT>(nibble, codes, tables);
+            let odd = _mm512_ternarylogic_epi32::<SELECT>(nibble, _mm512_srli_epi32::<4>(codes), tables);
+            [_mm512_permutexvar_epi8(even, self.table), _mm512_permutexvar_epi8(odd, self.table)]
+        }
     }
 }
