@@ -71,8 +71,8 @@ def compress(
 ) -> Report:
     """Compress a checkpoint into an artifact, streaming: memory does not grow with the model.
 
-    Only a tensor in ``ecu_v1``, whose size is open, or with outliers or column scales is in memory as a whole while it is
-    quantized.
+    Only a tensor in ``ecu_v1``, whose size is open, or one with outliers or column scales is in memory as a whole while
+    it is quantized.
 
     Parameters
     ----------
@@ -83,8 +83,8 @@ def compress(
         whole or not at all. May be missing with ``dry_run``.
     codec
         Id of the codec of linear weights (2-D, ``[out, in]``, groups along ``in``), see :func:`codecs`;
-        ``int4_g32_fp16_v1`` when not given, or ``ecu_v1`` where a size is asked for. Or the name of a recipe: ``awq_v10``
-        or ``awq_v60``, for large models, which need ``stats``.
+        ``int4_g32_fp16_v1`` when not given, or ``ecu_v1`` where a size is asked for. Or the name of a recipe:
+        ``awq_v10`` or ``awq_v60``, for large models, which need ``stats``.
     target_bits
         Bits per weight on disk of the tensors in ``ecu_v1``, any number from 0.1 to 8. In memory they take 8.
     target_size

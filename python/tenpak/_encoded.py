@@ -61,9 +61,7 @@ class Encoded:
         return f"Encoded({self.shape}, codec={self.codec!r}, {self.bits_per_weight:.3f} bits/weight)"
 
 
-def encode(
-    array: Array, codec: str, *, column_scales: Array | None = None, outliers: float | None = None
-) -> Encoded:
+def encode(array: Array, codec: str, *, column_scales: Array | None = None, outliers: float | None = None) -> Encoded:
     """Encode an array.
 
     Parameters
@@ -74,8 +72,8 @@ def encode(
     codec
         Id of a codec other than ``raw_v1``.
     column_scales
-        float32 ``[cols]``, finite and not zero: weights are divided by the scale of their column before they are encoded
-        and multiplied with it when they are decoded. A plane of its own; any codec takes it.
+        float32 ``[cols]``, finite and not zero: weights are divided by the scale of their column before they are
+        encoded and multiplied with it when they are decoded. A plane of its own; any codec takes it.
     outliers
         Part of the weights, above 0 and at most 0.1, to store by themselves as float16: those of the greatest squares,
         32 bits each (48 where there are more than 65536 columns). The rest is encoded without them.

@@ -566,7 +566,9 @@ def _parse_entry(value: object) -> Entry:
     outliers = _number(out["outliers"], "outliers", 1) if "outliers" in out else 0
     rows, cols = matrix(shape, transposed)
     require(codec != RAW or not (scaled or outliers), "a raw tensor with extra planes")
-    require(outliers <= rows * cols and (not outliers or cols <= 2**32), "more outliers than weights, or too many columns")
+    require(
+        outliers <= rows * cols and (not outliers or cols <= 2**32), "more outliers than weights, or too many columns"
+    )
     lengths = plane_lengths(codec, dtype, shape, transposed, scaled, outliers)
     planes = []
     for item in _array(out["planes"], "planes"):

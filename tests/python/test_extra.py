@@ -34,7 +34,9 @@ def made(rng: np.random.Generator, codec: str, rows: int, cols: int, scaled: boo
         planes["outlier_counts"] = mask.sum(1).astype("<u4")
         planes["outlier_columns"] = np.nonzero(mask)[1].astype("<u2" if cols <= 65536 else "<u4")
         planes["outlier_values"] = (8 * rng.standard_normal(count)).astype("<f2")
-    return oracle.Tensor(f"{codec} {scaled} {sparse}", "F32", (rows, cols), codec, planes, False, {}, None, scaled, count)
+    return oracle.Tensor(
+        f"{codec} {cols} {scaled} {sparse}", "F32", (rows, cols), codec, planes, False, {}, None, scaled, count
+    )
 
 
 def test_extra_planes_decode_as_the_text_says(cli: Cli, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -45,7 +47,7 @@ def test_extra_planes_decode_as_the_text_says(cli: Cli, tmp_path: Path, rng: np.
     path.write_bytes(oracle.write(tensors))
     check_artifact(cli, path, None)
     assert cli("verify", path).returncode == 0
-    cli("export", path, "-o", tmp_path / "planes")
+    cli("export", path, "-o", tmp_path / "planes", "--to", "hf")
     assert oracle.join(tmp_path / "planes") == path.read_bytes()
     cli("verify", tmp_path / "planes")
     (tmp_path / "planes/tenpak.json").unlink()
@@ -95,13 +97,15 @@ def test_products_and_rows_are_those_of_the_decoded_weights(codec: str, rng: np.
     plain = tenpak.encode(weights, codec)
     encoded = tenpak.encode(weights, codec, column_scales=scales, outliers=0.01)
     assert encoded.planes["outlier_values"].shape == (76,) and encoded.planes["column_scales"].shape == (160,)
-    assert encoded.bits_per_weight == pytest.approx(plain.bits_per_weight + 8 * (160 * 4 + 48 * 4 + 76 * 4) / weights.size)
+    beside = 4 * (160 + 48 + 76)
+    assert encoded.bits_per_weight == pytest.approx(plain.bits_per_weight + 8 * beside / weights.size)
     decoded = encoded.decode()
     assert ((decoded - weights) ** 2).sum() < ((plain.decode() - weights) ** 2).sum()
     x = rng.standard_normal((3, 160)).astype(np.float32)
     for m in (1, 3):
         got = tenpak.matmul(x[:m], encoded)
-        bound = 400 * np.finfo(np.float32).eps * (np.abs(x[:m]) @ (np.abs(decoded).max(1) + 4)[:, None].repeat(160, 1).T)
+        size = (np.abs(decoded).max(1) + 4)[:, None].repeat(160, 1)
+        bound = 400 * np.finfo(np.float32).eps * (np.abs(x[:m]) @ size.T)
         assert (np.abs(got - x[:m].astype(np.float64) @ decoded.T) <= bound).all()
     for bad in ({"column_scales": scales * 0}, {"column_scales": scales[:5]}, {"outliers": 0.0}, {"outliers": 0.5}):
         with pytest.raises(tenpak.InvalidError):
@@ -184,7 +188,8 @@ def test_a_model_of_hugging_face_loads_with_extra_planes(tmp_path: Path) -> None
             plain = transformers.AutoModelForCausalLM.from_config(dense.config)
             state = tenpak.open(folder / "a.tenpak")
             plain.load_state_dict(
-                {name: torch.from_numpy(state.decode(name)) for name in state}, strict=not dense.config.tie_word_embeddings
+                {name: torch.from_numpy(state.decode(name)) for name in state},
+                strict=not dense.config.tie_word_embeddings,
             )
             want = plain.eval()(ids).logits
             for model in models:

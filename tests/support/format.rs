@@ -311,7 +311,8 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     let encoded = Entry::encoded("b", &[8, 3], true, codecs::get(codecs::INT8_ROW).unwrap(), &weights);
     let codes: Vec<u8> = (0..40 * 30_usize).map(|i| [126, 127, 128, 129][i * i % 7 % 4]).collect();
     let coded = Entry::coded("c", [40, 30], &codes, 0.5);
-    let mut artifact = Artifact::new(vec![raw, encoded, coded]);
+    let extra = Entry::extra("d", [2, 3], codecs::get(codecs::INT8_ROW).unwrap(), &[1.0, 2.0, 0.5], &[(1, 0, 4.0)]);
+    let mut artifact = Artifact::new(vec![raw, encoded, coded, extra]);
     artifact.metadata.push(("format".to_owned(), "pt".to_owned()));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.tenpak");
@@ -322,6 +323,9 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     let plane = found.plane(2, 0).unwrap();
     assert!(plane.chunks(32).zip(codes.chunks(30)).all(|(row, codes)| row[..30] == *codes && row[30..] == [0; 2]));
     assert_eq!(found.tensors()[2].rate().unwrap().to_string(), "4.25");
+    let names: Vec<_> = found.tensors()[3].planes().iter().map(|place| place.plane.name()).collect();
+    let extra = ["column_scales", "outlier_counts", "outlier_columns", "outlier_values"];
+    assert_eq!(names, [&["codes", "scales"], &extra[..]].concat());
 
     let config = Plane { name: "config.json".to_owned(), bytes: b"{}".to_vec(), ..Plane::default() };
     artifact.files.push(config);
@@ -330,8 +334,8 @@ fn what_the_format_says_is_what_the_library_reads_and_writes() {
     assert_eq!(*found.read_file("config.json").unwrap(), *b"{}");
     assert_eq!(found.header().identity().to_string(), artifact.identity());
 
-    artifact.delta = Some(Delta { base: artifact.identity(), result: artifact.identity(), runs: vec![(-1, 3)] });
+    artifact.delta = Some(Delta { base: artifact.identity(), result: artifact.identity(), runs: vec![(-1, 4)] });
     std::fs::write(&path, artifact.file().edit("a test", "a program").bytes()).unwrap();
     let found = tenpak::artifact::ArtifactFile::open(&path).unwrap();
-    assert_eq!(found.header().delta().unwrap().runs, [(-1, 3)]);
+    assert_eq!(found.header().delta().unwrap().runs, [(-1, 4)]);
 }

@@ -123,7 +123,7 @@ def evaluate(
     stats = None if stats is None else _Path(stats)
     text_bytes = _plan.read_text(path)
     _plan.check_model(folder)
-    found, size = _plan.candidates(map(_Path, artifacts), codecs, map(_Path, recipes), folder, mmap)
+    found, size = _plan.candidates(map(_Path, artifacts), codecs, map(_Path, recipes), folder, mmap, stats, fit)
     check_libraries("tenpak eval")
     from .run import run
 

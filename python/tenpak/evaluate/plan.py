@@ -117,9 +117,17 @@ def read_text(path: Path) -> bytes:
 
 
 def candidates(
-    artifacts: Iterable[Path], codec_ids: Iterable[str], recipes: Iterable[Path], model: Path, mmap: bool
+    artifacts: Iterable[Path],
+    codec_ids: Iterable[str],
+    recipes: Iterable[Path],
+    model: Path,
+    mmap: bool,
+    stats: Path | None = None,
+    fit: str | None = None,
 ) -> tuple[list[Candidate], Sizes]:
     """Return the rows and the size of the checkpoint, after a look at every header and recipe.
+
+    ``stats`` and ``fit`` are those that recipes will be compressed with.
 
     Raises
     ------
@@ -139,7 +147,7 @@ def candidates(
     for path in recipes:
         text = path.read_text(encoding="utf-8")
         try:
-            compress(model, dry_run=True, recipe=text, mmap=mmap)
+            compress(model, dry_run=True, recipe=text, mmap=mmap, stats=stats, fit=fit)
         except InvalidError as error:
             raise InvalidError(f"{path}: {error}") from error
         found.append(Candidate(path.name, "recipe", recipe=text))

@@ -30,8 +30,8 @@ class TenpakConfig(QuantizationConfigMixin):
         Version of the description; this build knows 1.
     tensors
         For each encoded tensor, by its name in the source: ``codec``, ``dtype`` (as safetensors names it), ``shape``
-        and, where it is stored transposed, ``transposed``; ``column_scales`` and the number of ``outliers`` where it has
-        them; ``coding`` of the planes that are coded, by plane.
+        and, where it is stored transposed, ``transposed``; ``column_scales`` and the number of ``outliers`` where it
+        has them; ``coding`` of the planes that are coded, by plane.
 
     Raises
     ------

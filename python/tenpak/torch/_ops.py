@@ -342,7 +342,7 @@ def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
     ctx.matrix = (codec, rows, cols)
 
 
-def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """Return ``grad @ w``: the weights are constants, whatever arithmetic the product used."""
     codes, scales, addends, *extra = ctx.saved_tensors
     gradient = None
@@ -359,7 +359,7 @@ def _keep_stack(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
     ctx.matrix = (codec, rows, cols)
 
 
-def _grouped_linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _grouped_linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradient of each row with its own matrix."""
     ends, codes, scales, addends, *extra = ctx.saved_tensors
     gradient = None
@@ -375,7 +375,7 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.matrix = (codec, rows, cols)
 
 
-def _grouped_linear_backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _grouped_linear_backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradient of the gradient, which is the product itself."""
     ends, codes, scales, addends, *extra = ctx.saved_tensors
     gradient = torch.ops.tenpak.grouped_linear(grad, ends, codes, scales, addends, extra, *ctx.matrix, "float32")

@@ -99,9 +99,9 @@ class Quantized(nn.Module):
     """A matrix, or a stack of matrices, whose weights are planes: base of the quantized modules.
 
     The planes are buffers named as in an artifact, ``codes``, ``scales`` and, where the codec has them, ``offsets`` or
-    ``zero_points``, of shape ``[rows, elements of a row]``, and behind them what the matrix has beside: ``column_scales``
-    ``[cols]``, ``outlier_counts`` ``[rows]``, ``outlier_columns`` and ``outlier_values`` ``[outliers]``. Conversions
-    between dtypes never touch them, devices do.
+    ``zero_points``, of shape ``[rows, elements of a row]``, and behind them what the matrix has beside:
+    ``column_scales`` ``[cols]``, ``outlier_counts`` ``[rows]``, ``outlier_columns`` and ``outlier_values``
+    ``[outliers]``. Conversions between dtypes never touch them, devices do.
     """
 
     codec: str
