@@ -7,11 +7,13 @@ pub mod entropy;
 pub mod gptq;
 pub mod hessian;
 pub(crate) mod lanes;
+mod loss;
 pub mod polish;
 mod rate;
 pub mod search;
 pub mod weighted;
 
+pub use loss::MaxLoss;
 pub use rate::Rate;
 
 use crate::error::Error;
