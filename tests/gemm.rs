@@ -308,7 +308,7 @@ fn empty_products_are_zeros() {
 
 #[test]
 fn wrong_sizes_are_refused() {
-    let owned = Owned::new(codecs::get(codecs::DEFAULT).unwrap().layout, 6, 40, &mut Stream(1), ordinary);
+    let owned = Owned::new(codecs::get(codecs::DEFAULT_IN_MEMORY).unwrap().layout, 6, 40, &mut Stream(1), ordinary);
     let weights = owned.weights();
     let refused = |result: tenpak::Result<()>| assert!(matches!(result, Err(tenpak::Error::Invalid(_))));
     let (x, mut y) = (vec![0.0; 200], vec![0.0; 200]);

@@ -8,8 +8,8 @@ use support::{Folder, Tensor, bits, codec, decode, open_source, pack, with};
 use tenpak::artifact::{ArtifactFile, delta, verify};
 use tenpak::compress::{Nonfinite, Options, compress_as, plan};
 use tenpak::export::{self, Conversion, To};
-use tenpak::fit::Rate;
-use tenpak::recipe::Recipe;
+use tenpak::fit::{MaxLoss, Rate};
+use tenpak::recipe::{Recipe, Request, Role};
 use tenpak::{DType, Encoded};
 
 const SHAPE: [u64; 2] = [160, 192];
@@ -71,6 +71,90 @@ fn a_size_of_the_whole_output_is_not_exceeded_as_a_file_or_as_a_directory() {
     let other = Options { target_bytes: Some(whole), ..with(codec("int8_sym_v1")) };
     let message = plan(&open_source(&input), &other).unwrap_err().to_string();
     assert!(message.contains("no tensor has a codec whose size is open"), "{message}");
+}
+
+#[test]
+fn without_a_codec_linear_weights_get_four_and_a_half_bits() {
+    let recipe = Request::default().recipe().unwrap();
+    assert_eq!(recipe, at("4.5").recipe);
+    assert_eq!(Request { codec: Some("int8_sym_v1"), ..Request::default() }.recipe().unwrap(), with(codec("int8_sym_v1")).recipe);
+}
+
+/// Noise and signal of the tensors whose rate is open, as decoded weights have it.
+fn measured(artifact: &ArtifactFile, tensors: &[Tensor]) -> (f64, f64) {
+    let mut sums = (0.0, 0.0);
+    for (index, entry) in artifact.tensors().iter().enumerate().filter(|(_, entry)| entry.rate().is_some()) {
+        let source = tensors.iter().find(|t| t.name == entry.info().name()).unwrap().weights();
+        for (w, d) in source.iter().zip(decode(artifact, index).unwrap()) {
+            let (w, d) = (f64::from(*w), f64::from(d));
+            sums = (sums.0 + (w - d) * (w - d), sums.1 + w * w);
+        }
+    }
+    sums
+}
+
+fn losing(nmse: f64) -> Options {
+    let recipe = Recipe::new(codec("ecu_v1")).max_loss(MaxLoss::new(nmse).unwrap());
+    Options::new(recipe, Nonfinite::Error, true)
+}
+
+/// The model with matrices of different power, so that they want different rates.
+fn uneven() -> Vec<Tensor> {
+    let mut tensors = model();
+    let name = tensors[2].name.clone();
+    let weights: Vec<f32> = tensors[2].weights().iter().map(|w| w / 32.0).collect();
+    tensors[2] = Tensor::of(&name, DType::F32, &[200, 183], &weights);
+    tensors
+}
+
+#[test]
+fn a_loss_that_is_asked_for_is_kept_and_nearly_used() {
+    let folder = Folder::new();
+    for tensors in [model(), uneven()] {
+        let input = folder.checkpoint("model.safetensors", &tensors);
+        for nmse in [3e-2, 2e-3, 4e-4] {
+            let output = folder.path("a.tenpak");
+            let report = pack(&input, &output, &losing(nmse)).unwrap();
+            let artifact = ArtifactFile::open(&output).unwrap();
+            let (noise, signal) = measured(&artifact, &tensors);
+            assert!(noise <= nmse * signal, "{:e} is lost, at most {nmse:e} was asked for", noise / signal);
+            assert!(noise >= 0.97 * nmse * signal, "{:e} is lost, {nmse:e} would do", noise / signal);
+            // Within the model, a file of the same codecs at one rate is no smaller where it loses no more.
+            let bits = report.tensors.iter().filter_map(|t| t.rate).map(Rate::bits).fold(0.0, f64::max);
+            let even = pack(&input, &folder.path("b.tenpak"), &at(&format!("{bits:.3}"))).unwrap();
+            assert!(report.file_bytes <= even.file_bytes, "{} bytes, at one rate {}", report.file_bytes, even.file_bytes);
+            assert!(artifact.header().provenance().recipe.contains(&format!("max_loss = {nmse:e}\n")));
+            assert!(report.tensors.iter().all(|t| t.distance.is_none_or(|d| d.nmse() <= nmse || t.rate.is_some())));
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_8_bit_codes_cannot_keep_is_refused_and_nothing_is_written() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &model());
+    let output = folder.path("a.tenpak");
+    let message = pack(&input, &output, &losing(1e-9)).unwrap_err().to_string();
+    assert!(message.contains("loses") && message.contains("at most 1e-9 is asked for; keep it raw"), "{message}");
+    let raw = losing(1e-9).recipe.role(Role::Embedding, codec("raw_v1")).unwrap();
+    let message = pack(&input, &output, &Options { recipe: raw, ..losing(1e-9) }).unwrap_err().to_string();
+    assert!(message.contains("at most 1e-9 is asked for, but 8-bit codes lose"), "{message}");
+    assert!(message.contains("keep 'model.layers.0."), "{message}");
+    let none = Recipe::new(codec("int8_sym_v1")).max_loss(MaxLoss::new(0.5).unwrap());
+    let message = pack(&input, &output, &Options { recipe: none, ..losing(0.5) }).unwrap_err().to_string();
+    assert!(message.contains("no tensor has a codec whose size is open"), "{message}");
+    assert!(!output.exists());
+}
+
+#[test]
+fn a_variant_of_a_base_with_a_loss_shares_what_has_not_changed() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &uneven());
+    let [base, made] = ["base.tenpak", "v.delta"].map(|name| folder.path(name));
+    pack(&input, &base, &losing(1e-3)).unwrap();
+    let opened = ArtifactFile::open(&base).unwrap();
+    let report = delta::delta(&opened, &open_source(&input), 0.0, None, &made, false, &mut |_| Ok(())).unwrap();
+    assert_eq!((report.changed.len(), report.unchanged), (0, 5));
 }
 
 #[test]
@@ -173,12 +257,17 @@ fn recipes_say_rates_and_refuse_those_that_decide_nothing() {
     assert_eq!(rate("model.embed_tokens.weight"), None);
     assert_eq!(Recipe::from_toml(&recipe.to_toml()).unwrap(), recipe);
     assert!(recipe.to_toml().contains("target_bits = 4\n"), "{}", recipe.to_toml());
+    let bounded = Recipe::from_toml("codec = \"ecu_v1\"\nmax_loss = 2.5e-4\n").unwrap();
+    assert_eq!((Recipe::from_toml(&bounded.to_toml()).unwrap(), bounded.loss().unwrap().nmse()), (bounded, 2.5e-4));
     let spelled = Recipe::new(codec("ecu_v1")).to_toml();
     assert!(spelled.contains(&format!("target_bits = {}\n", Rate::DEFAULT)), "{spelled}");
     for (text, says) in [
         ("codec = \"raw_v1\"\ntarget_bits = 4\n", "no codec of the recipe leaves its size open"),
         ("codec = \"ecu_v1\"\ntarget_bits = \"4\"\n", "of type string, expected a number of bits"),
         ("codec = \"ecu_v1\"\ntarget_bits = 9\n", "9 bits per weight, expected 0.1 to 8"),
+        ("codec = \"raw_v1\"\nmax_loss = 1e-3\n", "'max_loss' has no effect: no codec of the recipe"),
+        ("codec = \"ecu_v1\"\nmax_loss = 1.5\n", "a loss of 1.5, expected an nMSE above 0 and below 1"),
+        ("codec = \"ecu_v1\"\nmax_loss = 1e-3\ntarget_bits = 4\n", "exclude each other"),
         (
             "codec = \"ecu_v1\"\n[[rule]]\nmatch = \"a\"\ncodec = \"int4_g8_v1\"\ntarget_bits = 4\n",
             "rule 1: target_bits",

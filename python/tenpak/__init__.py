@@ -51,6 +51,7 @@ def compress(
     codec: str | None = None,
     target_bits: float | None = None,
     target_size: int | None = None,
+    max_loss: float | None = None,
     recipe: str | None = None,
     roles: Mapping[str, str] | None = None,
     rules: Iterable[tuple[str, str]] | None = None,
@@ -83,12 +84,15 @@ def compress(
         whole or not at all. May be missing with ``dry_run``.
     codec
         Id of the codec of linear weights (2-D, ``[out, in]``, groups along ``in``), see :func:`codecs`;
-        ``int4_g32_fp16_v1`` when not given, or ``ecu_v1`` where a size is asked for. Or the name of a recipe:
-        ``awq_v10`` or ``awq_v60``, for large models, which need ``stats``.
+        ``ecu_v1`` when not given, at 4.5 bits where no size is asked for. Or the name of a recipe: ``awq_v10`` or
+        ``awq_v60``, for large models, which need ``stats``.
     target_bits
         Bits per weight on disk of the tensors in ``ecu_v1``, any number from 0.1 to 8. In memory they take 8.
     target_size
         Bytes of the whole output: the tensors in ``ecu_v1`` get what the rest leaves.
+    max_loss
+        The most nMSE (squared error over squared weights) that the tensors in ``ecu_v1`` may have together, above 0 and
+        below 1: the smallest file that keeps it, instead of a size. No other quantized tensor may exceed it either.
     recipe
         TOML text that says which codec for which tensor, or the name of a recipe, instead of ``codec``.
     roles
@@ -144,6 +148,7 @@ def compress(
             codec,
             target_bits,
             target_size,
+            max_loss,
             recipe,
             list((roles or {}).items()),
             list(rules or ()),

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 __version__: str
 DEFAULT_CODEC: str
+DEFAULT_CODEC_IN_MEMORY: str
 
 _Bytes = npt.NDArray[np.uint8]
 _Progress = Callable[[int, int, str], object] | None
@@ -94,6 +95,7 @@ def compress(
     codec: str | None,
     target_bits: float | None,
     target_size: int | None,
+    max_loss: float | None,
     recipe: str | None,
     roles: list[tuple[str, str]],
     rules: list[tuple[str, str]],

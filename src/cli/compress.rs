@@ -12,8 +12,8 @@ use super::{Context, Input, Outcome};
 use crate::compress::{Options, Report, compress_as, plan_as};
 use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
-use crate::fit::Rate;
 use crate::fit::outliers::Share;
+use crate::fit::{MaxLoss, Rate};
 use crate::measure::Distance;
 use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
@@ -63,7 +63,8 @@ pub(super) struct Arguments {
 /// Which codec for which tensor.
 #[derive(Debug, Args)]
 pub(super) struct Choice {
-    /// Codec of the linear weights, see `tenpak codecs`, or a named recipe: awq_v10, awq_v60 [default: int4_g32_fp16_v1, or ecu_v1 where a size is asked for]
+    /// Codec of the linear weights, see `tenpak codecs`, or a named recipe: awq_v10, awq_v60 [default: ecu_v1, at 4.5 bits
+    /// where no size is asked for]
     #[arg(long, value_name = "ID", conflicts_with = "recipe")]
     codec: Option<String>,
     /// Bits per weight on disk of the tensors in ecu_v1, such as 4.25; in memory they take 8
@@ -72,6 +73,10 @@ pub(super) struct Choice {
     /// Size of the whole output, such as 4GiB or 900MB: the tensors in ecu_v1 get what the rest leaves
     #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "target_bits")]
     target_size: Option<u64>,
+    /// The most nMSE (squared error over squared weights) of the tensors in ecu_v1 together, such as 1e-3: the smallest file
+    /// that keeps it
+    #[arg(long, value_name = "NMSE", conflicts_with_all = ["target_bits", "target_size"])]
+    max_loss: Option<MaxLoss>,
     /// TOML file of rules, or a named recipe, instead of --codec
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
@@ -118,6 +123,7 @@ impl Choice {
             codec: self.codec.as_deref(),
             // A size says that some size is to be chosen, and so does any rate.
             target_bits: self.target_bits.or_else(|| self.target_size.map(|_| Rate::DEFAULT)),
+            max_loss: self.max_loss,
             toml: text.as_deref().map(|text| (text, self.recipe.as_deref())),
             roles: split(&self.role, "--role", "attention=int4_g16_fp16_v1")?,
             rules: split(&self.rule, "--rule", "*.down_proj.weight=int8_sym_v1")?,

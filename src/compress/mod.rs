@@ -5,6 +5,7 @@
 //! again for the error report, hashed and written, so memory does not grow with the model. Only a tensor of a codec whose
 //! size is open is in memory as a whole, since what one weight costs depends on all the others.
 
+mod budget;
 mod encode;
 mod fitting;
 mod form;
@@ -30,6 +31,7 @@ use crate::recipe::{Choice, Reason, Recipe};
 use crate::source::{self, Source, SourceTensor};
 use crate::stats::Stats;
 use crate::tensor;
+use budget::Budget;
 pub(crate) use encode::encode_tensor;
 pub use form::{compress_as, plan_as};
 
@@ -159,6 +161,8 @@ pub struct TensorReport {
     pub rate: Option<Rate>,
     /// Which planes there are beside the codec's.
     pub extras: Extras,
+    /// The most squared error that it may have, where a loss was asked for: the rate is then the least that keeps it.
+    pub most_noise: Option<f64>,
     /// Why that codec.
     pub reason: String,
     /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
@@ -318,7 +322,11 @@ fn fill(
     let total = planned.iter().map(|t| t.source_bytes).sum();
     let mut done = 0;
     let mut tensors = Vec::with_capacity(planned.len());
-    for (index, planned) in planned.into_iter().enumerate() {
+    let mut budget = Budget::new(source, &planned, options)?;
+    for (index, mut planned) in planned.into_iter().enumerate() {
+        if let Some(budget) = &budget {
+            budget.tell(index, &mut planned)?;
+        }
         let name = planned.name.clone();
         let bytes = planned.source_bytes;
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
@@ -328,9 +336,13 @@ fn fill(
             report.stored_bytes = tensor.stored_bytes();
         }
         writer.keep(tensor)?;
+        if let Some(budget) = &mut budget {
+            budget.spend(index, &report)?;
+        }
         tensors.push(report);
         done += bytes;
     }
+    budget.map_or(Ok(()), |budget| budget.check())?;
     attach(source, writer)?;
     Ok((tensors, provenance(source, options, |file| Ok(file.digest()?.into()))?))
 }
@@ -368,6 +380,7 @@ fn report(
         codec,
         rate,
         extras: Extras::NONE,
+        most_noise: None,
         reason,
         changed_codec,
         method: Method::Codec,

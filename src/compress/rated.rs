@@ -10,7 +10,9 @@ use crate::artifact::Writer;
 use crate::artifact::writer::{Prepared, TensorWriter, Whole};
 use crate::codec::extra::{self, ExtraPlanes, Extras};
 use crate::codec::{self, Planes};
+use crate::coding::context::log2;
 use crate::error::{Error, Result};
+use crate::fit::entropy::Quantized;
 use crate::fit::{self, Rate};
 use crate::layout::Grouped;
 use crate::measure::Distance;
@@ -49,11 +51,17 @@ pub(super) fn encode(
         let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate), extras: done.extras };
         return writer.whole(tensor.info().clone(), codec, how, planes).map(Ok);
     }
-    let quantized = match fitting.quantize(&weights, rows, cols, rate) {
+    let quantize = |rate: Rate| match fitting.quantize(&weights, rows, cols, rate) {
         // A step that is too fine is no error of the caller's, who knows no steps.
-        Err(Error::Invalid(_)) => return Ok(Err(Misfit::TooSmall(rate))),
-        quantized => quantized?,
+        Err(Error::Invalid(_)) => Ok(None),
+        quantized => quantized.map(Some),
     };
+    let (quantized, rate) = match done.most_noise {
+        None => (quantize(rate)?, rate),
+        Some(most) => within(most, rate, quantize)?,
+    };
+    let Some(quantized) = quantized else { return Ok(Err(Misfit::TooSmall(rate))) };
+    done.rate = Some(rate);
     let smallest = fit::min_scale(layout.scale());
     if quantized.scales.iter().any(|scale| !(scale.is_finite() && *scale >= smallest)) {
         return Ok(Err(Misfit::OutOfRange));
@@ -75,6 +83,82 @@ pub(super) fn encode(
     let out = writer.whole(tensor.info().clone(), codec, how, planes)?;
     tick(tensor.info().bytes())?;
     Ok(Ok(out))
+}
+
+/// A search for a loss ends at a rate that wastes no more of it than this.
+const CLOSE: f64 = 0.01;
+/// The most rates that it tries.
+const TRIES: usize = 10;
+
+/// Quantizes at about the least rate that keeps the squared error below `most`, or at the greatest where none does.
+fn within(
+    most: f64,
+    start: Rate,
+    quantize: impl Fn(Rate) -> Result<Option<Quantized>>,
+) -> Result<(Option<Quantized>, Rate)> {
+    let (mut rate, mut best) = (start, None);
+    // Thousandths of rates that lose too much, and of the least one that does not.
+    let (mut low, mut high) = (Rate::LEAST.thousandths() - 1, Rate::MOST.thousandths() + 1);
+    for _ in 0..TRIES {
+        let at = rate.thousandths();
+        let tried = quantize(rate)?;
+        // One bit more is a quarter of the error.
+        let mut next = at + 250;
+        if let Some(tried) = tried {
+            let error = tried.squared_error;
+            if error > 0.0 {
+                let bits = 0.5 * log2(error / (most * (1.0 - CLOSE / 2.0)));
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the rates, clamped")]
+                let wanted = (f64::from(at) + 1000.0 * bits).round().clamp(0.0, 10_000.0) as u32;
+                next = if error > most { wanted.max(at + 1) } else { wanted.min(at - 1) };
+            } else {
+                next = 0;
+            }
+            if error <= most {
+                high = at;
+                best = Some((tried, rate));
+                if error >= most * (1.0 - CLOSE) {
+                    break;
+                }
+            } else {
+                low = low.max(at);
+                if rate == Rate::MOST {
+                    return Ok((Some(tried), rate));
+                }
+            }
+        } else {
+            low = low.max(at);
+        }
+        if high - low <= 1 {
+            break;
+        }
+        let last = Rate::MOST.thousandths();
+        next = if next <= low || next >= high { low.midpoint(high) } else { next };
+        rate = Rate::from_thousandths(next.clamp(low + 1, high - 1).min(last))?;
+    }
+    match best {
+        Some((best, rate)) => Ok((Some(best), rate)),
+        None => Ok((quantize(Rate::MOST)?, Rate::MOST)),
+    }
+}
+
+/// The sum of the squares of a tensor's finite weights.
+pub(super) fn power(source: &Source, index: usize) -> Result<f64> {
+    let tensor = &source.tensors()[index];
+    let dtype = tensor.info().dtype();
+    let (rows, cols) = tensor.matrix();
+    let block = (BLOCK_BYTES / (cols * dtype.size()).max(1)).max(1);
+    let (mut first, mut power, mut weights) = (0, 0.0, Vec::new());
+    while first < rows && cols > 0 {
+        let count = block.min(rows - first);
+        let bytes = source.read_rows(index, first, count)?;
+        weights.resize(bytes.len() / usize::try_from(dtype.size()).expect("at most 8"), 0.0);
+        tensor::to_f32(dtype, &bytes, &mut weights);
+        weights.iter_mut().filter(|w| !w.is_finite()).for_each(|w| *w = 0.0);
+        power += Distance::between(&weights, &weights).signal;
+        first += count;
+    }
+    Ok(power)
 }
 
 /// Reads all of a tensor.

@@ -8,6 +8,7 @@ pub mod entropy;
 pub mod gptq;
 pub mod hessian;
 pub(crate) mod lanes;
+mod loss;
 pub mod nested;
 pub mod outliers;
 pub mod polish;
@@ -15,6 +16,7 @@ mod rate;
 pub mod search;
 pub mod weighted;
 
+pub use loss::MaxLoss;
 pub use rate::Rate;
 
 use crate::error::Error;

@@ -46,7 +46,7 @@ use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::fit::outliers::Share;
-use crate::fit::{Fit, Method, Rate};
+use crate::fit::{Fit, MaxLoss, Method, Rate};
 use crate::layout::Layout;
 use crate::tensor::{DType, TensorInfo};
 
@@ -67,6 +67,8 @@ pub struct Recipe {
     codec: &'static Codec,
     /// Of the codecs that leave it open.
     rate: Rate,
+    /// What decides that rate instead.
+    loss: Option<MaxLoss>,
     all: bool,
     include: Vec<Pattern>,
     exclude: Vec<Pattern>,
@@ -159,6 +161,7 @@ impl Recipe {
         Self {
             codec,
             rate: Rate::DEFAULT,
+            loss: None,
             all: false,
             include: Vec::new(),
             exclude: Vec::new(),
@@ -216,8 +219,21 @@ impl Recipe {
     /// Bits per weight on disk of the codecs that leave them open, where no rule says otherwise.
     #[must_use]
     pub fn target_bits(mut self, rate: Rate) -> Self {
-        self.rate = rate;
+        (self.rate, self.loss) = (rate, None);
         self
+    }
+
+    /// The most that tensors may lose together whose rate is the recipe's: instead of a rate, the least one that keeps it.
+    #[must_use]
+    pub fn max_loss(mut self, loss: MaxLoss) -> Self {
+        self.loss = Some(loss);
+        self
+    }
+
+    /// The most that tensors may lose together whose rate is the recipe's, where that was asked for.
+    #[must_use]
+    pub fn loss(&self) -> Option<MaxLoss> {
+        self.loss
     }
 
     /// Whether the recipe's own rate may decide anything.

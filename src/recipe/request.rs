@@ -5,8 +5,8 @@ use std::path::Path;
 use super::Recipe;
 use crate::codecs;
 use crate::error::{Error, Result};
-use crate::fit::Rate;
 use crate::fit::outliers::Share;
+use crate::fit::{MaxLoss, Rate};
 
 /// The wishes of a user, ids and roles still being names.
 #[derive(Debug, Clone, Default)]
@@ -15,6 +15,8 @@ pub struct Request<'a> {
     pub codec: Option<&'a str>,
     /// Bits per weight on disk of codecs that leave them open; `None` leaves it to `toml`.
     pub target_bits: Option<Rate>,
+    /// The most that tensors in such codecs may lose together; `None` leaves it to `toml`.
+    pub max_loss: Option<MaxLoss>,
     /// A recipe as TOML or its name, and the file that it was read from, where there is one.
     pub toml: Option<(&'a str, Option<&'a Path>)>,
     /// Roles and the ids of their codecs.
@@ -45,10 +47,7 @@ impl Request<'_> {
             (Some(recipe), _) => recipe,
             (None, Some((text, None))) => Recipe::from_toml(text)?,
             (None, Some((text, Some(path)))) => Recipe::from_toml(text).map_err(|e| e.in_file(path))?,
-            (None, None) => Recipe::new(codecs::get(self.codec.unwrap_or(match self.target_bits {
-                Some(_) => codecs::ANY_RATE,
-                None => codecs::DEFAULT,
-            }))?),
+            (None, None) => Recipe::new(codecs::get(self.codec.unwrap_or(codecs::DEFAULT))?),
         };
         for (role, id) in &self.roles {
             recipe = recipe.role(role.parse()?, codecs::get(id)?)?;
@@ -61,6 +60,18 @@ impl Request<'_> {
             if !recipe.takes_rate() {
                 return Err(Error::invalid(format!(
                     "{rate} bits per weight are asked for, but no codec of the recipe leaves its size open; use {}",
+                    codecs::ANY_RATE
+                )));
+            }
+        }
+        if let Some(loss) = self.max_loss {
+            if self.target_bits.is_some() {
+                return Err(Error::invalid("a loss and a size are both asked for, leave out one of the two"));
+            }
+            recipe = recipe.max_loss(loss);
+            if !recipe.takes_rate() {
+                return Err(Error::invalid(format!(
+                    "a loss of at most {loss} is asked for, but no codec of the recipe leaves its size open; use {}",
                     codecs::ANY_RATE
                 )));
             }

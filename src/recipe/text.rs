@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `codec` | id | refused |
 //! | `target_bits` | bits per weight on disk of codecs that leave them open | 4.5 |
+//! | `max_loss` | the most nMSE that they may have together, instead of bits | no bound |
 //! | `all` | boolean | `false` |
 //! | `fit` | `codec`, `search`, `weighted`, `gptq` or `awq` | `codec` |
 //! | `outliers` | part of the weights of tensors with 4-bit codes that are stored by themselves, such as 0.005 | none |
@@ -23,9 +24,10 @@ use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::fit::outliers::Share;
-use crate::fit::{Fit, Method, Rate};
+use crate::fit::{Fit, MaxLoss, Method, Rate};
 
-const KEYS: &[&str] = &["codec", "target_bits", "all", "include", "exclude", "roles", "rule", "fit", "outliers"];
+const KEYS: &[&str] =
+    &["codec", "target_bits", "max_loss", "all", "include", "exclude", "roles", "rule", "fit", "outliers"];
 const RULE_KEYS: &[&str] = &["match", "codec", "target_bits"];
 
 impl Recipe {
@@ -68,13 +70,19 @@ impl Recipe {
         recipe.rules = rules(&table)?;
         if let Some(rate) = rate(&table, "")? {
             recipe.rate = rate;
-            if !recipe.takes_rate() {
-                return Err(Error::invalid(
-                    "recipe key 'target_bits' has no effect: no codec of the recipe leaves its size open, as ecu_v1 does",
-                ));
-            }
         }
-        Ok(recipe)
+        if let Some(value) = table.get("max_loss") {
+            let nmse = value.as_float().ok_or_else(|| wrong_type("max_loss", value, "an nMSE such as 1e-3"))?;
+            recipe.loss = Some(MaxLoss::new(nmse).map_err(|error| at("max_loss", error))?);
+        }
+        let given = |key: &&str| table.contains_key(*key);
+        match ["target_bits", "max_loss"].into_iter().filter(given).collect::<Vec<_>>()[..] {
+            [_, _] => Err(Error::invalid("recipe keys 'target_bits' and 'max_loss' exclude each other, remove one")),
+            [key] if !recipe.takes_rate() => Err(Error::invalid(format!(
+                "recipe key '{key}' has no effect: no codec of the recipe leaves its size open, as ecu_v1 does"
+            ))),
+            _ => Ok(recipe),
+        }
     }
 
     /// The recipe as text: complete, and the same for equal recipes.
@@ -82,7 +90,10 @@ impl Recipe {
     pub fn to_toml(&self) -> String {
         let mut out = format!("codec = {}\n", quoted(self.codec.id));
         if self.takes_rate() {
-            out += &format!("target_bits = {}\n", self.rate);
+            out += &match self.loss {
+                Some(loss) => format!("max_loss = {loss}\n"),
+                None => format!("target_bits = {}\n", self.rate),
+            };
         }
         out += &format!("all = {}\n", self.all);
         // Left out where it is the default, as it was before there was another.

@@ -41,7 +41,7 @@ def objects(node: object) -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def artifact(cli: Cli, tmp_path: Path, sample_model: Path) -> Path:
     path = tmp_path / "base.tenpak"
-    cli("compress", sample_model, "-o", path)
+    cli("compress", sample_model, "-o", path, "--codec", "int4_g32_fp16_v1")
     return path
 
 
@@ -115,7 +115,7 @@ def test_edge_cases_of_compress_fit_the_schema(cli: Cli, tmp_path: Path) -> None
     }
     for name, tensors in cases.items():
         source = write_safetensors(tmp_path / "s.safetensors", tensors)
-        options = ["--all", "--nonfinite", "zero"]
+        options = ["--all", "--nonfinite", "zero", "--codec", "int4_g32_fp16_v1"]
         path = tmp_path / f"{name}.tenpak"
         plan = assert_valid(cli.json("compress", source, "--dry-run", *options), "compress")
         done = assert_valid(cli.json("compress", source, "-o", path, *options), "compress")
@@ -123,7 +123,7 @@ def test_edge_cases_of_compress_fit_the_schema(cli: Cli, tmp_path: Path) -> None
         assert_valid(cli.json("inspect", path), "inspect")
         assert_valid(cli.json("verify", path), "verify")
     write_safetensors(source, cases["exact"])
-    exact = assert_valid(cli.json("compress", source, "-o", tmp_path / "x.tenpak", "--all"), "compress")
+    exact = assert_valid(cli.json("compress", source, "-o", tmp_path / "x.tenpak", "--all", "--codec", "int4_g32_fp16_v1"), "compress")
     assert exact["loss"] == {"nmse": 0, "snr_db": None, "rms": 0, "max": 0}
 
 
@@ -254,8 +254,9 @@ def test_export_and_a_directory_print_what_the_schema_says(cli: Cli, tmp_path: P
 
 def test_compress_into_a_directory_prints_what_the_schema_says(cli: Cli, tmp_path: Path, sample_model: Path) -> None:
     folder = tmp_path / "d"
-    plan = assert_valid(cli.json("compress", sample_model, "-o", folder, "--dry-run"), "compress")
-    done = assert_valid(cli.json("compress", sample_model, "-o", folder), "compress")
+    codec = ("--codec", "int4_g32_fp16_v1")
+    plan = assert_valid(cli.json("compress", sample_model, "-o", folder, "--dry-run", *codec), "compress")
+    done = assert_valid(cli.json("compress", sample_model, "-o", folder, *codec), "compress")
     assert plan["files"] == done["files"] and plan["file_bytes"] == done["file_bytes"]
     assert {Path(f["path"]): f["bytes"] for f in done["files"]} == {p: p.stat().st_size for p in folder.iterdir()}
     assert done["file_bytes"] == sum(f["bytes"] for f in done["files"])

@@ -559,7 +559,7 @@ def test_a_layer_holds_its_planes_and_nothing_else() -> None:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> tenpak.Artifact:
     path = tmp_path_factory.mktemp("artifact") / "model.tenpak"
-    tenpak.compress(Path(__file__).parents[1] / "data/tiny-books", path)
+    tenpak.compress(Path(__file__).parents[1] / "data/tiny-books", path, codec=CODEC)
     return tenpak.open(path)
 
 

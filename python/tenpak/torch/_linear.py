@@ -10,7 +10,7 @@ from torch import nn
 
 from .._artifact import Artifact
 from .._errors import InvalidError
-from .._tenpak import DEFAULT_CODEC
+from .._tenpak import DEFAULT_CODEC_IN_MEMORY
 from . import _ops
 from ._planes import Quantized, as_tensor, encode, planes_of, source_dtype
 from ._weight import DecodedWeight
@@ -58,7 +58,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        codec: str = DEFAULT_CODEC,
+        codec: str = DEFAULT_CODEC_IN_MEMORY,
         act: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -76,7 +76,7 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, layer: nn.Module, codec: str = DEFAULT_CODEC, *, act: str | None = None, **options: Any
+        cls, layer: nn.Module, codec: str = DEFAULT_CODEC_IN_MEMORY, *, act: str | None = None, **options: Any
     ) -> "QuantizedLinear":
         """Encode the weights of a dense layer.
 

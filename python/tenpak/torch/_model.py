@@ -15,7 +15,7 @@ from torch import nn
 from .. import codecs, compress
 from .._artifact import Report
 from .._errors import InvalidError, NonfiniteError
-from .._tenpak import DEFAULT_CODEC
+from .._tenpak import DEFAULT_CODEC_IN_MEMORY
 from ._embedding import QuantizedEmbedding, beside, hindrance_of
 from ._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ._linear import QuantizedLinear
@@ -70,7 +70,7 @@ def _is_read(module: nn.Module) -> bool:
 
 def quantize_model(
     model: nn.Module,
-    codec: str = DEFAULT_CODEC,
+    codec: str = DEFAULT_CODEC_IN_MEMORY,
     *,
     recipe: str | None = None,
     roles: Mapping[str, str] | None = None,
@@ -90,7 +90,8 @@ def quantize_model(
     model
         A module with weights; on any device, the work is done on the CPU.
     codec
-        Id of the codec of linear weights; see :func:`tenpak.codecs`.
+        Id of the codec of linear weights; see :func:`tenpak.codecs`. Nothing lies on disk here, so the default is one that
+        is small in memory, and not that of :func:`tenpak.compress`.
     recipe
         TOML text that says which codec for which tensor, instead of ``codec``.
     roles, rules, include, exclude
