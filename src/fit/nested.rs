@@ -16,7 +16,7 @@
 use super::{OutOfRange, Params, min_max, min_scale};
 use crate::codec::isa;
 use crate::codec::lanes::{Lanes, MAX_LANES};
-use crate::layout::{Bank, Float, Grouped, LEVELS};
+use crate::layout::{Bank, Float, Grouped, LEVELS, ROW_SCALE_END};
 
 /// The longest group.
 const MAX_GROUP: usize = 32;
@@ -88,12 +88,12 @@ fn plain_scale(bank: &Bank, weights: &[f32]) -> Result<f32, OutOfRange> {
     if scale == 0.0 {
         return if peak(weights) == 0.0 { Ok(0.0) } else { Err(OutOfRange) };
     }
-    if storable(bank, scale) { Ok(scale) } else { Err(OutOfRange) }
+    if storable(scale) { Ok(scale) } else { Err(OutOfRange) }
 }
 
-/// Whether a row scale is finite, as all weights are that it can decode to, and loses no bits.
-fn storable(bank: &Bank, scale: f32) -> bool {
-    scale >= min_scale(Float::F32) && (scale * multiplier(bank, bank.max_magnitude()) * 128.0).is_finite()
+/// Whether a row scale can be stored and loses no bits.
+fn storable(scale: f32) -> bool {
+    scale >= min_scale(Float::F32) && scale < ROW_SCALE_END
 }
 
 /// The least magnitude whose multiple reaches a peak.
@@ -469,7 +469,7 @@ fn search<L: Lanes, const WEIGHTED: bool>(
         first = end;
     }
     let row = Row { bank, tables: &tables, batches: &batches };
-    let fits = |scale: f32| storable(bank, scale * size);
+    let fits = |scale: f32| storable(scale * size);
 
     let mut tried = [(f64::INFINITY, start); TRIED];
     let mut scale = start * FIRST;

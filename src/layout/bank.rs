@@ -16,6 +16,9 @@
 //! of a row lie where multipliers are one apart, which is finer than a geometric grid there; the long steps behind the knee
 //! are for the few groups of rows with heavy tails.
 
+/// Scales of rows are less than 2^112 in magnitude, so that no multiple of one times a level is infinite.
+pub const ROW_SCALE_END: f32 = f32::from_bits((127 + 112) << 23);
+
 /// Levels of a bank.
 pub const LEVELS: usize = 64;
 

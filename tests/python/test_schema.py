@@ -123,7 +123,9 @@ def test_edge_cases_of_compress_fit_the_schema(cli: Cli, tmp_path: Path) -> None
         assert_valid(cli.json("inspect", path), "inspect")
         assert_valid(cli.json("verify", path), "verify")
     write_safetensors(source, cases["exact"])
-    exact = assert_valid(cli.json("compress", source, "-o", tmp_path / "x.tenpak", "--all", "--codec", "int4_g32_fp16_v1"), "compress")
+    exact = assert_valid(
+        cli.json("compress", source, "-o", tmp_path / "x.tenpak", "--all", "--codec", "int4_g32_fp16_v1"), "compress"
+    )
     assert exact["loss"] == {"nmse": 0, "snr_db": None, "rms": 0, "max": 0}
 
 

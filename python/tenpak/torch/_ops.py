@@ -1,9 +1,10 @@
 """The operators ``tenpak::linear``, ``grouped_linear``, ``dequantize`` and ``embedding`` of PyTorch's dispatcher.
 
-Planes are plain tensors: ``codes`` uint8, ``scales`` float16 or float32, ``addends`` the plane ``offsets`` or
-``zero_points`` where the codec has one, ``extra`` the planes that come behind the codec's: none, ``column_scales``, the
-three of outliers, or all four. Every operator takes the codec's id and the matrix's ``rows`` and ``cols``,
-from which follows how many bytes each plane must have; the shape in which a plane holds them is its owner's business.
+Planes are plain tensors: ``codes`` uint8, ``scales`` float16, float32 or uint8, ``addends`` the plane ``offsets``,
+``zero_points`` or ``row_scales`` where the codec has one, ``high_codes`` uint8 where it has them, ``extra`` the planes
+that come behind the codec's: none, ``column_scales``, the three of outliers, or all four. Every operator takes the
+codec's id and the matrix's ``rows`` and ``cols``, from which follows how many bytes each plane must have; the shape in
+which a plane holds them is its owner's business.
 
 They are registered with ``define``, ``impl`` and ``register_fake`` and not with ``custom_op``, whose wrapper costs
 twice as much on every call. Compilers see them as opaque, gradients flow to activations, never to planes.
@@ -24,9 +25,9 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 #: Arithmetic of products; see :func:`tenpak.matmul`.
 ACTS = ("float32", "bfloat16", "int8")
 
-#: The arguments by which operators know a matrix: codes, scales, addends, extra planes, codec, rows, columns.
-Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[torch.Tensor], str, int, int]
-_MATRIX = "Tensor codes, Tensor scales, Tensor? addends, Tensor[] extra, str codec, SymInt rows, SymInt cols"
+#: The arguments by which operators know a matrix: codes, scales, addends, high codes, extra planes, codec, rows, columns.
+Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor], str, int, int]
+_MATRIX = "Tensor codes, Tensor scales, Tensor? addends, Tensor? high_codes, Tensor[] extra, str codec, SymInt rows, SymInt cols"
 
 _library = Library("tenpak", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -46,11 +47,12 @@ def _memory(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     first: torch.Tensor,
 ) -> list[tuple[int, int]]:
     """Return address and bytes of each plane, having checked that the CPU can read them and ``first``."""
-    planes = (codes, scales, *extra) if addends is None else (codes, scales, addends, *extra)
+    planes = tuple(plane for plane in (codes, high_codes, scales, addends, *extra) if plane is not None)
     if not (first.is_cpu and all(plane.is_cpu for plane in planes)):
         _refuse_devices(first, planes)
     memory = []
@@ -113,6 +115,7 @@ def _linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -120,7 +123,7 @@ def _linear(
     act: str,
 ) -> torch.Tensor:
     """Return ``x @ w.T`` of shape ``[..., rows]`` in the dtype of ``x``."""
-    memory = _memory(codes, scales, addends, extra, x)
+    memory = _memory(codes, scales, addends, high_codes, extra, x)
     name = DTYPES.get(x.dtype)
     if name is None or name == "F64":
         _refuse_dtype(x)
@@ -141,6 +144,7 @@ def _linear_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -170,6 +174,7 @@ def _grouped_linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -177,7 +182,7 @@ def _grouped_linear(
     act: str,
 ) -> torch.Tensor:
     """Return rows ``ends[e-1]:ends[e]`` of ``x`` times matrix ``e`` of the stack, ``[m, rows / experts]``."""
-    memory = _memory(codes, scales, addends, extra, x)
+    memory = _memory(codes, scales, addends, high_codes, extra, x)
     name = DTYPES.get(x.dtype)
     if name is None or name == "F64":
         _refuse_dtype(x)
@@ -197,6 +202,7 @@ def _grouped_linear_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -215,13 +221,14 @@ def _grouped_linear_backward(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
     cols: int,
 ) -> torch.Tensor:
     """Return the gradient of :func:`_grouped_linear` to its activations, one matrix decoded at a time."""
-    _memory(codes, scales, addends, extra, grad)
+    _memory(codes, scales, addends, high_codes, extra, grad)
     listed = _ends(ends, grad, rows)
     n = rows // len(listed)
     out = grad.new_empty((grad.shape[0], cols))
@@ -229,7 +236,7 @@ def _grouped_linear_backward(
     for e, end in enumerate(listed):
         if end > first:
             ids = torch.arange(e * n, (e + 1) * n)
-            weight = _embedding(ids, codes, scales, addends, extra, codec, rows, cols, grad.dtype)
+            weight = _embedding(ids, codes, scales, addends, high_codes, extra, codec, rows, cols, grad.dtype)
             torch.mm(grad[first:end], weight, out=out[first:end])
         first = end
     return out
@@ -241,6 +248,7 @@ def _grouped_linear_backward_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -254,6 +262,7 @@ def _dequantize(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -261,7 +270,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the weights ``[rows, cols]`` in ``dtype``."""
-    memory = _memory(codes, scales, addends, extra, codes)
+    memory = _memory(codes, scales, addends, high_codes, extra, codes)
     out = torch.empty((rows, cols), dtype=dtype, device=codes.device)
     _tenpak.decode_rows(codec, rows, cols, memory, None, (out.data_ptr(), out.nbytes), _weights(dtype))
     return out
@@ -271,6 +280,7 @@ def _dequantize_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -303,6 +313,7 @@ def _embedding(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -310,7 +321,7 @@ def _embedding(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the rows ``ids`` of the matrix, ``[..., cols]`` in ``dtype``."""
-    memory = _memory(codes, scales, addends, extra, ids)
+    memory = _memory(codes, scales, addends, high_codes, extra, ids)
     _check_ids(ids)
     ids = ids.to(torch.int64).contiguous()
     out = torch.empty((*ids.shape, cols), dtype=dtype, device=ids.device)
@@ -324,6 +335,7 @@ def _embedding_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     extra: list[torch.Tensor],
     codec: str,
     rows: int,
@@ -337,49 +349,53 @@ def _embedding_fake(
 
 def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the gradient of ``linear`` needs: the matrix, not the activations."""
-    _, codes, scales, addends, extra, codec, rows, cols, _ = inputs
-    ctx.save_for_backward(codes, scales, addends, *extra)
+    _, codes, scales, addends, high_codes, extra, codec, rows, cols, _ = inputs
+    ctx.save_for_backward(codes, scales, addends, high_codes, *extra)
     ctx.matrix = (codec, rows, cols)
 
 
 def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """Return ``grad @ w``: the weights are constants, whatever arithmetic the product used."""
-    codes, scales, addends, *extra = ctx.saved_tensors
+    codes, scales, addends, high_codes, *extra = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.tenpak.dequantize(codes, scales, addends, extra, *ctx.matrix, grad.dtype)
+        weight = torch.ops.tenpak.dequantize(codes, scales, addends, high_codes, extra, *ctx.matrix, grad.dtype)
         gradient = grad @ weight
-    return (gradient, None, None, None, [None] * len(extra), *[None] * 4)
+    return (gradient, *[None] * 4, [None] * len(extra), *[None] * 4)
 
 
 def _keep_stack(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the gradient of ``grouped_linear`` needs."""
-    _, ends, codes, scales, addends, extra, codec, rows, cols, _ = inputs
-    ctx.save_for_backward(ends, codes, scales, addends, *extra)
+    _, ends, codes, scales, addends, high_codes, extra, codec, rows, cols, _ = inputs
+    ctx.save_for_backward(ends, codes, scales, addends, high_codes, *extra)
     ctx.matrix = (codec, rows, cols)
 
 
 def _grouped_linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradient of each row with its own matrix."""
-    ends, codes, scales, addends, *extra = ctx.saved_tensors
+    ends, codes, scales, addends, high_codes, *extra = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[0]:
-        gradient = torch.ops.tenpak.grouped_linear_backward(grad, ends, codes, scales, addends, extra, *ctx.matrix)
-    return (gradient, *[None] * 4, [None] * len(extra), *[None] * 4)
+        gradient = torch.ops.tenpak.grouped_linear_backward(
+            grad, ends, codes, scales, addends, high_codes, extra, *ctx.matrix
+        )
+    return (gradient, *[None] * 5, [None] * len(extra), *[None] * 4)
 
 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the second derivative of ``grouped_linear`` needs."""
-    _, ends, codes, scales, addends, extra, codec, rows, cols = inputs
-    ctx.save_for_backward(ends, codes, scales, addends, *extra)
+    _, ends, codes, scales, addends, high_codes, extra, codec, rows, cols = inputs
+    ctx.save_for_backward(ends, codes, scales, addends, high_codes, *extra)
     ctx.matrix = (codec, rows, cols)
 
 
 def _grouped_linear_backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     """Return the gradient of the gradient, which is the product itself."""
-    ends, codes, scales, addends, *extra = ctx.saved_tensors
-    gradient = torch.ops.tenpak.grouped_linear(grad, ends, codes, scales, addends, extra, *ctx.matrix, "float32")
-    return (gradient, *[None] * 4, [None] * len(extra), *[None] * 3)
+    ends, codes, scales, addends, high_codes, *extra = ctx.saved_tensors
+    gradient = torch.ops.tenpak.grouped_linear(
+        grad, ends, codes, scales, addends, high_codes, extra, *ctx.matrix, "float32"
+    )
+    return (gradient, *[None] * 5, [None] * len(extra), *[None] * 3)
 
 
 # One implementation for every device, which refuses those that it cannot serve: a backend for another device registers

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_map
 
 from .._errors import InvalidError
 from . import _ops
+from ._ops import Matrix
 
 #: What does not reach the dispatcher and therefore needs the numbers at once.
 _OUTSIDE = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__deepcopy__}
@@ -20,12 +21,12 @@ class DecodedWeight(torch.Tensor):
     error and not lost in silence.
     """
 
-    _matrix: _ops.Matrix
+    _matrix: Matrix
 
     @staticmethod
     def __new__(
         cls,
-        matrix: _ops.Matrix,
+        matrix: Matrix,
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> "DecodedWeight":
