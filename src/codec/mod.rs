@@ -10,6 +10,7 @@ mod encode;
 pub mod isa;
 pub(crate) mod kind;
 pub(crate) mod lanes;
+mod nested;
 pub mod reference;
 
 use rayon::prelude::*;
