@@ -11,6 +11,7 @@ pub mod extra;
 pub mod isa;
 pub(crate) mod kind;
 pub(crate) mod lanes;
+mod nested;
 pub mod reference;
 
 use rayon::prelude::*;
