@@ -153,6 +153,8 @@ fn codings(cases: &mut Cases) {
     cases.add("coded planes without the flag", file.bytes(), Corrupt, "contradict");
 }
 
+const NOT_CANONICAL: &str = "not in canonical form";
+
 /// A matrix with column scales and outliers.
 fn extra_sample() -> Artifact {
     let scales: Vec<f32> = (1..=12).map(|i| i as f32 * 0.25).collect();
@@ -449,7 +451,6 @@ fn files(cases: &mut Cases) {
 }
 
 fn texts(cases: &mut Cases) {
-    const NOT_CANONICAL: &str = "not in canonical form";
     cases.text("white space", NOT_CANONICAL, ",\"identity\"", ", \"identity\"");
     cases.text("newline before", NOT_CANONICAL, "{\"metadata\"", "\n{\"metadata\"");
     cases.text(
