@@ -258,7 +258,10 @@ fn rows_shorter_than_the_group_fall_back_and_say_so() {
             let exact = recipe.choose(&info, group);
             assert_eq!(exact.codec, codec);
             assert!(!matches!(exact.reason, Reason::ShortRows { .. }), "{exact:?}");
-            if group > 0 {
+            if group >= 256 {
+                // As good as a row, which is then the group.
+                assert_eq!(recipe.choose(&info, group - 1), exact);
+            } else if group > 0 {
                 let short = recipe.choose(&info, group - 1);
                 assert_eq!(short.codec.id, codecs::INT8_ROW);
                 let want = format!("rows of {} are shorter than the group of {group} of {}", group - 1, codec.id);
@@ -350,8 +353,10 @@ fn a_bad_recipe_is_refused_by_naming_the_key_and_the_remedy() {
     assert_eq!(refusal("all = true"), "recipe key 'codec' is missing, set it to a codec id such as 'int4_g16_fp16_v1'");
     assert_eq!(
         with("codecs = 1"),
-        "unknown recipe key 'codecs', expected one of codec, target_bits, all, include, exclude, roles, rule, fit"
+        "unknown recipe key 'codecs', expected one of codec, target_bits, all, include, exclude, roles, rule, fit, outliers"
     );
+    assert!(with("outliers = 1").contains("'outliers' is of type integer"));
+    assert!(with("outliers = 0.5").contains("a share of 0.5 outliers, expected above 0 and at most 0.1"));
     assert_eq!(with("all = 1"), "recipe key 'all' is of type integer, expected true or false");
     assert_eq!(with("exclude = \"*\""), "recipe key 'exclude' is of type string, expected an array of patterns");
     assert_eq!(with("exclude = [1]"), "recipe key 'exclude' is of type integer, expected an array of patterns");

@@ -25,9 +25,12 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 #: Arithmetic of products; see :func:`tenpak.matmul`.
 ACTS = ("float32", "bfloat16", "int8")
 
-#: The arguments by which operators know a matrix: codes, scales, addends, high codes, extra planes, codec, rows, columns.
+#: A matrix as operators know it: codes, scales, addends, high codes, extra planes, codec, rows, columns.
 Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor], str, int, int]
-_MATRIX = "Tensor codes, Tensor scales, Tensor? addends, Tensor? high_codes, Tensor[] extra, str codec, SymInt rows, SymInt cols"
+_MATRIX = (
+    "Tensor codes, Tensor scales, Tensor? addends, Tensor? high_codes, Tensor[] extra, "
+    "str codec, SymInt rows, SymInt cols"
+)
 
 _library = Library("tenpak", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
