@@ -21,6 +21,28 @@ fn prefetch(bytes: &[u8], ahead: usize) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
 }
 
+/// From which bit of a word of 64 on the byte of each column is taken: `times * (column / per % wrap) + plus`, modulo 64.
+const fn bits(times: u8, per: u8, wrap: u8, plus: i8) -> [u8; COLUMNS] {
+    let mut bits = [0; COLUMNS];
+    let mut c = 0;
+    while c < 64 {
+        bits[c as usize] = (times * (c / per % wrap)).wrapping_add_signed(plus) % 64;
+        c += 1;
+    }
+    bits
+}
+
+/// Codes of 4 bits, eight in a word.
+static CODES: [u8; COLUMNS] = bits(4, 1, 8, 0);
+/// Scale bytes of 16 columns, moved down by a bit.
+static SIXTEENS: [u8; COLUMNS] = bits(8, 16, 4, 1);
+/// Scale bytes of 32 columns, moved down by a bit.
+static THIRTY_TWOS: [u8; COLUMNS] = bits(8, 32, 2, 1);
+/// One high bit of each column, moved up by four.
+static ONES: [u8; COLUMNS] = bits(1, 1, 64, -4);
+/// Two high bits of each column, 32 in a word, moved up by four.
+static TWOS: [u8; COLUMNS] = bits(2, 1, 32, -4);
+
 /// With VBMI: eight bytes at any bits of a word of 64, and a permutation by the low six bits of every byte.
 #[derive(Clone, Copy)]
 pub(super) struct Bytes {
@@ -38,22 +60,15 @@ pub(super) struct Bytes {
 impl Unpacker for Bytes {
     #[inline(always)]
     fn new(table: &[u8; LEVELS], group: usize) -> Self {
-        let [mut codes, mut scales, mut ones, mut twos] = [[0u8; COLUMNS]; 4];
-        for c in 0..64u8 {
-            let at = usize::from(c);
-            codes[at] = 4 * (c % 8);
-            scales[at] = if group == 16 { 8 * (c / 16) + 1 } else { 8 * (c / 32) + 1 };
-            ones[at] = c.wrapping_sub(4) % 64;
-            twos[at] = (2 * (c % 32)).wrapping_sub(4) % 64;
-        }
+        let scales = if group == 16 { &SIXTEENS } else { &THIRTY_TWOS };
         // SAFETY: the arrays hold 64 bytes; only functions that enable AVX-512 name this type.
         unsafe {
             Self {
                 table: _mm512_loadu_si512(table.as_ptr().cast()),
-                codes: _mm512_loadu_si512(codes.as_ptr().cast()),
+                codes: _mm512_loadu_si512(CODES.as_ptr().cast()),
                 scales: _mm512_loadu_si512(scales.as_ptr().cast()),
-                ones: _mm512_loadu_si512(ones.as_ptr().cast()),
-                twos: _mm512_loadu_si512(twos.as_ptr().cast()),
+                ones: _mm512_loadu_si512(ONES.as_ptr().cast()),
+                twos: _mm512_loadu_si512(TWOS.as_ptr().cast()),
             }
         }
     }
