@@ -146,11 +146,12 @@ class Artifact(Mapping[str, Entry]):
         Returns
         -------
         dict
-            ``codes``, ``high_codes`` and ``zero_points`` as uint8 ``[rows, bytes of a row]``; ``scales`` and ``offsets`` as
-            float16 or float32 ``[rows, groups]``, scales of a bank as uint8; ``row_scales`` as float32 ``[rows, 1]``;
+            ``codes``, ``high_codes`` and ``zero_points`` as uint8 ``[rows, bytes of a row]``; ``scales`` and
+            ``offsets`` as float16 or float32 ``[rows, groups]``, scales of a bank as uint8; ``row_scales`` as float32
+            ``[rows, 1]``;
             where there are any, ``column_scales`` as float32 ``[cols]``, and of outliers ``outlier_counts`` as uint32
-            ``[rows]``, ``outlier_columns`` as uint16 or uint32 and ``outlier_values`` as float16 ``[outliers]``; ``data``
-            of a raw tensor in its source's shape. The views stay valid after the artifact is gone.
+            ``[rows]``, ``outlier_columns`` as uint16 or uint32 and ``outlier_values`` as float16 ``[outliers]``;
+            ``data`` of a raw tensor in its source's shape. The views stay valid after the artifact is gone.
 
         Raises
         ------

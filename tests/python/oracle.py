@@ -102,9 +102,10 @@ class Bank:
     def split(self, scales: Bytes, bits: int) -> tuple[Bytes, F32]:
         """Tables and multipliers of scale bytes."""
         magnitude = (scales & ((2 << bits) - 1)).astype(np.int64)
-        table = scales % 128 >> bits + 1
-        multiplier = np.where(magnitude <= self.knee, magnitude, self.knee + (magnitude - self.knee) * self.step)
-        return table, np.where(scales >= 128, -multiplier.astype(np.float32), multiplier.astype(np.float32))
+        table = (scales % 128 >> bits + 1).astype(np.uint8)
+        whole = np.where(magnitude <= self.knee, magnitude, self.knee + (magnitude - self.knee) * self.step)
+        multiplier = whole.astype(np.float32)  # a zero has a sign too
+        return table, np.where(scales >= 128, -multiplier, multiplier).astype(np.float32)
 
 
 #: By the bits of a code.
@@ -113,12 +114,15 @@ BANKS = {
         28,
         4,
         np.array(
-            [int(level) for level in """
+            [
+                int(level)
+                for level in """
             -101 -83 -67 -52 -38 -26 -15 -3 7 19 31 44 57 71 87 105
             -96 -78 -60 -46 -33 -22 -11 0 10 21 32 44 57 71 89 117
             -97 -75 -58 -44 -32 -22 -13 -5 5 14 24 34 46 61 83 127
             -114 -62 -47 -34 -24 -15 -7 1 9 18 28 38 50 63 79 117
-            """.split()],
+            """.split()
+            ],
             np.int8,
         ),
     ),
@@ -126,12 +130,15 @@ BANKS = {
         56,
         8,
         np.array(
-            [int(level) for level in """
+            [
+                int(level)
+                for level in """
             -126 -103 -93 -83 -74 -66 -57 -49 -42 -35 -28 -22 -16 -10 -4 2
             8 14 20 26 32 38 44 51 57 65 72 81 90 98 110 126
             -127 -115 -88 -77 -68 -61 -53 -46 -40 -34 -28 -22 -17 -11 -6 -1
             4 9 14 19 24 30 35 41 48 55 63 71 81 94 115 127
-            """.split()],
+            """.split()
+            ],
             np.int8,
         ),
     ),
@@ -139,12 +146,15 @@ BANKS = {
         112,
         8,
         np.array(
-            [int(level) for level in """
+            [
+                int(level)
+                for level in """
             -127 -121 -116 -112 -107 -98 -94 -89 -84 -80 -76 -72 -67 -64 -60 -56
             -52 -49 -44 -41 -37 -33 -30 -26 -23 -19 -16 -12 -9 -6 -2 1
             4 7 10 13 17 20 24 27 30 33 37 40 44 47 51 54
             58 62 66 70 74 78 83 87 91 96 102 106 111 116 122 127
-            """.split()],
+            """.split()
+            ],
             np.int8,
         ),
     ),
@@ -818,7 +828,8 @@ def unpack_codes(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> Bytes:
     """Codes `[rows, cols]` of packed planes, the high bits put back."""
     codes = unpack(planes["codes"], codec.plane_bits("codes"), cols)
     if "high_codes" in planes:
-        codes = codes | unpack(planes["high_codes"], codec.plane_bits("high_codes"), cols) << 4
+        high = unpack(planes["high_codes"], codec.plane_bits("high_codes"), cols)
+        codes = (codes | high << 4).astype(np.uint8)
     return codes
 
 
@@ -849,7 +860,7 @@ def encode(codec: Codec, weights: F32, stored: Parameters) -> Bytes:
         shifted = weights if stored.offsets is None else weights - stored.offsets[:, group]
         ratio = (shifted / scale).astype(np.float64)
     if codec.bank is not None and stored.tables is not None:
-        codes = np.zeros((rows, cols), np.uint8)
+        codes: Bytes = np.zeros((rows, cols), np.uint8)
         for table, levels in enumerate(codec.bank.levels.reshape(-1, 1 << codec.bits).astype(np.float64)):
             found = np.searchsorted((levels[1:] + levels[:-1]) / 2, ratio.ravel(), side="left").reshape(rows, cols)
             codes = np.where(stored.tables[:, group] == table, found, codes).astype(np.uint8)
@@ -864,7 +875,7 @@ def encode(codec: Codec, weights: F32, stored: Parameters) -> Bytes:
     # Levels rise with the code, so the code is the number of midpoints that lie strictly below the weight. Midpoints of
     # singles are exact in double precision.
     midpoints = (levels[1:] + levels[:-1]) / 2
-    codes: Bytes = np.searchsorted(midpoints, ratio.ravel(), side="left").reshape(rows, cols).astype(np.uint8)
+    codes = np.searchsorted(midpoints, ratio.ravel(), side="left").reshape(rows, cols).astype(np.uint8)
     if codec.levels == "signed" and codec.bits == 8:
         codes = np.maximum(codes, 1).astype(np.uint8)
     zero = int(np.flatnonzero(_levels(codec) == 0)[0])
