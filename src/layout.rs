@@ -24,7 +24,7 @@
 
 mod bank;
 
-pub use bank::{BANK4, BANK5, BANK6, Bank, LEVELS};
+pub use bank::{BANK4, BANK5, BANK6, Bank, LEVELS, ROW_SCALE_END};
 
 use crate::error::{Error, Result};
 use crate::tensor::DType;

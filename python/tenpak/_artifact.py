@@ -146,8 +146,8 @@ class Artifact(Mapping[str, Entry]):
         Returns
         -------
         dict
-            ``codes`` and ``zero_points`` as uint8 ``[rows, bytes of a row]``; ``scales`` and ``offsets`` as float16 or
-            float32 ``[rows, groups]``; ``data`` of a raw tensor in its source's shape. The views stay valid after
+            ``codes``, ``high_codes`` and ``zero_points`` as uint8 ``[rows, bytes of a row]``; ``scales`` and ``offsets`` as
+            float16 or float32 ``[rows, groups]``, scales of a bank as uint8; ``row_scales`` as float32 ``[rows, 1]``; ``data`` of a raw tensor in its source's shape. The views stay valid after
             the artifact is gone.
 
         Raises

@@ -69,7 +69,8 @@ def unpack(words: Any, bits: int, cols: int) -> npt.NDArray[np.uint8]:
     Parameters
     ----------
     words
-        uint32 ``[..., words of a row]``, or the same bytes as uint8, such as the plane ``codes`` or ``zero_points``.
+        uint32 ``[..., words of a row]``, or the same bytes as uint8, such as the plane ``codes``, ``high_codes`` (of 1 or 2
+        bits) or ``zero_points``.
     bits
         Bits of a code, 1 to 8.
     cols

@@ -10,7 +10,7 @@ use super::map::{ArtifactFile, bad_file};
 use super::store::Store;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
-use crate::layout::{Float, Layout, Plane};
+use crate::layout::{Float, Layout, Plane, ROW_SCALE_END};
 
 /// Something wrong in an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -196,7 +196,8 @@ pub(super) fn bad_content(entry: &Entry, plane: Plane, start: u64, bytes: &[u8])
         Plane::ZeroPoints => unused_bits(start, bytes, layout.zero_point_stride(cols), layout.groups(cols) * bits),
         // Every byte means something to a bank.
         Plane::Scales if layout.bank().is_some() => None,
-        Plane::Scales | Plane::RowScales => not_finite(layout.scale(), bytes),
+        Plane::Scales => not_finite(layout.scale(), bytes),
+        Plane::RowScales => not_finite(layout.scale(), bytes).or_else(|| too_large(layout.scale(), bytes)),
         Plane::Offsets => not_finite(layout.offset()?, bytes),
         Plane::Data => None,
     }
@@ -229,6 +230,14 @@ fn unused_bits(start: u64, bytes: &[u8], stride: usize, used: usize) -> Option<S
         }
     }
     None
+}
+
+/// Looks for scales of rows of which a multiple could be infinite.
+fn too_large(float: Float, bytes: &[u8]) -> Option<String> {
+    let mut scales = (0..bytes.len() / float.size()).map(|i| float.load(bytes, i));
+    scales
+        .find(|x| x.abs() >= ROW_SCALE_END)
+        .map(|x| format!("a scale of a row is {x:e}, expected less than {ROW_SCALE_END:e}"))
 }
 
 /// Looks for numbers that are NaN or infinite.

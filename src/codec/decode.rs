@@ -5,7 +5,7 @@
 //! small groups spend more on them than on the codes.
 
 use super::lanes::{Eight, Lanes};
-use super::{Planes, Strides, convert, reference};
+use super::{Planes, Strides, convert, nested, reference};
 use crate::layout::{Float, Grouped, Levels, ROW, load_bits};
 
 /// Groups whose parameters are converted together.
@@ -16,6 +16,9 @@ const BATCH: usize = 64;
 pub(super) fn decode<L: Lanes, E: Eight>(layout: &Grouped, planes: &Planes<'_>, cols: usize, out: &mut [f32]) {
     if cols == 0 {
         return;
+    }
+    if let Some(bank) = layout.bank() {
+        return nested::decode::<E>(layout, bank, planes, cols, out);
     }
     let group = layout.group_len(cols);
     let known = matches!(

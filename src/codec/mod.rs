@@ -10,6 +10,7 @@ mod encode;
 pub mod isa;
 pub(crate) mod kind;
 pub(crate) mod lanes;
+mod nested;
 pub mod reference;
 
 use rayon::prelude::*;
@@ -181,7 +182,8 @@ impl<'a> PlanesMut<'a> {
     }
 
     /// The rows in runs of `rows`, the last one shorter: the tasks of a parallel encoder.
-    pub(crate) fn chunks(self, layout: &Grouped, cols: usize, total: usize, rows: usize) -> Vec<Self> {
+    #[must_use]
+    pub fn chunks(self, layout: &Grouped, cols: usize, total: usize, rows: usize) -> Vec<Self> {
         let strides = Strides::new(layout, cols);
         let mut rest = self;
         let mut left = total;

@@ -16,7 +16,8 @@
 use super::{OutOfRange, Params, min_max, min_scale};
 use crate::codec::isa;
 use crate::codec::lanes::{Lanes, MAX_LANES};
-use crate::layout::{Bank, Float, Grouped, LEVELS};
+use crate::codec::reference::{code, weight};
+use crate::layout::{Bank, Float, Grouped, LEVELS, ROW_SCALE_END};
 
 /// The longest group.
 const MAX_GROUP: usize = 32;
@@ -37,7 +38,7 @@ const SCALES: [f32; 16] = [
     1.241_857_8,
     1.296_839_6,
     1.354_255_5,
-    1.414_213_5,
+    std::f32::consts::SQRT_2,
     1.476_826_1,
     1.542_210_8,
 ];
@@ -55,7 +56,8 @@ const KEPT: usize = 3;
 /// A part of the error of [`plain`]: what sums of squares in f32 are true to.
 const CLEARLY_LESS: f64 = 0.9999;
 
-/// The parameters of every group of a row, under the importances of its columns where there are some.
+/// The parameters of every group of a row, under the importances of its columns where there are some; then they are not
+/// worse than those that are found without.
 ///
 /// # Errors
 /// [`OutOfRange`] when the row has no scale that can be stored.
@@ -63,11 +65,29 @@ const CLEARLY_LESS: f64 = 0.9999;
 /// # Panics
 /// When the layout has no bank.
 pub fn row(layout: &Grouped, weights: &[f32], importance: Option<&[f32]>) -> Result<Vec<Params>, OutOfRange> {
-    isa::best().nested(layout, weights, importance)
+    let found = isa::best().nested(layout, weights, importance)?;
+    let Some(importance) = importance else { return Ok(found) };
+    let own = isa::best().nested(layout, weights, None)?;
+    let lost = |params: &[Params]| error(layout, params, weights, importance);
+    Ok(if lost(&own) < lost(&found) { own } else { found })
+}
+
+/// The weighted squared error of a row, weights as decoded.
+fn error(layout: &Grouped, params: &[Params], weights: &[f32], importance: &[f32]) -> f64 {
+    let mut sum = 0.0;
+    for ((params, weights), importance) in
+        params.iter().zip(weights.chunks(layout.group())).zip(importance.chunks(layout.group()))
+    {
+        for (&w, &a) in weights.iter().zip(importance) {
+            let lost = f64::from(w) - f64::from(weight(layout, params, code(layout, params, w)));
+            sum += f64::from(a) * lost * lost;
+        }
+    }
+    sum
 }
 
 /// What any search must beat: the first table, without a sign, and for each group the least multiple of the least row
-/// scale that clip nothing.
+/// scale at which the table clips nothing.
 ///
 /// # Errors
 /// [`OutOfRange`] when the row has no scale that can be stored.
@@ -84,22 +104,29 @@ pub fn plain(layout: &Grouped, weights: &[f32]) -> Result<Vec<Params>, OutOfRang
 /// The least row scale that clips nothing; zero for a row of zeros.
 fn plain_scale(bank: &Bank, weights: &[f32]) -> Result<f32, OutOfRange> {
     let top = multiplier(bank, bank.max_magnitude());
-    let scale = peak(weights) / (PEAK * top);
+    let scale = peak(weights) / (reach(bank) * top);
     if scale == 0.0 {
         return if peak(weights) == 0.0 { Ok(0.0) } else { Err(OutOfRange) };
     }
-    if storable(bank, scale) { Ok(scale) } else { Err(OutOfRange) }
+    if storable(scale) { Ok(scale) } else { Err(OutOfRange) }
 }
 
-/// Whether a row scale is finite, as all weights are that it can decode to, and loses no bits.
-fn storable(bank: &Bank, scale: f32) -> bool {
-    scale >= min_scale(Float::F32) && (scale * multiplier(bank, bank.max_magnitude()) * 128.0).is_finite()
+/// Whether a row scale can be stored and loses no bits.
+fn storable(scale: f32) -> bool {
+    scale >= min_scale(Float::F32) && scale < ROW_SCALE_END
 }
 
 /// The least magnitude whose multiple reaches a peak.
 fn plain_byte(bank: &Bank, peak: f32, scale: f32) -> u8 {
-    let reaches = |&magnitude: &u8| multiplier(bank, magnitude) * scale * PEAK >= peak;
+    let reaches = |&magnitude: &u8| multiplier(bank, magnitude) * scale * reach(bank) >= peak;
     (0..bank.max_magnitude()).find(reaches).unwrap_or(bank.max_magnitude())
+}
+
+/// The magnitude that the first table has on both sides.
+fn reach(bank: &Bank) -> f32 {
+    let table = bank.table(0);
+    let (least, greatest) = (f32::from(table[0]), f32::from(table[table.len() - 1]));
+    if -least < greatest { -least } else { greatest }
 }
 
 fn peak(weights: &[f32]) -> f32 {
@@ -469,7 +496,7 @@ fn search<L: Lanes, const WEIGHTED: bool>(
         first = end;
     }
     let row = Row { bank, tables: &tables, batches: &batches };
-    let fits = |scale: f32| storable(bank, scale * size);
+    let fits = |scale: f32| storable(scale * size);
 
     let mut tried = [(f64::INFINITY, start); TRIED];
     let mut scale = start * FIRST;

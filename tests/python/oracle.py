@@ -90,6 +90,66 @@ NF4 = np.array(
 )
 
 
+@dataclass(frozen=True)
+class Bank:
+    """Levels of all tables, and the magnitude from which multipliers are `step` apart."""
+
+    knee: int
+    step: int
+    levels: npt.NDArray[np.int8]
+
+    def split(self, scales: Bytes, bits: int) -> tuple[Bytes, F32]:
+        """Tables and multipliers of scale bytes."""
+        magnitude = (scales & ((2 << bits) - 1)).astype(np.int64)
+        table = scales % 128 >> bits + 1
+        multiplier = np.where(magnitude <= self.knee, magnitude, self.knee + (magnitude - self.knee) * self.step)
+        return table, np.where(scales >= 128, -multiplier.astype(np.float32), multiplier.astype(np.float32))
+
+
+#: By the bits of a code.
+BANKS = {
+    4: Bank(
+        28,
+        4,
+        np.array(
+            [int(level) for level in """
+            -101 -83 -67 -52 -38 -26 -15 -3 7 19 31 44 57 71 87 105
+            -96 -78 -60 -46 -33 -22 -11 0 10 21 32 44 57 71 89 117
+            -97 -75 -58 -44 -32 -22 -13 -5 5 14 24 34 46 61 83 127
+            -114 -62 -47 -34 -24 -15 -7 1 9 18 28 38 50 63 79 117
+            """.split()],
+            np.int8,
+        ),
+    ),
+    5: Bank(
+        56,
+        8,
+        np.array(
+            [int(level) for level in """
+            -126 -103 -93 -83 -74 -66 -57 -49 -42 -35 -28 -22 -16 -10 -4 2
+            8 14 20 26 32 38 44 51 57 65 72 81 90 98 110 126
+            -127 -115 -88 -77 -68 -61 -53 -46 -40 -34 -28 -22 -17 -11 -6 -1
+            4 9 14 19 24 30 35 41 48 55 63 71 81 94 115 127
+            """.split()],
+            np.int8,
+        ),
+    ),
+    6: Bank(
+        112,
+        8,
+        np.array(
+            [int(level) for level in """
+            -127 -121 -116 -112 -107 -98 -94 -89 -84 -80 -76 -72 -67 -64 -60 -56
+            -52 -49 -44 -41 -37 -33 -30 -26 -23 -19 -16 -12 -9 -6 -2 1
+            4 7 10 13 17 20 24 27 30 33 37 40 44 47 51 54
+            58 62 66 70 74 78 83 87 91 96 102 106 111 116 122 127
+            """.split()],
+            np.int8,
+        ),
+    ),
+}
+
+
 class FormatError(Exception):
     """The file is not an artifact that the text allows; `kind` is `corrupt` or `unsupported`."""
 
@@ -116,6 +176,23 @@ class Codec:
     scale: str
     offset: str | None = None
 
+    @property
+    def bank(self) -> Bank | None:
+        """The bank of a codec with nested scales."""
+        return BANKS[self.bits] if self.levels == "bank" else None
+
+    def plane_bits(self, plane: str) -> int:
+        """Bits of a number in a plane of codes or zero points."""
+        if self.bank is None or plane == "zero_points":
+            return self.bits
+        return 4 if plane == "codes" else self.bits - 4
+
+    def floats(self) -> dict[str, str]:
+        """Dtypes of the planes that hold floats."""
+        if self.bank is not None:
+            return {"row_scales": "F32"}
+        return {"scales": self.scale} | ({"offsets": self.offset} if self.offset else {})
+
     def groups(self, cols: int) -> int:
         """Count the groups of a row of `cols` columns."""
         if self.group == 0:
@@ -126,10 +203,12 @@ class Codec:
         """Bytes of one row of a plane."""
         groups = self.groups(cols)
         match plane:
-            case "codes":
-                return 4 * -(-cols * self.bits // 32)
+            case "codes" | "high_codes":
+                return 4 * -(-cols * self.plane_bits(plane) // 32)
             case "scales":
                 return groups * ELEMENT_BYTES[self.scale]
+            case "row_scales":
+                return 4
             case "offsets":
                 return groups * ELEMENT_BYTES[self.offset or self.scale]
             case "zero_points":
@@ -141,6 +220,8 @@ class Codec:
         names = ["codes", "scales"]
         if self.offset:
             names.append("offsets")
+        if self.bank is not None:
+            return ["codes", *(["high_codes"] if self.bits > 4 else []), "scales", "row_scales"]
         if self.levels == "zero point":
             names.append("zero_points")
         return names
@@ -167,6 +248,11 @@ CODECS = {
         Codec("int4_zp_g128_fp16_v1", 4, "zero point", 128, "F16"),
         Codec("int8_sym_g32_fp16_v1", 8, "signed", 32, "F16"),
         Codec("int8_sym_g128_fp16_v1", 8, "signed", 128, "F16"),
+        Codec("int4_k32_v1", 4, "bank", 32, "U8"),
+        Codec("int4_k16_v1", 4, "bank", 16, "U8"),
+        Codec("int5_k32_v1", 5, "bank", 32, "U8"),
+        Codec("int5_k16_v1", 5, "bank", 16, "U8"),
+        Codec("int6_k16_v1", 6, "bank", 16, "U8"),
         Codec("nf4_g64_fp16_v1", 4, "table", 64, "F16"),
         Codec("ecu_v1", 8, "signed", 0, "F32"),
     ]
@@ -621,10 +707,10 @@ def unpack(plane: Bytes, bits: int, count: int) -> Bytes:
     """Codes `[rows, count]` of packed rows `[rows, bytes]`."""
     if bits == 8:
         return plane[:, :count]
-    assert bits == 4
-    out = np.empty((plane.shape[0], plane.shape[1] * 2), np.uint8)
-    out[:, 0::2] = plane & 15
-    out[:, 1::2] = plane >> 4
+    per = 8 // bits
+    out = np.empty((plane.shape[0], plane.shape[1] * per), np.uint8)
+    for i in range(per):
+        out[:, i::per] = plane >> i * bits & (1 << bits) - 1
     return out[:, :count]
 
 
@@ -634,10 +720,10 @@ def pack(codes: Bytes, bits: int, row_bytes: int) -> Bytes:
     if bits == 8:
         out[:, : codes.shape[1]] = codes
         return out
-    assert bits == 4
-    even, odd = codes[:, 0::2], codes[:, 1::2]
-    out[:, : even.shape[1]] |= even
-    out[:, : odd.shape[1]] |= odd << 4
+    per = 8 // bits
+    for i in range(per):
+        part = codes[:, i::per]
+        out[:, : part.shape[1]] |= part << i * bits
     return out
 
 
@@ -655,16 +741,24 @@ def _levels(codec: Codec) -> F32:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a group stores besides its codes, `[rows, groups]`: scales and offsets widened, zero points unpacked."""
+    """What a group stores besides its codes, `[rows, groups]`: scales and offsets widened, zero points unpacked.
+
+    With a bank, the scale is that of the row times the multiplier, and there is the number of the table.
+    """
 
     scales: F32
     offsets: F32 | None = None
     zero_points: Bytes | None = None
+    tables: Bytes | None = None
 
 
 def parameters(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> Parameters:
     """Widen the parameters of packed planes `[rows, row bytes]`."""
     offsets = zero_points = None
+    if codec.bank is not None:
+        tables, multipliers = codec.bank.split(planes["scales"], codec.bits)
+        with np.errstate(over="ignore", under="ignore"):
+            return Parameters(multipliers * _floats(planes["row_scales"], "F32").astype(np.float32), tables=tables)
     if codec.offset:
         offsets = _floats(planes["offsets"], codec.offset).astype(np.float32)
     if codec.levels == "zero point":
@@ -672,11 +766,23 @@ def parameters(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> Paramete
     return Parameters(_floats(planes["scales"], codec.scale).astype(np.float32), offsets, zero_points)
 
 
+def unpack_codes(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> Bytes:
+    """Codes `[rows, cols]` of packed planes, the high bits put back."""
+    codes = unpack(planes["codes"], codec.plane_bits("codes"), cols)
+    if "high_codes" in planes:
+        codes = codes | unpack(planes["high_codes"], codec.plane_bits("high_codes"), cols) << 4
+    return codes
+
+
 def decode_matrix(codec: Codec, planes: Mapping[str, Bytes], cols: int) -> F32:
     """Weights `[rows, cols]` of packed planes `[rows, row bytes]`."""
     stored = parameters(codec, planes, cols)
     group = np.arange(cols) // (codec.group or max(cols, 1))
-    level = _levels(codec)[unpack(planes["codes"], codec.bits, cols)]
+    codes = unpack_codes(codec, planes, cols)
+    if codec.bank is not None and stored.tables is not None:
+        level = codec.bank.levels[(stored.tables[:, group].astype(int) << codec.bits) + codes].astype(np.float32)
+    else:
+        level = _levels(codec)[codes]
     if stored.zero_points is not None:
         level = level - stored.zero_points[:, group].astype(np.float32)
     with np.errstate(over="ignore", under="ignore"):
@@ -694,6 +800,12 @@ def encode(codec: Codec, weights: F32, stored: Parameters) -> Bytes:
     with np.errstate(all="ignore"):
         shifted = weights if stored.offsets is None else weights - stored.offsets[:, group]
         ratio = (shifted / scale).astype(np.float64)
+    if codec.bank is not None and stored.tables is not None:
+        codes = np.zeros((rows, cols), np.uint8)
+        for table, levels in enumerate(codec.bank.levels.reshape(-1, 1 << codec.bits).astype(np.float64)):
+            found = np.searchsorted((levels[1:] + levels[:-1]) / 2, ratio.ravel(), side="left").reshape(rows, cols)
+            codes = np.where(stored.tables[:, group] == table, found, codes).astype(np.uint8)
+        return np.where(scale == 0, np.uint8(0), codes)
     levels = _levels(codec).astype(np.float64)
     if codec.levels == "signed" and codec.bits == 8:
         levels[0] = -np.inf  # the code of -128 is not used
@@ -839,12 +951,15 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
 def _check_content(artifact: Artifact, entry: Entry) -> None:
     codec, (_, cols) = CODECS[entry.codec], entry.matrix
     planes = artifact.matrices(entry)
-    for name, dtype in (("scales", codec.scale), ("offsets", codec.offset)):
-        if dtype:
-            require(bool(np.isfinite(_floats(planes[name], dtype)).all()), f"{name} of {entry.name} are not finite")
-    for name, count in (("codes", cols), ("zero_points", codec.groups(cols))):
+    for name, dtype in codec.floats().items():
+        numbers = _floats(planes[name], dtype)
+        require(bool(np.isfinite(numbers).all()), f"{name} of {entry.name} are not finite")
+        if name == "row_scales":
+            require(bool((abs(numbers) < 2.0**112).all()), f"{name} of {entry.name} are too large")
+    for name, count in (("codes", cols), ("high_codes", cols), ("zero_points", codec.groups(cols))):
         if name in planes:
-            again = pack(unpack(planes[name], codec.bits, count), codec.bits, planes[name].shape[1])
+            bits = codec.plane_bits(name)
+            again = pack(unpack(planes[name], bits, count), bits, planes[name].shape[1])
             require(bool((again == planes[name]).all()), f"unused bits in {name} of {entry.name} are not zero")
 
 
@@ -942,7 +1057,7 @@ def join(directory: Path) -> bytes:
                 layout = CODECS[entry.codec]
                 base = entry.name.removesuffix(".weight") or entry.name
                 name = f"{base}.{p.plane}"
-                dtype = {"scales": layout.scale, "offsets": layout.offset or ""}.get(p.plane, "U8")
+                dtype = layout.floats().get(p.plane, "U8")
                 shape = [rows, layout.row_bytes(p.plane, cols) // ELEMENT_BYTES[dtype]]
                 if p.coding is not None:
                     dtype, shape = "U8", [p.bytes]

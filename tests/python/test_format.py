@@ -105,7 +105,7 @@ def check_codes(artifact: oracle.Artifact, entry: oracle.Entry, source: Array) -
     planes = artifact.matrices(entry)
     stored = oracle.parameters(codec, planes, cols)
     want = oracle.encode(codec, as_stored(entry, source), stored)
-    got = oracle.unpack(planes["codes"], codec.bits, cols)
+    got = oracle.unpack_codes(codec, planes, cols)
     wrong = np.argwhere(got != want)
     if len(wrong):
         r, c = wrong[0]
@@ -302,9 +302,11 @@ def crafted(codec: str, rows: int, cols: int, planes: dict[str, Array], name: st
     """A float32 tensor with given planes; codes and zero points are unpacked."""
     layout = oracle.CODECS[codec]
     packed = dict(planes)
-    for plane in ("codes", "zero_points"):
-        if plane in planes:
-            packed[plane] = oracle.pack(planes[plane], layout.bits, layout.row_bytes(plane, cols))
+    if "high_codes" in layout.planes() and "codes" in planes:
+        packed["codes"], packed["high_codes"] = planes["codes"] & 15, planes["codes"] >> 4
+    for plane in ("codes", "high_codes", "zero_points"):
+        if plane in packed:
+            packed[plane] = oracle.pack(packed[plane], layout.plane_bits(plane), layout.row_bytes(plane, cols))
     return oracle.Tensor(name, "F32", (rows, cols), codec, packed)
 
 
@@ -332,7 +334,7 @@ def test_every_finite_f16_scale_decodes_to_the_same_bits(
     check_artifact(cli, path, None)
 
 
-@pytest.mark.parametrize("codec", [c.id for c in oracle.CODECS.values() if c.scale == "F32"])
+@pytest.mark.parametrize("codec", [c.id for c in oracle.CODECS.values() if "F32" in c.floats().values()])
 def test_any_finite_f32_scale_decodes_to_the_same_bits(
     cli: Cli, tmp_path: Path, rng: np.random.Generator, codec: str
 ) -> None:
@@ -350,12 +352,13 @@ def test_any_finite_f32_scale_decodes_to_the_same_bits(
 
     rows = 4096
     groups = layout.groups(cols)
-    planes = {
-        "codes": rng.integers(0, 1 << layout.bits, (rows, cols), np.uint8),
-        "scales": numbers(rows, groups),
-    }
-    if layout.offset:
-        planes["offsets"] = numbers(rows, groups)
+    planes = {"codes": rng.integers(0, 1 << layout.bits, (rows, cols), np.uint8)}
+    if layout.bank is not None:
+        planes["scales"] = rng.integers(0, 256, (rows, groups), np.uint8)
+    for plane in layout.floats():
+        planes[plane] = numbers(rows, 1 if plane == "row_scales" else groups)
+        if plane == "row_scales":
+            planes[plane][abs(planes[plane]) >= 2.0**112] = 0
     artifact = oracle.write([crafted(codec, rows, cols, planes)])
     path = tmp_path / "a.tenpak"
     path.write_bytes(artifact)
@@ -387,20 +390,20 @@ def refused_by_both(cli: Cli, tmp_path: Path, tensors: list[oracle.Tensor]) -> N
 
 @pytest.mark.parametrize("codec", oracle.CODECS)
 def test_a_scale_that_is_not_finite_is_refused(cli: Cli, tmp_path: Path, codec: str) -> None:
-    """Infinities and NaN, quiet and signalling, in scales and in offsets."""
+    """Infinities and NaN, quiet and signalling, in scales and in offsets; scales of rows that are too large."""
     layout = oracle.CODECS[codec]
     cols = 2 * layout.group or 8
-    for plane, dtype in (("scales", layout.scale), ("offsets", layout.offset)):
-        if dtype is None:
-            continue
+    for plane, dtype in layout.floats().items():
         bad: Array = (
             np.array([0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF], np.uint16).view(np.float16)
             if dtype == "F16"
             else np.array([0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF], np.uint32).view(np.float32)
         )
+        if plane == "row_scales":
+            bad = np.append(bad, np.array([2.0**112, -(2.0**112)], np.float32))
         tensors = []
         for i, value in enumerate(bad):
-            values = np.ones((2, layout.groups(cols)), bad.dtype)
+            values = np.ones((2, 1 if plane == "row_scales" else layout.groups(cols)), bad.dtype)
             values[1, -1] = value
             tensors.append(crafted(codec, 2, cols, {plane: values}, f"{plane} {i}"))
         refused_by_both(cli, tmp_path, tensors)
@@ -412,11 +415,11 @@ def test_a_bit_that_no_weight_uses_is_refused(cli: Cli, tmp_path: Path, codec: s
     layout = oracle.CODECS[codec]
     cols = layout.group + 1 if layout.group > 8 else 1
     tensors = []
-    for plane, count in (("codes", cols), ("zero_points", layout.groups(cols))):
+    for plane, count in (("codes", cols), ("high_codes", cols), ("zero_points", layout.groups(cols))):
         if plane not in layout.planes():
             continue
         row = layout.row_bytes(plane, cols)
-        for bit in range(count * layout.bits, row * 8):
+        for bit in range(count * layout.plane_bits(plane), row * 8):
             packed = np.zeros((2, row), np.uint8)
             packed[1, bit // 8] = 1 << bit % 8
             tensors.append(oracle.Tensor(f"{plane} {bit}", "F32", (2, cols), codec, {plane: packed}))

@@ -1,8 +1,9 @@
 """The operators ``tenpak::linear``, ``grouped_linear``, ``dequantize`` and ``embedding`` of PyTorch's dispatcher.
 
-Planes are plain tensors: ``codes`` uint8, ``scales`` float16 or float32, ``addends`` the plane ``offsets`` or
-``zero_points`` where the codec has one. Every operator takes the codec's id and the matrix's ``rows`` and ``cols``,
-from which follows how many bytes each plane must have; the shape in which a plane holds them is its owner's business.
+Planes are plain tensors: ``codes`` uint8, ``scales`` float16, float32 or uint8, ``addends`` the plane ``offsets``,
+``zero_points`` or ``row_scales`` where the codec has one, ``high_codes`` uint8 where it has them. Every operator takes the
+codec's id and the matrix's ``rows`` and ``cols``, from which follows how many bytes each plane must have; the shape in
+which a plane holds them is its owner's business.
 
 They are registered with ``define``, ``impl`` and ``register_fake`` and not with ``custom_op``, whose wrapper costs
 twice as much on every call. Compilers see them as opaque, gradients flow to activations, never to planes.
@@ -23,7 +24,9 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 #: Arithmetic of products; see :func:`tenpak.matmul`.
 ACTS = ("float32", "bfloat16", "int8")
 
-_MATRIX = "Tensor codes, Tensor scales, Tensor? addends, str codec, SymInt rows, SymInt cols"
+#: A matrix as operators know it: codes, scales, addends, high codes, codec, rows, columns.
+Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, str, int, int]
+_MATRIX = "Tensor codes, Tensor scales, Tensor? addends, Tensor? high_codes, str codec, SymInt rows, SymInt cols"
 
 _library = Library("tenpak", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -40,10 +43,14 @@ def default_act(dtype: torch.dtype) -> str:
 
 
 def _memory(
-    codes: torch.Tensor, scales: torch.Tensor, addends: torch.Tensor | None, first: torch.Tensor
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
+    first: torch.Tensor,
 ) -> list[tuple[int, int]]:
     """Return address and bytes of each plane, having checked that the CPU can read them and ``first``."""
-    planes = (codes, scales) if addends is None else (codes, scales, addends)
+    planes = tuple(plane for plane in (codes, high_codes, scales, addends) if plane is not None)
     if not (first.is_cpu and all(plane.is_cpu for plane in planes)):
         _refuse_devices(first, planes)
     memory = []
@@ -106,13 +113,14 @@ def _linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
     act: str,
 ) -> torch.Tensor:
     """Return ``x @ w.T`` of shape ``[..., rows]`` in the dtype of ``x``."""
-    memory = _memory(codes, scales, addends, x)
+    memory = _memory(codes, scales, addends, high_codes, x)
     name = DTYPES.get(x.dtype)
     if name is None or name == "F64":
         _refuse_dtype(x)
@@ -133,6 +141,7 @@ def _linear_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
@@ -161,13 +170,14 @@ def _grouped_linear(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
     act: str,
 ) -> torch.Tensor:
     """Return rows ``ends[e-1]:ends[e]`` of ``x`` times matrix ``e`` of the stack, ``[m, rows / experts]``."""
-    memory = _memory(codes, scales, addends, x)
+    memory = _memory(codes, scales, addends, high_codes, x)
     name = DTYPES.get(x.dtype)
     if name is None or name == "F64":
         _refuse_dtype(x)
@@ -187,6 +197,7 @@ def _grouped_linear_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
@@ -204,22 +215,23 @@ def _grouped_linear_backward(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
 ) -> torch.Tensor:
     """Return the gradient of :func:`_grouped_linear` to its activations, one matrix decoded at a time."""
-    _memory(codes, scales, addends, grad)
+    _memory(codes, scales, addends, high_codes, grad)
     listed = _ends(ends, grad, rows)
     experts, n = len(listed), rows // len(listed)
     parts = [plane.reshape(experts, -1) for plane in (codes, scales)]
-    extra = None if addends is None else addends.reshape(experts, -1)
+    extra = [None if plane is None else plane.reshape(experts, -1) for plane in (addends, high_codes)]
     out = grad.new_empty((grad.shape[0], cols))
     first = 0
     for e, end in enumerate(listed):
         if end > first:
-            addend = None if extra is None else extra[e]
-            weight = _dequantize(parts[0][e], parts[1][e], addend, codec, n, cols, grad.dtype)
+            addend, high = (None if plane is None else plane[e] for plane in extra)
+            weight = _dequantize(parts[0][e], parts[1][e], addend, high, codec, n, cols, grad.dtype)
             torch.mm(grad[first:end], weight, out=out[first:end])
         first = end
     return out
@@ -231,6 +243,7 @@ def _grouped_linear_backward_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
@@ -243,13 +256,14 @@ def _dequantize(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the weights ``[rows, cols]`` in ``dtype``."""
-    memory = _memory(codes, scales, addends, codes)
+    memory = _memory(codes, scales, addends, high_codes, codes)
     out = torch.empty((rows, cols), dtype=dtype, device=codes.device)
     _tenpak.decode_rows(codec, rows, cols, memory, None, (out.data_ptr(), out.nbytes), _weights(dtype))
     return out
@@ -259,6 +273,7 @@ def _dequantize_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
@@ -290,13 +305,14 @@ def _embedding(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the rows ``ids`` of the matrix, ``[..., cols]`` in ``dtype``."""
-    memory = _memory(codes, scales, addends, ids)
+    memory = _memory(codes, scales, addends, high_codes, ids)
     _check_ids(ids)
     ids = ids.to(torch.int64).contiguous()
     out = torch.empty((*ids.shape, cols), dtype=dtype, device=ids.device)
@@ -310,6 +326,7 @@ def _embedding_fake(
     codes: torch.Tensor,
     scales: torch.Tensor,
     addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
     codec: str,
     rows: int,
     cols: int,
@@ -322,26 +339,26 @@ def _embedding_fake(
 
 def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the gradient of ``linear`` needs: the matrix, not the activations."""
-    _, codes, scales, addends, codec, rows, cols, _ = inputs
-    ctx.save_for_backward(codes, scales, addends)
+    _, codes, scales, addends, high_codes, codec, rows, cols, _ = inputs
+    ctx.save_for_backward(codes, scales, addends, high_codes)
     ctx.matrix = (codec, rows, cols)
 
 
 def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Return ``grad @ w``: the weights are constants, whatever arithmetic the product used."""
-    codes, scales, addends = ctx.saved_tensors
+    codes, scales, addends, high_codes = ctx.saved_tensors
     codec, rows, cols = ctx.matrix
     gradient = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.tenpak.dequantize(codes, scales, addends, codec, rows, cols, grad.dtype)
+        weight = torch.ops.tenpak.dequantize(codes, scales, addends, high_codes, codec, rows, cols, grad.dtype)
         gradient = grad @ weight
-    return (gradient, *[None] * 7)
+    return (gradient, *[None] * 8)
 
 
 def _keep_stack(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the gradient of ``grouped_linear`` needs."""
-    _, ends, codes, scales, addends, codec, rows, cols, _ = inputs
-    ctx.save_for_backward(ends, codes, scales, addends)
+    _, ends, codes, scales, addends, high_codes, codec, rows, cols, _ = inputs
+    ctx.save_for_backward(ends, codes, scales, addends, high_codes)
     ctx.matrix = (codec, rows, cols)
 
 
@@ -350,20 +367,20 @@ def _grouped_linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
     gradient = None
     if ctx.needs_input_grad[0]:
         gradient = torch.ops.tenpak.grouped_linear_backward(grad, *ctx.saved_tensors, *ctx.matrix)
-    return (gradient, *[None] * 8)
+    return (gradient, *[None] * 9)
 
 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the second derivative of ``grouped_linear`` needs."""
-    _, ends, codes, scales, addends, codec, rows, cols = inputs
-    ctx.save_for_backward(ends, codes, scales, addends)
+    _, ends, codes, scales, addends, high_codes, codec, rows, cols = inputs
+    ctx.save_for_backward(ends, codes, scales, addends, high_codes)
     ctx.matrix = (codec, rows, cols)
 
 
 def _grouped_linear_backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Return the gradient of the gradient, which is the product itself."""
     gradient = torch.ops.tenpak.grouped_linear(grad, *ctx.saved_tensors, *ctx.matrix, "float32")
-    return (gradient, *[None] * 7)
+    return (gradient, *[None] * 8)
 
 
 # One implementation for every device, which refuses those that it cannot serve: a backend for another device registers

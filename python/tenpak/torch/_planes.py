@@ -17,7 +17,7 @@ from .._arrays import Array
 from .._artifact import Artifact
 from .._encoded import Encoded
 from .._errors import InvalidError
-from ._ops import ACTS, DTYPES
+from ._ops import ACTS, DTYPES, Matrix
 from ._weight import DecodedWeight
 
 #: Planes whose memory may not be written: views of an artifact's file.
@@ -29,6 +29,8 @@ _PLANE_DTYPES = {"F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 #: The dtypes in which modules compute, by the dtype of a source; others compute in float32.
 _COMPUTE = {"F16": torch.float16, "BF16": torch.bfloat16}
 _STATE = "_extra_state"
+#: Planes that operators know as addends: a codec has at most one of them.
+_ADDENDS = ("offsets", "zero_points", "row_scales")
 
 
 @functools.cache
@@ -84,8 +86,9 @@ def encode(weight: torch.Tensor, codec: str) -> Encoded:
 class Quantized(nn.Module):
     """A matrix, or a stack of matrices, whose weights are planes: base of the quantized modules.
 
-    The planes are buffers named as in an artifact, ``codes``, ``scales`` and, where the codec has them, ``offsets`` or
-    ``zero_points``, of shape ``[rows, elements of a row]``. Conversions between dtypes never touch them, devices do.
+    The planes are buffers named as in an artifact, ``codes``, ``scales`` and, where the codec has them, ``high_codes``
+    and ``offsets``, ``zero_points`` or ``row_scales``, of shape ``[rows, elements of a row]``. Conversions between
+    dtypes never touch them, devices do.
     """
 
     codec: str
@@ -112,7 +115,7 @@ class Quantized(nn.Module):
         for name, (kind, width) in row_planes(codec, cols).items():
             self.register_buffer(name, torch.zeros((rows, width), dtype=kind, device=device))
         self._names = tuple(row_planes(codec, cols))
-        self._addends = self._names[2] if len(self._names) > 2 else None
+        self._addends = next((name for name in self._names if name in _ADDENDS), None)
 
     def set_act(self, act: str | None) -> None:
         """Choose the arithmetic of products; see :func:`tenpak.torch.set_act`."""
@@ -136,11 +139,12 @@ class Quantized(nn.Module):
         return 8 * sum(plane.nbytes for plane in self.planes.values()) / max(1, self.rows * self.cols)
 
     @property
-    def matrix(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str, int, int]:
+    def matrix(self) -> Matrix:
         """The arguments by which operators know the matrix."""
         buffers: dict[str, Any] = self._buffers
         addends = None if self._addends is None else buffers[self._addends]
-        return buffers["codes"], buffers["scales"], addends, self.codec, self.rows, self.cols
+        high_codes = buffers.get("high_codes")
+        return buffers["codes"], buffers["scales"], addends, high_codes, self.codec, self.rows, self.cols
 
     def decode(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the weights as a dense tensor ``[rows, cols]``.

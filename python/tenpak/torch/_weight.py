@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_map
 
 from .._errors import InvalidError
 from . import _ops
+from ._ops import Matrix
 
 #: What does not reach the dispatcher and therefore needs the numbers at once.
 _OUTSIDE = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__deepcopy__}
@@ -20,12 +21,12 @@ class DecodedWeight(torch.Tensor):
     error and not lost in silence.
     """
 
-    _matrix: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str, int, int]
+    _matrix: Matrix
 
     @staticmethod
     def __new__(
         cls,
-        matrix: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str, int, int],
+        matrix: Matrix,
         shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> "DecodedWeight":
@@ -42,7 +43,7 @@ class DecodedWeight(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return shape, dtype and codec, without decoding."""
-        return f"DecodedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, codec={self._matrix[3]!r})"
+        return f"DecodedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, codec={self._matrix[4]!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the decoded weights."""
@@ -81,6 +82,6 @@ class DecodedWeight(torch.Tensor):
 def _refuse(weight: DecodedWeight) -> NoReturn:
     """Raise the error about weights that cannot be written."""
     raise InvalidError(
-        f"the weights of a quantized module (codec {weight._matrix[3]}, shape {tuple(weight.shape)}) cannot be changed "
+        f"the weights of a quantized module (codec {weight._matrix[4]}, shape {tuple(weight.shape)}) cannot be changed "
         "in place: they are decoded from codes; keep adapters unmerged, or put a dense module in its place first"
     )
