@@ -57,6 +57,7 @@ const AHEAD: usize = 4096;
 
 /// The functions for one instruction set.
 struct Isa {
+    #[cfg(test)]
     name: &'static str,
     levels: unsafe fn(&Task<'_, '_>, &mut [u8], usize),
     scales: unsafe fn(&Bank, &[u8], f32, &mut [f32]),
@@ -114,7 +115,12 @@ macro_rules! stamp {
                 multiply(bank, bytes, row_scale, out);
             }
 
-            pub(super) static ISA: Isa = Isa { name: stringify!($module), levels, scales };
+            pub(super) static ISA: Isa = Isa {
+                #[cfg(test)]
+                name: stringify!($module),
+                levels,
+                scales,
+            };
         }
     };
 }
