@@ -20,7 +20,7 @@ use crate::compress as engine;
 use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
-use crate::fit::{MaxLoss, Rate};
+use crate::fit::{MaxLoss, Method, Rate};
 use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
@@ -51,7 +51,7 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, target_bits, target_size, max_loss, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite,
+    source, output, codec, target_bits, target_size, max_loss, allocate, recipe, roles, rules, include, exclude, all, stats, fit, nonfinite,
     max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
@@ -63,6 +63,7 @@ fn compress(
     target_bits: Option<f64>,
     target_size: Option<u64>,
     max_loss: Option<f64>,
+    allocate: Option<bool>,
     recipe: Option<&str>,
     roles: Pairs,
     rules: Pairs,
@@ -88,8 +89,19 @@ fn compress(
         // A size says that some size is to be chosen, and so does any rate.
         let target_bits = target_bits.map(Rate::from_bits).transpose()?.or_else(|| target_size.map(|_| Rate::DEFAULT));
         let max_loss = max_loss.map(MaxLoss::new).transpose()?;
-        let request =
-            Request { codec, target_bits, max_loss, toml, roles, rules, include: &include, exclude: &exclude, all, fit };
+        let request = Request {
+            codec,
+            target_bits,
+            max_loss,
+            allocate,
+            toml,
+            roles,
+            rules,
+            include: &include,
+            exclude: &exclude,
+            all,
+            fit,
+        };
         let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
         Ok(engine::Options { target_bytes: target_size, ..options })
     };
@@ -326,6 +338,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEFAULT_CODEC", codecs::DEFAULT)?;
     module.add("DEFAULT_CODEC_IN_MEMORY", codecs::DEFAULT_IN_MEMORY)?;
+    module.add("FITS", Method::ALL.iter().map(|(name, fit)| (*name, fit.needs_stats())).collect::<Vec<_>>())?;
     module.add_class::<PyArtifact>()?;
     module.add_class::<artifact::PyEntry>()?;
     module.add_class::<PyMatrix>()?;

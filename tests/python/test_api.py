@@ -136,7 +136,11 @@ def test_a_dry_run_writes_nothing_and_knows_the_length(tmp_path: Path, sample_mo
     out = tmp_path / "a.tenpak"
     plan = tenpak.compress(sample_model, out, codec="int4_g32_fp16_v1", dry_run=True)
     assert not out.exists() and plan["dry_run"]
-    assert tenpak.compress(sample_model, out, codec="int4_g32_fp16_v1")["file_bytes"] == plan["file_bytes"] == out.stat().st_size
+    assert (
+        tenpak.compress(sample_model, out, codec="int4_g32_fp16_v1")["file_bytes"]
+        == plan["file_bytes"]
+        == out.stat().st_size
+    )
 
 
 def test_decompress_takes_a_dtype_and_a_shard_size(tmp_path: Path, artifact: Path) -> None:

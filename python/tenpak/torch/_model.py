@@ -90,8 +90,8 @@ def quantize_model(
     model
         A module with weights; on any device, the work is done on the CPU.
     codec
-        Id of the codec of linear weights; see :func:`tenpak.codecs`. Nothing lies on disk here, so the default is one that
-        is small in memory, and not that of :func:`tenpak.compress`.
+        Id of the codec of linear weights; see :func:`tenpak.codecs`. Nothing lies on disk here, so the default is one
+        that is small in memory, and not that of :func:`tenpak.compress`.
     recipe
         TOML text that says which codec for which tensor, instead of ``codec``.
     roles, rules, include, exclude
