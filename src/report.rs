@@ -9,7 +9,7 @@ use crate::artifact::verify::{Problem, Verified};
 use crate::artifact::writer::Written;
 use crate::artifact::{ArtifactFile, Entry};
 use crate::codec::Codec;
-use crate::compress::{Report, TensorReport};
+use crate::compress::{self, Report, TensorReport};
 use crate::export::{Exported, To};
 use crate::fit::{Fit, Method, Rate};
 use crate::layout::{Float, Grouped, Layout, Levels};
@@ -221,6 +221,12 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
             notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
         }
     }
+    let rates = || report.tensors.iter().filter_map(|t| t.rate);
+    if let (Some(least), Some(most)) = (rates().min(), rates().max())
+        && least < most
+    {
+        notes.push(format!("tensors of an open size have from {least} to {most} bits per weight"));
+    }
     for (_, method) in Method::ALL.iter().filter(|(_, method)| *method != Method::Codec) {
         let count = report.tensors.iter().filter(|t| t.method == *method).count();
         if count > 0 {
@@ -243,6 +249,71 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
         notes.push(format!("activation_stats of {stats} tensors were read and not used; --fit weighted uses them"));
     }
     notes
+}
+
+/// `tenpak.plan/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Plan {
+    pub schema: &'static str,
+    pub input: String,
+    pub points: Vec<Point>,
+    pub tensors: Vec<Expected>,
+    pub seconds: f64,
+}
+
+/// What a choice of codec or rate is expected to come to.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Point {
+    pub codec: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_bits: Option<f64>,
+    pub file_bytes: u64,
+    pub matrices: Sizes,
+    pub memory_bits_per_weight: f64,
+    pub nmse: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+}
+
+/// What is expected of a matrix.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Expected {
+    pub name: String,
+    pub weights: u64,
+    pub target_bits: f64,
+    pub nmse: f64,
+}
+
+impl Plan {
+    /// The report of a prediction that took `seconds`.
+    #[must_use]
+    pub fn new(input: &Path, found: &compress::Frontier, seconds: f64) -> Self {
+        let point = |p: &compress::Point| Point {
+            codec: p.codec.id,
+            target_bits: p.rate.map(Rate::bits),
+            file_bytes: p.file_bytes,
+            matrices: Sizes::new(p.weights, p.bytes),
+            memory_bits_per_weight: Sizes::new(p.weights, p.memory_bytes).bits_per_weight,
+            nmse: p.nmse,
+            kl: p.kl,
+        };
+        let expected = |t: &compress::Expected| Expected {
+            name: t.name.clone(),
+            weights: t.weights,
+            target_bits: t.rate.bits(),
+            nmse: t.nmse,
+        };
+        Self {
+            schema: "tenpak.plan/1",
+            input: input.display().to_string(),
+            points: found.points.iter().map(point).collect(),
+            tensors: found.tensors.iter().map(expected).collect(),
+            seconds,
+        }
+    }
 }
 
 /// `tenpak.decompress/1`

@@ -8,7 +8,8 @@
 //! | `W.tokens` | I64 `[]` | how many vectors were seen; taken for many where it is missing |
 //! | `W.second_moment` | F32 `[cols, cols]` | mean `x xᵀ` |
 //! | `W.mean_abs` | F32 `[cols]` | mean `|x|`; the root of the mean square where it is missing |
-//! | `W.fisher`, `W.fisher_rows`, `W.fisher_cols` | | for other uses; only their names are looked at |
+//! | `W.fisher` | F64 `[]` | sum over the weights of the squared gradient of the loss |
+//! | `W.fisher_rows`, `W.fisher_cols` | | for other uses; only their names are looked at |
 //!
 //! Opening validates and indexes: whoever asks later gets moments for a name, or nothing. Second moments stay on disk
 //! until they are asked for. The `activation_stats` of a JSON bundle are the same thing: mean squares by name.
@@ -41,6 +42,7 @@ struct Weight {
     second_moment: Option<usize>,
     /// The same.
     mean_abs: Option<usize>,
+    fisher: Option<f64>,
 }
 
 /// The moments of the inputs of one weight.
@@ -95,6 +97,12 @@ impl Stats {
         self.weights.values().any(|weight| weight.second_moment.is_some())
     }
 
+    /// Whether any weight has squared gradients.
+    #[must_use]
+    pub fn has_gradients(&self) -> bool {
+        self.weights.values().any(|weight| weight.fisher.is_some())
+    }
+
     /// The moments of the inputs of a weight; nothing where it is not in the file, or where none were seen: an expert
     /// that no token was sent to.
     #[must_use]
@@ -109,6 +117,12 @@ impl Moments<'_> {
     #[must_use]
     pub fn mean_sq(&self) -> &[f32] {
         &self.weight.mean_sq
+    }
+
+    /// The sum over the weights of the squared gradient of the loss, where that was calibrated.
+    #[must_use]
+    pub fn fisher(&self) -> Option<f64> {
+        self.weight.fisher
     }
 
     /// Whether the second moment is there.
@@ -190,6 +204,17 @@ fn index(source: &Source) -> Result<BTreeMap<String, Weight>> {
                 let tokens = u64::try_from(i64::from_le_bytes(bytes)).map_err(|_| wrong("a number from 0 up"))?;
                 others.push((name.to_owned(), info.name(), Weight { tokens: Some(tokens), ..Weight::default() }));
             }
+            "fisher" => {
+                if info.dtype() != DType::F64 || !info.shape().is_empty() {
+                    return Err(wrong("F64 without dimensions"));
+                }
+                let bytes: [u8; 8] = source.read_bytes(index, 0, 8)?[..].try_into().expect("one element");
+                let sum = f64::from_le_bytes(bytes);
+                if !(sum.is_finite() && sum >= 0.0) {
+                    return Err(wrong("a finite sum of squares"));
+                }
+                others.push((name.to_owned(), info.name(), Weight { fisher: Some(sum), ..Weight::default() }));
+            }
             "second_moment" => {
                 let [rows, cols] = *info.shape() else { return Err(wrong("F32 of two equal dimensions")) };
                 if info.dtype() != DType::F32 || rows != cols {
@@ -233,6 +258,7 @@ fn index(source: &Source) -> Result<BTreeMap<String, Weight>> {
             weight.mean_abs = Some(index);
         }
         weight.tokens = part.tokens.or(weight.tokens);
+        weight.fisher = part.fisher.or(weight.fisher);
     }
     Ok(weights)
 }

@@ -294,6 +294,26 @@ fn outliers_and_zeros_are_quantized() {
     assert!(quantize(&[], 0, 5, 4.0, None).is_ok());
 }
 
+#[test]
+fn with_all_bits_no_row_loses_more_than_rounded_within_its_own_range() {
+    let (rows, cols) = (48, 512);
+    let weights = uneven(rows, cols);
+    let q = quantize(&weights, rows, cols, 8.0, None).expect("finite weights");
+    assert!(q.bits_per_weight() <= 8.0);
+    for (row, (weights, codes)) in weights.chunks(cols).zip(q.codes.chunks(cols)).enumerate() {
+        let scale = weights.iter().fold(0f32, |most, w| most.max(w.abs())) / 127.0;
+        let error = |level: &dyn Fn(usize) -> f32| -> f64 {
+            (0..cols).map(|c| f64::from(weights[c]) - f64::from(level(c))).map(|e| e * e).sum()
+        };
+        let ranged = error(&|c| (weights[c] / scale).round() * scale);
+        let ours = error(&|c| (f32::from(codes[c]) - 128.0) * q.scales[row]);
+        // Sums of squares of errors up to half a step; decoded values are rounded, by up to 127 * 2^-24 of a step.
+        assert!(ours <= ranged * (1.0 + 1e-4), "row {row}: {ours:e}, rounded within its range {ranged:e}");
+    }
+    let less = quantize(&weights, rows, cols, 6.5, None).expect("finite weights");
+    assert!(less.bits_per_weight() <= 6.5 && less.squared_error > q.squared_error);
+}
+
 /// Codes that a formula gives, as `tests/python/test_coded.py` states it too.
 fn pinned(rows: usize, cols: usize, spread: i32, trellis: Option<Trellis>) -> Vec<u8> {
     let mut seed = 1u64;

@@ -6,9 +6,11 @@ use std::fs;
 
 use support::{Folder, Tensor, bits, codec, decode, open_source, pack, with};
 use tenpak::artifact::{ArtifactFile, delta, verify};
-use tenpak::compress::{Nonfinite, Options, compress_as, plan};
+use tenpak::codecs;
+use tenpak::compress::{Nonfinite, Options, compress_as, frontier, plan};
 use tenpak::export::{self, Conversion, To};
 use tenpak::fit::{MaxLoss, Rate};
+use tenpak::measure::Distance;
 use tenpak::recipe::{Recipe, Request, Role};
 use tenpak::{DType, Encoded};
 
@@ -77,7 +79,8 @@ fn a_size_of_the_whole_output_is_not_exceeded_as_a_file_or_as_a_directory() {
 fn without_a_codec_linear_weights_get_four_and_a_half_bits() {
     let recipe = Request::default().recipe().unwrap();
     assert_eq!(recipe, at("4.5").recipe);
-    assert_eq!(Request { codec: Some("int8_sym_v1"), ..Request::default() }.recipe().unwrap(), with(codec("int8_sym_v1")).recipe);
+    let other = Request { codec: Some("int8_sym_v1"), ..Request::default() }.recipe().unwrap();
+    assert_eq!(other, Recipe::new(codec("int8_sym_v1")));
 }
 
 /// Noise and signal of the tensors whose rate is open, as decoded weights have it.
@@ -122,7 +125,12 @@ fn a_loss_that_is_asked_for_is_kept_and_nearly_used() {
             // Within the model, a file of the same codecs at one rate is no smaller where it loses no more.
             let bits = report.tensors.iter().filter_map(|t| t.rate).map(Rate::bits).fold(0.0, f64::max);
             let even = pack(&input, &folder.path("b.tenpak"), &at(&format!("{bits:.3}"))).unwrap();
-            assert!(report.file_bytes <= even.file_bytes, "{} bytes, at one rate {}", report.file_bytes, even.file_bytes);
+            assert!(
+                report.file_bytes <= even.file_bytes,
+                "{} bytes, at one rate {}",
+                report.file_bytes,
+                even.file_bytes
+            );
             assert!(artifact.header().provenance().recipe.contains(&format!("max_loss = {nmse:e}\n")));
             assert!(report.tensors.iter().all(|t| t.distance.is_none_or(|d| d.nmse() <= nmse || t.rate.is_some())));
         }
@@ -155,6 +163,33 @@ fn a_variant_of_a_base_with_a_loss_shares_what_has_not_changed() {
     let opened = ArtifactFile::open(&base).unwrap();
     let report = delta::delta(&opened, &open_source(&input), 0.0, None, &made, false, &mut |_| Ok(())).unwrap();
     assert_eq!((report.changed.len(), report.unchanged), (0, 5));
+}
+
+#[test]
+fn a_plan_foretells_what_compress_writes() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &uneven());
+    let rates: Vec<Rate> = ["2.5", "3.3", "4.5", "6"].map(|rate| rate.parse().unwrap()).into();
+    let planned = frontier(&open_source(&input), &at("3.3"), &rates, Ok, &mut |_| Ok(())).unwrap();
+    assert_eq!(planned.points.len(), rates.len() + codecs::all().len() - 2);
+    assert!(planned.tensors.len() == 3 && planned.tensors.iter().all(|t| t.rate == rates[1]));
+    for point in &planned.points {
+        let options = match point.rate {
+            Some(rate) => at(&rate.to_string()),
+            None => Options::new(Recipe::new(point.codec), Nonfinite::Error, true),
+        };
+        let report = pack(&input, &folder.path("a.tenpak"), &options).unwrap();
+        let mut sums = Distance::default();
+        report.tensors.iter().filter(|t| t.name.contains("_proj")).for_each(|t| sums.merge(&t.distance.unwrap()));
+        let what = format!("{} at {:?}", point.codec.id, point.rate);
+        let (size, loss) = (point.file_bytes as f64 / report.file_bytes as f64, point.nmse / sums.nmse());
+        // Streams reach a rate from below, and the search for one ends within half a percent of these small matrices.
+        assert!((1.0..1.01).contains(&size), "{what}: {size} of the size");
+        if point.rate.is_none() {
+            assert!(size == 1.0, "{what}");
+        }
+        assert!((0.93..1.07).contains(&loss), "{what}: {loss} of the loss");
+    }
 }
 
 #[test]

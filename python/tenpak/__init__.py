@@ -52,6 +52,7 @@ def compress(
     target_bits: float | None = None,
     target_size: int | None = None,
     max_loss: float | None = None,
+    allocate: bool | None = None,
     recipe: str | None = None,
     roles: Mapping[str, str] | None = None,
     rules: Iterable[tuple[str, str]] | None = None,
@@ -93,6 +94,9 @@ def compress(
     max_loss
         The most nMSE (squared error over squared weights) that the tensors in ``ecu_v1`` may have together, above 0 and
         below 1: the smallest file that keeps it, instead of a size. No other quantized tensor may exceed it either.
+    allocate
+        Whether the bits of ``target_bits`` or ``target_size`` are dealt out to tensors by what their errors cost the model:
+        squared gradients, from ``stats`` calibrated with ``fisher=True``. By default where there are any.
     recipe
         TOML text that says which codec for which tensor, or the name of a recipe, instead of ``codec``.
     roles
@@ -149,6 +153,7 @@ def compress(
             target_bits,
             target_size,
             max_loss,
+            allocate,
             recipe,
             list((roles or {}).items()),
             list(rules or ()),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 __version__: str
 DEFAULT_CODEC: str
 DEFAULT_CODEC_IN_MEMORY: str
+FITS: list[tuple[str, bool]]
 
 _Bytes = npt.NDArray[np.uint8]
 _Progress = Callable[[int, int, str], object] | None
@@ -96,6 +97,7 @@ def compress(
     target_bits: float | None,
     target_size: int | None,
     max_loss: float | None,
+    allocate: bool | None,
     recipe: str | None,
     roles: list[tuple[str, str]],
     rules: list[tuple[str, str]],

@@ -77,6 +77,10 @@ pub(super) struct Choice {
     /// that keeps it
     #[arg(long, value_name = "NMSE", conflicts_with_all = ["target_bits", "target_size"])]
     max_loss: Option<MaxLoss>,
+    /// Whether every tensor gets the same bits, or what its errors cost the model, by the squared gradients of --stats
+    /// [default: gradients where there are any]
+    #[arg(long, value_name = "HOW", value_parser = ["equal", "gradients"], hide_possible_values = false, conflicts_with = "max_loss")]
+    allocate: Option<String>,
     /// TOML file of rules, or a named recipe, instead of --codec
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
@@ -124,6 +128,7 @@ impl Choice {
             // A size says that some size is to be chosen, and so does any rate.
             target_bits: self.target_bits.or_else(|| self.target_size.map(|_| Rate::DEFAULT)),
             max_loss: self.max_loss,
+            allocate: self.allocate.as_ref().map(|how| how == "gradients"),
             toml: text.as_deref().map(|text| (text, self.recipe.as_deref())),
             roles: split(&self.role, "--role", "attention=int4_g16_fp16_v1")?,
             rules: split(&self.rule, "--rule", "*.down_proj.weight=int8_sym_v1")?,

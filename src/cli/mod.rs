@@ -19,6 +19,7 @@ mod delta;
 mod export;
 mod inspect;
 mod materialize;
+mod plan;
 mod progress;
 mod report;
 mod verify;
@@ -56,6 +57,7 @@ enum Verb {
     Delta(delta::Arguments),
     Export(export::Arguments),
     Materialize(materialize::Arguments),
+    Plan(plan::Arguments),
     Codecs(codecs::Arguments),
     Completions(completions::Arguments),
 }
@@ -175,6 +177,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Delta(arguments) => delta::run(arguments, &mut context),
         Verb::Export(arguments) => export::run(arguments, &mut context),
         Verb::Materialize(arguments) => materialize::run(arguments, &mut context),
+        Verb::Plan(arguments) => plan::run(arguments, &mut context),
         Verb::Codecs(_) => Ok(codecs::run(&mut context)),
         Verb::Completions(arguments) => Ok(completions::run(arguments, &mut context)),
     });

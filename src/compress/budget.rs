@@ -4,11 +4,10 @@
 //! mean squared error, whatever tensor they are in, save those that have no more power than that (reverse water-filling).
 //! Each tensor is quantized at the least rate that keeps its share; what one leaves over, or lacks, the next ones get.
 
-use super::{Options, TensorReport, rated};
+use super::{Options, TensorReport, forecast, rated};
 use crate::coding::context::log2;
 use crate::error::{Error, Result};
 use crate::fit::Rate;
-use crate::layout::Layout;
 use crate::source::Source;
 
 /// What is left of a loss that was asked for.
@@ -49,7 +48,7 @@ impl Budget {
         let most = most.nmse();
         let mut powers = Vec::with_capacity(planned.len());
         for (index, tensor) in planned.iter().enumerate() {
-            let open = tensor.rate.is_some() && takes_part(source, index, options);
+            let open = tensor.rate.is_some() && forecast::is_open(source, index, options);
             powers.push(if open { Some((tensor.elements() as f64, rated::power(source, index)?)) } else { None });
         }
         if powers.iter().all(Option::is_none) {
@@ -131,20 +130,14 @@ impl Budget {
     }
 
     fn unreachable(&self) -> Error {
-        let worst = self.worst.as_ref().map_or(String::new(), |(name, _)| format!("keep '{name}' raw with --exclude, or "));
+        let worst =
+            self.worst.as_ref().map_or(String::new(), |(name, _)| format!("keep '{name}' raw with --exclude, or "));
         Error::invalid(format!(
             "a loss of at most {:e} is asked for, but 8-bit codes lose {:.3e} at their best; {worst}ask for more",
             self.most,
             self.noise / self.signal
         ))
     }
-}
-
-/// Whether the rate of a tensor is the recipe's to choose.
-fn takes_part(source: &Source, index: usize, options: &Options) -> bool {
-    let tensor = &source.tensors()[index];
-    let choice = options.recipe.choose(tensor.info(), tensor.matrix().1);
-    choice.codec.layout != Layout::Raw && choice.rate.is_some() && options.recipe.is_open(&choice.reason)
 }
 
 /// The mean squared error of every weight at which tensors of these numbers of weights and powers lose `noise` together.

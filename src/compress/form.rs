@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use super::{Options, Report, fill, plan, planned_header, reports, size};
+use super::{Options, Report, fill, plan, planned_header, size};
 use crate::artifact::header::Header;
 use crate::artifact::{HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
@@ -22,8 +22,8 @@ use crate::source::{Kind, Source};
 pub fn plan_as(source: &Source, target: Option<&Path>, options: &Options, max_shard_bytes: u64) -> Result<Report> {
     let Some(target) = target.filter(|target| To::of(target) == To::Hf) else { return plan(source, options) };
     let directory = Directory::of(source, max_shard_bytes)?;
-    let options = &size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
-    let tensors = reports(source, options)?;
+    let settled = size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
+    let (tensors, options) = (settled.reports(source)?, &settled.options);
     let header = planned_header(source, options, &tensors)?;
     Ok(directory.report(Report::new(tensors, &header, None), &directory.plan(&header)?, target))
 }
@@ -45,8 +45,8 @@ pub fn compress_as(
     }
     OutputDirectory::check(target, options.force, HEADER_FILE, super::inputs(source, options))?;
     let directory = Directory::of(source, max_shard_bytes)?;
-    let options = &size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
-    let tensors = reports(source, options)?;
+    let settled = size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
+    let (tensors, options) = (settled.reports(source)?, &settled.options);
     let header = planned_header(source, options, &tensors)?;
     preflight(target, header.file_bytes() + directory.plan(&header)?.bytes())?;
     let mut writer = Writer::nameless_in(output::directory(target))?;

@@ -5,9 +5,11 @@
 //! again for the error report, hashed and written, so memory does not grow with the model. Only a tensor of a codec whose
 //! size is open is in memory as a whole, since what one weight costs depends on all the others.
 
+mod allocate;
 mod budget;
 mod encode;
 mod fitting;
+mod forecast;
 mod form;
 mod rated;
 mod size;
@@ -33,7 +35,9 @@ use crate::stats::Stats;
 use crate::tensor;
 use budget::Budget;
 pub(crate) use encode::encode_tensor;
+pub use forecast::{Expected, Frontier, Point, frontier};
 pub use form::{compress_as, plan_as};
+use size::Settled;
 
 /// Source bytes that are in memory at once.
 pub const BLOCK_BYTES: u64 = 8 << 20;
@@ -113,7 +117,8 @@ impl Options {
     }
 
     /// Adds what is known of the inputs. It decides the fit where that is the codecs' own and none is asked for: `gptq`
-    /// with second moments, `weighted` without. For `weighted` without statistics, the `activation_stats` of a JSON bundle
+    /// with second moments, `weighted` without; and with squared gradients the bits of a rate are dealt out by them, unless
+    /// the recipe says otherwise. For `weighted` without statistics, the `activation_stats` of a JSON bundle
     /// serve.
     ///
     /// # Errors
@@ -126,7 +131,19 @@ impl Options {
             _ => self.recipe,
         };
         let method = recipe.method();
-        if let (Some(stats), false) = (&given, method.needs_stats()) {
+        let gradients = given.as_ref().is_some_and(Stats::has_gradients);
+        let recipe = match recipe.allocates() {
+            None if gradients && recipe.takes_rate() => recipe.allocate(true),
+            Some(true) if !gradients => {
+                return Err(Error::invalid(
+                    "bits are to be dealt out by what errors cost the model, but there are no squared gradients; make them \
+                     with tenpak calibrate --fisher and pass the file with --stats",
+                ));
+            }
+            _ => recipe,
+        };
+        let of_use = method.needs_stats() || recipe.allocates() == Some(true);
+        if let (Some(stats), false) = (&given, of_use) {
             let (stats, fit) = (stats.name(), method.name());
             return Err(Error::invalid(format!("fit '{fit}' has no use for {stats}; leave out one of the two")));
         }
@@ -246,23 +263,25 @@ impl Report {
 /// # Errors
 /// [`Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
-    plan_sized(source, &size::settled(source, options, |header| Ok(header.file_bytes()))?)
+    plan_settled(source, &size::settled(source, options, |header| Ok(header.file_bytes()))?)
 }
 
 /// The same for options that ask for no size.
-fn plan_sized(source: &Source, options: &Options) -> Result<Report> {
-    let tensors = reports(source, options)?;
-    let header = planned_header(source, options, &tensors)?;
+fn plan_settled(source: &Source, settled: &Settled) -> Result<Report> {
+    let tensors = settled.reports(source)?;
+    let header = planned_header(source, &settled.options, &tensors)?;
     Ok(Report::new(tensors, &header, None))
 }
 
-/// What will happen to each tensor.
-fn reports(source: &Source, options: &Options) -> Result<Vec<TensorReport>> {
+/// What will happen to each tensor, those with an entry in `rates` having that one.
+fn reports(source: &Source, options: &Options, rates: &[Option<Rate>]) -> Result<Vec<TensorReport>> {
     source
         .tensors()
         .iter()
-        .map(|t| {
+        .enumerate()
+        .map(|(index, t)| {
             let Choice { codec, rate, reason } = options.recipe.choose(t.info(), t.matrix().1);
+            let rate = rate.map(|rate| rates.get(index).copied().flatten().unwrap_or(rate));
             let changed = matches!(reason, Reason::ShortRows { .. });
             let mut report = report(t, codec, rate, reason.to_string(), changed)?;
             if codec.layout != Layout::Raw {
@@ -297,8 +316,9 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
     output::refuse_input(target, inputs(source, options))?;
-    let options = &size::settled(source, options, |header| Ok(header.file_bytes()))?;
-    let planned = plan_sized(source, options)?;
+    let settled = size::settled(source, options, |header| Ok(header.file_bytes()))?;
+    let planned = plan_settled(source, &settled)?;
+    let options = &settled.options;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
     let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
 use crate::fit::outliers::Share;
-use crate::fit::{MaxLoss, Rate};
+use crate::fit::{MaxLoss, Method, Rate};
 use crate::layout::Plane;
 use crate::recipe::Request;
 use crate::report;
@@ -52,8 +52,8 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 /// Compresses a checkpoint; the report as JSON.
 #[pyfunction]
 #[pyo3(signature = (
-    source, output, codec, target_bits, target_size, max_loss, recipe, roles, rules, include, exclude, all, stats, fit,
-    coded, outliers, nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
+    source, output, codec, target_bits, target_size, max_loss, allocate, recipe, roles, rules, include, exclude, all,
+    stats, fit, coded, outliers, nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -64,6 +64,7 @@ fn compress(
     target_bits: Option<f64>,
     target_size: Option<u64>,
     max_loss: Option<f64>,
+    allocate: Option<bool>,
     recipe: Option<&str>,
     roles: Pairs,
     rules: Pairs,
@@ -96,6 +97,7 @@ fn compress(
             codec,
             target_bits,
             max_loss,
+            allocate,
             toml,
             roles,
             rules,
@@ -354,6 +356,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEFAULT_CODEC", codecs::DEFAULT)?;
     module.add("DEFAULT_CODEC_IN_MEMORY", codecs::DEFAULT_IN_MEMORY)?;
+    module.add("FITS", Method::ALL.iter().map(|(name, fit)| (*name, fit.needs_stats())).collect::<Vec<_>>())?;
     module.add_class::<PyArtifact>()?;
     module.add_class::<artifact::PyEntry>()?;
     module.add_class::<PyMatrix>()?;

@@ -69,6 +69,8 @@ pub struct Recipe {
     rate: Rate,
     /// What decides that rate instead.
     loss: Option<MaxLoss>,
+    /// Whether that rate is the mean of rates that differ; unsaid, where statistics can tell them apart.
+    allocate: Option<bool>,
     all: bool,
     include: Vec<Pattern>,
     exclude: Vec<Pattern>,
@@ -162,6 +164,7 @@ impl Recipe {
             codec,
             rate: Rate::DEFAULT,
             loss: None,
+            allocate: None,
             all: false,
             include: Vec::new(),
             exclude: Vec::new(),
@@ -223,6 +226,20 @@ impl Recipe {
         self
     }
 
+    /// Deals the bits of the recipe's rate out to tensors by what their errors cost the model, which takes statistics with
+    /// squared gradients.
+    #[must_use]
+    pub fn allocate(mut self, allocate: bool) -> Self {
+        self.allocate = Some(allocate);
+        self
+    }
+
+    /// Whether the recipe's rate is dealt out; nothing where it does not say.
+    #[must_use]
+    pub fn allocates(&self) -> Option<bool> {
+        if self.loss.is_none() { self.allocate } else { Some(false) }
+    }
+
     /// The most that tensors may lose together whose rate is the recipe's: instead of a rate, the least one that keeps it.
     #[must_use]
     pub fn max_loss(mut self, loss: MaxLoss) -> Self {
@@ -234,6 +251,12 @@ impl Recipe {
     #[must_use]
     pub fn loss(&self) -> Option<MaxLoss> {
         self.loss
+    }
+
+    /// Bits per weight on disk of the codecs that leave them open, where no rule says otherwise.
+    #[must_use]
+    pub fn rate(&self) -> Rate {
+        self.rate
     }
 
     /// Whether the recipe's own rate may decide anything.

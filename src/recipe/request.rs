@@ -17,6 +17,8 @@ pub struct Request<'a> {
     pub target_bits: Option<Rate>,
     /// The most that tensors in such codecs may lose together; `None` leaves it to `toml`.
     pub max_loss: Option<MaxLoss>,
+    /// Whether bits are dealt out by what errors cost the model; `None` leaves it to `toml`, and then to the statistics.
+    pub allocate: Option<bool>,
     /// A recipe as TOML or its name, and the file that it was read from, where there is one.
     pub toml: Option<(&'a str, Option<&'a Path>)>,
     /// Roles and the ids of their codecs.
@@ -75,6 +77,9 @@ impl Request<'_> {
                     codecs::ANY_RATE
                 )));
             }
+        }
+        if let Some(allocate) = self.allocate {
+            recipe = recipe.allocate(allocate);
         }
         recipe = recipe.narrow(self.include, self.exclude)?;
         if let Some(fit) = self.fit {

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `codec` | id | refused |
 //! | `target_bits` | bits per weight on disk of codecs that leave them open | 4.5 |
+//! | `allocate` | boolean: whether tensors get these bits by what their errors cost the model | where statistics say |
 //! | `max_loss` | the most nMSE that they may have together, instead of bits | no bound |
 //! | `all` | boolean | `false` |
 //! | `fit` | `codec`, `search`, `weighted`, `gptq` or `awq` | `codec` |
@@ -27,7 +28,7 @@ use crate::fit::outliers::Share;
 use crate::fit::{Fit, MaxLoss, Method, Rate};
 
 const KEYS: &[&str] =
-    &["codec", "target_bits", "max_loss", "all", "include", "exclude", "roles", "rule", "fit", "outliers"];
+    &["codec", "target_bits", "allocate", "max_loss", "all", "include", "exclude", "roles", "rule", "fit", "outliers"];
 const RULE_KEYS: &[&str] = &["match", "codec", "target_bits"];
 
 impl Recipe {
@@ -43,6 +44,9 @@ impl Recipe {
         let mut recipe = Self::new(codec(&table, "codec", "")?);
         if let Some(value) = table.get("all") {
             recipe.all = value.as_bool().ok_or_else(|| wrong_type("all", value, "true or false"))?;
+        }
+        if let Some(value) = table.get("allocate") {
+            recipe.allocate = Some(value.as_bool().ok_or_else(|| wrong_type("allocate", value, "true or false"))?);
         }
         if let Some(value) = table.get("fit") {
             let name = value.as_str().ok_or_else(|| wrong_type("fit", value, "the name of a fit"))?;
@@ -94,6 +98,9 @@ impl Recipe {
                 Some(loss) => format!("max_loss = {loss}\n"),
                 None => format!("target_bits = {}\n", self.rate),
             };
+        }
+        if let (true, None, Some(allocate)) = (self.takes_rate(), self.loss, self.allocate) {
+            out += &format!("allocate = {allocate}\n");
         }
         out += &format!("all = {}\n", self.all);
         // Left out where it is the default, as it was before there was another.

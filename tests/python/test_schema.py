@@ -14,7 +14,19 @@ import pytest
 from conftest import ROOT, Cli, read_safetensors, write_safetensors
 
 SCHEMA = json.loads((ROOT / "src/cli/schema.json").read_text())
-VERBS = ("compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs", "eval")
+VERBS = (
+    "compress",
+    "decompress",
+    "inspect",
+    "verify",
+    "bench",
+    "delta",
+    "export",
+    "materialize",
+    "plan",
+    "codecs",
+    "eval",
+)
 
 
 def assert_valid(report: dict[str, Any], verb: str) -> dict[str, Any]:
@@ -262,6 +274,14 @@ def test_compress_into_a_directory_prints_what_the_schema_says(cli: Cli, tmp_pat
     assert plan["files"] == done["files"] and plan["file_bytes"] == done["file_bytes"]
     assert {Path(f["path"]): f["bytes"] for f in done["files"]} == {p: p.stat().st_size for p in folder.iterdir()}
     assert done["file_bytes"] == sum(f["bytes"] for f in done["files"])
+
+
+def test_plan_prints_what_the_schema_says(cli: Cli, sample_model: Path) -> None:
+    report = assert_valid(cli.json("plan", sample_model, "--target-bits", 3.5), "plan")
+    assert {t["target_bits"] for t in report["tensors"]} == {3.5}
+    rated = [p for p in report["points"] if "target_bits" in p]
+    assert {p["codec"] for p in rated} == {"ecu_v1"}
+    assert {p["codec"] for p in report["points"]} == {"ecu_v1", *oracle.CODECS} - {oracle.RAW}
 
 
 def test_codecs_print_what_the_schema_says(cli: Cli) -> None:

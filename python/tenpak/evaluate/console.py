@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import _tenpak
 from .._console import Bar, check_output, guarded, tokens, write
 from .._errors import InvalidError
 from . import DEFAULT_CACHE_BYTES, DEFAULT_TOKENS, evaluate, plot
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stats", metavar="FILE", help="statistics that codecs and recipes are compressed with, of another text")
     add(
         "--fit",
-        choices=("codec", "search", "weighted", "gptq", "awq"),
+        choices=[name for name, _ in _tenpak.FITS],
         help="fit of codecs and recipes; see `tenpak compress`",
     )
     add(

@@ -10,7 +10,8 @@
     reason = "clamped to the codes first, or rounded to single precision on purpose"
 )]
 
-mod rate;
+mod curve;
+pub(crate) mod rate;
 mod solve;
 mod viterbi;
 
@@ -18,6 +19,7 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
+pub use curve::{Curve, SAMPLE};
 pub use rate::{quantize, quantize_with};
 pub use solve::solve;
 
@@ -163,16 +165,53 @@ impl<'a> Matrix<'a> {
             }
             let beyond: Vec<f64> = row.iter().map(|w| f64::from(w.abs() / step)).filter(|&x| x > 127.0).collect();
             let mut best = (f64::INFINITY, step);
-            for eighth in 0.. {
-                let factor = coding::table::power(8 * eighth);
+            for part in 0.. {
+                let factor = coding::table::power(2 * part);
                 let clipped: f64 = beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0).map(|x| x * x).sum();
-                let spread = factor * factor - 1.0 - 2.0 * std::f64::consts::LN_2 * (f64::from(eighth) / 8.0);
+                let spread = factor * factor - 1.0 - 2.0 * std::f64::consts::LN_2 * (f64::from(part) / 32.0);
                 let cost = clipped + noise * self.cols as f64 * spread;
                 if cost < best.0 {
                     best = (cost, (f64::from(step) * factor).min(f64::from(f32::MAX / 128.0)) as f32);
                 }
-                if clipped == 0.0 || eighth == 1000 {
+                if clipped == 0.0 || part == 4000 {
                     break;
+                }
+            }
+            best.1
+        };
+        self.weights.par_chunks(self.cols).map(scale).collect()
+    }
+
+    /// The scale of each row at which the levels nearest to its weights have the least squared error: weights beyond 127
+    /// scales are clipped as far as that pays.
+    fn finest_scales(&self) -> Vec<f32> {
+        let fit = |row: &[f32], scale: f32| {
+            let (mut error, mut cross, mut power) = (0.0, 0.0, 0.0);
+            for (&w, &importance) in row.iter().zip(&self.importance) {
+                let level = f64::from((w / scale).clamp(-127.0, 127.0).round_ties_even());
+                let (w, importance) = (f64::from(w), f64::from(importance));
+                let off = w - level * f64::from(scale);
+                error += off * off * importance;
+                cross += w * level * importance;
+                power += level * level * importance;
+            }
+            (error, if power > 0.0 { (cross / power) as f32 } else { scale })
+        };
+        let scale = |row: &[f32]| {
+            let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
+            let widest = most / 127.0;
+            if widest < f32::MIN_POSITIVE {
+                return 1.0;
+            }
+            let mut best = (fit(row, widest).0, widest);
+            // From the largest weight down to a quarter of it, and the factor of least error of each.
+            for part in 0..64 {
+                let scale = (f64::from(widest) / coding::table::power(2 * part)) as f32;
+                for scale in [scale, fit(row, scale).1] {
+                    let (error, _) = fit(row, scale);
+                    if scale >= f32::MIN_POSITIVE && error < best.0 {
+                        best = (error, scale);
+                    }
                 }
             }
             best.1
@@ -261,6 +300,19 @@ pub fn quantize_step(
     importance: Option<&[f32]>,
 ) -> Result<Quantized> {
     step_of(&Matrix::new(weights, rows, cols, importance), step, choice)
+}
+
+/// Quantizes for the least error that one scale per row and 8-bit codes allow, whatever bits that takes.
+fn finest(matrix: &Matrix<'_>) -> Result<Quantized> {
+    let scales = matrix.finest_scales();
+    let codes = matrix.round(&scales);
+    let contexts = context::fit(&codes, matrix.rows, matrix.cols, None);
+    let stream = coding::write(&codes, matrix.cols, &contexts)?;
+    let (squared_error, weighted_error) = matrix.errors(&codes, &scales);
+    let scales_stream = coding::encode_scales(&scales);
+    let step = scales.iter().copied().fold(f32::INFINITY, f32::min);
+    let (choice, stretched) = (Choice { trellis: None, lambda: 0.0 }, matrix.rows);
+    Ok(Quantized { codes, scales, stretched, stream, scales_stream, squared_error, weighted_error, step, choice })
 }
 
 /// How often model and codes are fitted to each other.

@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 
 use super::viterbi::LANES;
-use super::{Choice, Matrix, Quantized, step_of};
+use super::{Choice, Matrix, Quantized, finest, step_of};
 use crate::coding::Trellis;
 use crate::coding::context::log2;
 use crate::error::{Error, Result};
@@ -15,10 +15,10 @@ const CLOSE: f64 = 0.0015;
 /// The most steps that a search tries.
 const TRIES: usize = 10;
 /// Logarithm of the number of states.
-const LOG_STATES: u8 = 5;
+pub(super) const LOG_STATES: u8 = 5;
 
 /// `2^x`, by a series in a fixed order.
-fn exp2(x: f64) -> f64 {
+pub(crate) fn exp2(x: f64) -> f64 {
     let whole = x.floor();
     let y = (x - whole) * std::f64::consts::LN_2;
     let (mut term, mut sum) = (1.0, 1.0);
@@ -53,12 +53,14 @@ pub fn quantize(
     importance: Option<&[f32]>,
 ) -> Result<Quantized> {
     let matrix = Matrix::new(weights, rows, cols, importance);
-    let chosen = aim(&matrix, target_bits, Choice::of(Trellis::new(LOG_STATES)))?;
-    // Levels without a trellis reach twice as far at equal bits: that can pay where rows needed steps of their own.
+    let mut chosen = aim(&matrix, target_bits, Choice::of(Trellis::new(LOG_STATES)))?;
+    // Levels without a trellis reach twice as far at equal bits: that can pay where rows needed steps of their own. And where
+    // bits are left over, every row can have the scale of its own least error.
     if chosen.stretched > 0 {
-        let plain = aim(&matrix, target_bits, Choice::of(None))?;
-        if plain.weighted_error < chosen.weighted_error {
-            return Ok(plain);
+        for other in [aim(&matrix, target_bits, Choice::of(None))?, finest(&matrix)?] {
+            if other.bits_per_weight() <= target_bits && other.weighted_error < chosen.weighted_error {
+                chosen = other;
+            }
         }
     }
     Ok(chosen)
