@@ -313,8 +313,8 @@ impl Grouped {
 
     /// Bytes of the scale of one row, where there is one beside the scales of groups.
     #[must_use]
-    pub const fn row_scale_stride(&self) -> usize {
-        if self.bank().is_some() { self.scale.size() } else { 0 }
+    pub const fn row_scale_stride(&self, cols: usize) -> usize {
+        if self.bank().is_some() && cols > 0 { self.scale.size() } else { 0 }
     }
 
     /// Bytes of one row of zero points.
@@ -386,7 +386,7 @@ impl Layout {
             (Self::Grouped(g), Plane::Codes) => g.code_stride(cols),
             (Self::Grouped(g), Plane::HighCodes) => g.high_code_stride(cols),
             (Self::Grouped(g), Plane::Scales) => g.scale_stride(cols),
-            (Self::Grouped(g), Plane::RowScales) => g.row_scale_stride(),
+            (Self::Grouped(g), Plane::RowScales) => g.row_scale_stride(cols),
             (Self::Grouped(g), Plane::Offsets) => g.groups(cols) * g.offset.expect("checked by planes()").size(),
             (Self::Grouped(g), Plane::ZeroPoints) => g.zero_point_stride(cols),
             _ => panic!("{self:?} has no plane {plane:?}"),

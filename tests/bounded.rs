@@ -83,13 +83,13 @@ fn a_checkpoint_larger_than_the_address_space_is_compressed_and_decompressed() {
     let folder = Folder::new();
     write_checkpoint(&folder.path("m.safetensors"));
     for (name, options) in [("map", ""), ("read", " --no-mmap")] {
-        run(&folder, &format!("compress m.safetensors -o {name}.tenpak{options}"), Some(CAP_KIB));
+        run(&folder, &format!("compress m.safetensors --codec int4_g32_fp16_v1 -o {name}.tenpak{options}"), Some(CAP_KIB));
     }
-    run(&folder, "compress m.safetensors -o free.tenpak", None);
+    run(&folder, "compress m.safetensors --codec int4_g32_fp16_v1 -o free.tenpak", None);
     for capped in ["map.tenpak", "read.tenpak"] {
         assert!(same(&folder.path(capped), &folder.path("free.tenpak")), "{capped}");
     }
-    run(&folder, "compress m.safetensors -o directory", Some(CAP_KIB));
+    run(&folder, "compress m.safetensors --codec int4_g32_fp16_v1 -o directory", Some(CAP_KIB));
     run(&folder, "export directory --to tenpak -o back.tenpak", Some(CAP_KIB));
     assert!(same(&folder.path("back.tenpak"), &folder.path("free.tenpak")));
     for used in ["back.tenpak", "free.tenpak"] {

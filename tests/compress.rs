@@ -123,8 +123,9 @@ fn scales_that_leave_their_type_give_the_wider_twin_and_nothing_becomes_infinite
 
 #[test]
 fn a_group_of_one_repeated_weight_decodes_exactly() {
-    // Numbers of F16, so that every codec can store them; one of each size and sign in groups of its own.
-    for codec in lossy() {
+    // Numbers of F16, so that every codec can store them; one of each size and sign in groups of its own. Levels of banks
+    // are few products of integers, and one of them is nearest.
+    for codec in lossy().filter(|codec| codec.grouped().unwrap().bank().is_none()) {
         for value in [1.0, -1.0, 0.5, -0.09375, 1024.0, -65504.0, 6.103_515_6e-5] {
             let (report, decoded) = round_trip(codec, &[2, 300], &[value; 600]);
             assert_eq!(bits(&decoded), bits(&[value; 600]), "{} of {value}", codec.id);
@@ -154,7 +155,9 @@ fn zeros_of_either_sign_decode_to_zero_beside_any_neighbours() {
 #[test]
 fn a_ragged_last_group_is_fitted_to_its_own_weights() {
     let mut random = Random(4);
-    for codec in lossy().filter(|codec| codec.grouped().unwrap().group() > 0) {
+    // Scales of banks are multiples of the row's.
+    let of_groups = |codec: &&Codec| codec.grouped().is_ok_and(|g| g.group() > 0 && g.bank().is_none());
+    for codec in lossy().filter(|codec| of_groups(codec)) {
         let layout = codec.grouped().unwrap();
         let cols = layout.group() + 3;
         let mut weights: Vec<f32> = (0..cols).map(|_| random.weight() * 1000.0).collect();

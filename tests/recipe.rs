@@ -353,7 +353,8 @@ fn a_bad_recipe_is_refused_by_naming_the_key_and_the_remedy() {
     assert_eq!(refusal("all = true"), "recipe key 'codec' is missing, set it to a codec id such as 'int4_g16_fp16_v1'");
     assert_eq!(
         with("codecs = 1"),
-        "unknown recipe key 'codecs', expected one of codec, target_bits, all, include, exclude, roles, rule, fit, outliers"
+        "unknown recipe key 'codecs', expected one of codec, target_bits, allocate, max_loss, all, include, exclude, roles, \
+         rule, fit, outliers"
     );
     assert!(with("outliers = 1").contains("'outliers' is of type integer"));
     assert!(with("outliers = 0.5").contains("a share of 0.5 outliers, expected above 0 and at most 0.1"));

@@ -86,7 +86,7 @@ impl Strides {
             high_codes: layout.high_code_stride(cols),
             scales: layout.scale_stride(cols),
             addends,
-            row_scales: layout.row_scale_stride(),
+            row_scales: layout.row_scale_stride(cols),
         }
     }
 }

@@ -219,7 +219,7 @@ class Codec:
             case "scales":
                 return groups * ELEMENT_BYTES[self.scale]
             case "row_scales":
-                return 4
+                return 4 if cols else 0
             case "offsets":
                 return groups * ELEMENT_BYTES[self.offset or self.scale]
             case "zero_points":

@@ -312,7 +312,18 @@ fn finest(matrix: &Matrix<'_>) -> Result<Quantized> {
     let scales_stream = coding::encode_scales(&scales);
     let step = scales.iter().copied().fold(f32::INFINITY, f32::min);
     let (choice, stretched) = (Choice { trellis: None, lambda: 0.0 }, matrix.rows);
-    Ok(Quantized { codes, scales, stretched, stream, scales_stream, squared_error, weighted_error, step, choice })
+    Ok(Quantized {
+        codes,
+        scales,
+        column_scales: None,
+        stretched,
+        stream,
+        scales_stream,
+        squared_error,
+        weighted_error,
+        step,
+        choice,
+    })
 }
 
 /// How often model and codes are fitted to each other.
