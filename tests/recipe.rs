@@ -350,7 +350,7 @@ fn a_bad_recipe_is_refused_by_naming_the_key_and_the_remedy() {
     assert_eq!(refusal("all = true"), "recipe key 'codec' is missing, set it to a codec id such as 'int4_g16_fp16_v1'");
     assert_eq!(
         with("codecs = 1"),
-        "unknown recipe key 'codecs', expected one of codec, target_bits, all, include, exclude, roles, rule, fit"
+        "unknown recipe key 'codecs', expected one of codec, target_bits, allocate, max_loss, all, include, exclude, roles, rule, fit"
     );
     assert_eq!(with("all = 1"), "recipe key 'all' is of type integer, expected true or false");
     assert_eq!(with("exclude = \"*\""), "recipe key 'exclude' is of type string, expected an array of patterns");
