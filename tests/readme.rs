@@ -71,6 +71,15 @@ fn the_size_that_is_asked_for_is_shown_as_it_is_printed() {
 }
 
 #[test]
+fn the_plan_is_the_one_that_is_printed() {
+    let shown = block("<!-- plan -->");
+    let printed = tenpak(&["plan", "tests/data/tiny-books"]);
+    // Only the time differs from run to run.
+    let figures = |text: &str| text.lines().filter(|line| !line.ends_with(" s")).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(figures(shown)[1..], figures(printed.trim_end()), "copy what `tenpak plan` prints into README.md");
+}
+
+#[test]
 fn the_directory_of_the_tour_has_the_files_that_export_writes() {
     let dir = tempfile::tempdir().unwrap();
     let [file, form] = ["tiny.tenpak", "tiny-hf"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());

@@ -49,7 +49,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Compress(compress::Arguments),
+    Compress(Box<compress::Arguments>),
     Decompress(decompress::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),

@@ -22,7 +22,7 @@ const RATES: [u32; 12] = [2500, 3000, 3500, 4000, 4250, 4500, 5000, 5500, 6000, 
 /// Predict sizes and losses of a checkpoint at many rates and in every codec, and write nothing
 ///
 /// Matrices are sampled, so figures of loss are predictions; sizes are those that `compress` gives: exact for codecs of a
-/// fixed size, and for ecu_v1 what is asked for, which it reaches from below.
+/// fixed size, and for ecu_v1 what is asked for, which it reaches from below as far as 8-bit codes can use it.
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     #[command(flatten)]

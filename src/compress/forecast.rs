@@ -1,7 +1,7 @@
 //! What a model will take and lose, before anything is written: from headers and a sample of the rows of each matrix.
 //!
-//! Sizes of codecs of a fixed size are exact, those at a rate are what is asked for, which streams reach from below within a
-//! few thousandths. Losses are those of the samples; see [`Curve`].
+//! Sizes of codecs of a fixed size are exact; those at a rate are what is asked for, which streams reach from below within a
+//! few thousandths, as far as 8-bit codes can use it. Losses are those of the samples; see [`Curve`].
 
 use rayon::prelude::*;
 
@@ -120,7 +120,14 @@ pub fn frontier(
     let allocation = Allocation::of(source, &curves, &planned, options);
     let at = |rate: Rate| {
         let recipe = options.recipe.clone().target_bits(rate);
-        let rates = allocation.as_ref().map_or(Vec::new(), |allocation| allocation.rates(rate));
+        let rates = match &allocation {
+            Some(allocation) => allocation.rates(rate),
+            // Codes that have come to their ends take no more bits.
+            None => curves
+                .iter()
+                .map(|curve| curve.as_ref().and_then(|curve| curve.most_rate()).map(|most| rate.min(most)))
+                .collect(),
+        };
         Settled { options: Options { recipe, ..options.clone() }, rates }
     };
     let mut points = Vec::new();

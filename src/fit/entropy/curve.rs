@@ -9,6 +9,7 @@ use super::{Choice, Matrix, Quantized, finest, step_of};
 use crate::coding::context::log2;
 use crate::coding::{Trellis, head};
 use crate::error::Result;
+use crate::fit::Rate;
 
 /// Weights of a sample, about.
 pub const SAMPLE: usize = 1 << 16;
@@ -85,6 +86,12 @@ impl Curve {
     #[must_use]
     pub fn most_bits(&self) -> f64 {
         self.points.last().map_or(0.0, |(bits, _)| *bits)
+    }
+
+    /// The same as a rate, where it is one.
+    #[must_use]
+    pub fn most_rate(&self) -> Option<Rate> {
+        Rate::from_bits(self.most_bits().min(Rate::MOST.bits())).ok()
     }
 
     /// Squared error at a number of bits per weight.
