@@ -83,7 +83,11 @@ fn a_checkpoint_larger_than_the_address_space_is_compressed_and_decompressed() {
     let folder = Folder::new();
     write_checkpoint(&folder.path("m.safetensors"));
     for (name, options) in [("map", ""), ("read", " --no-mmap")] {
-        run(&folder, &format!("compress m.safetensors --codec int4_g32_fp16_v1 -o {name}.tenpak{options}"), Some(CAP_KIB));
+        run(
+            &folder,
+            &format!("compress m.safetensors --codec int4_g32_fp16_v1 -o {name}.tenpak{options}"),
+            Some(CAP_KIB),
+        );
     }
     run(&folder, "compress m.safetensors --codec int4_g32_fp16_v1 -o free.tenpak", None);
     for capped in ["map.tenpak", "read.tenpak"] {

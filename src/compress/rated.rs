@@ -223,13 +223,7 @@ fn padded(codes: Vec<u8>, stride: usize, cols: usize) -> Result<Vec<u8>> {
 }
 
 /// How far the decoded weights are from the original ones.
-fn distance(
-    layout: &Grouped,
-    weights: &[f32],
-    cols: usize,
-    planes: [&[u8]; 2],
-    extra: &[Vec<u8>],
-) -> Result<Distance> {
+fn distance(layout: &Grouped, weights: &[f32], cols: usize, planes: [&[u8]; 2], extra: &[Vec<u8>]) -> Result<Distance> {
     let extra: Vec<&[u8]> = extra.iter().map(Vec::as_slice).collect();
     // Column scales are those of any row.
     let extra = ExtraPlanes::new(&extra, weights.len() / cols, cols)?;
