@@ -1,6 +1,8 @@
 //! Promises of outliers and of column scales from activations: held against brute force, against rounding to nearest, and
 //! from a checkpoint to its artifact.
 
+#![expect(clippy::cast_possible_truncation, reason = "weights are singles")]
+
 mod support;
 
 use std::collections::HashSet;

@@ -140,14 +140,14 @@ fn rounds<V: Vector, const VECTORS: usize>(slots: &[u32], progress: &mut Bytes<'
     assert!(VECTORS * V::WIDTH == LANES && tables << LOG_TOTAL == slots.len(), "lanes and tables do not match");
     assert!(tables > 0 && V::WIDTH.is_multiple_of(tables), "elements do not fill a vector");
     let mut first = [0u32; 16];
-    for (lane, first) in first.iter_mut().enumerate() {
-        *first = ((lane % tables) << LOG_TOTAL) as u32;
+    for (table, first) in (0..tables).cycle().zip(&mut first) {
+        *first = u32::try_from(table << LOG_TOTAL).expect("at most 8 tables");
     }
     let first = V::load(&first[..V::WIDTH]);
     let low_slot = V::splat((1 << LOG_TOTAL) - 1);
     let mut state = [V::splat(0); VECTORS];
-    for v in 0..VECTORS {
-        state[v] = V::load(&progress.states[v * V::WIDTH..]);
+    for (state, from) in state.iter_mut().zip(progress.states.chunks_exact(V::WIDTH)) {
+        *state = V::load(from);
     }
     let mut words = progress.words;
     let mut done = 0;
@@ -170,8 +170,8 @@ fn rounds<V: Vector, const VECTORS: usize>(slots: &[u32], progress: &mut Bytes<'
         words = &words[2 * at..];
         done += LANES;
     }
-    for v in 0..VECTORS {
-        state[v].store(&mut progress.states[v * V::WIDTH..]);
+    for (state, to) in state.iter().zip(progress.states.chunks_exact_mut(V::WIDTH)) {
+        state.store(to);
     }
     progress.words = words;
     done

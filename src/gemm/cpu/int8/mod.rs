@@ -8,7 +8,7 @@
 //! Few rows of activations are multiplied lane by lane as codes are stored (`few`), many after unpacking (`many`).
 //! A number that is not finite makes the scale of its block NaN, and so every result of its row.
 //!
-//! Levels of a bank are bytes, and multiplied as those of 8-bit codes ([`super::nested`]).
+//! Levels of a bank are bytes, and multiplied as those of 8-bit codes (the module `nested`).
 //!
 //! Levels of a table are no integers: there the product is one in f32 with the rounded activations.
 
