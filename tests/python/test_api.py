@@ -540,7 +540,7 @@ def test_errors_are_of_the_class_that_says_who_acts(tmp_path: Path, artifact: Pa
         (tenpak.CorruptError, lambda: opened(data + b"x")),
         (tenpak.CorruptError, lambda: opened(data[:20] + b"\xff" + data[21:])),
         (tenpak.UnsupportedError, lambda: opened(sealed(8, b"\2"))),
-        (tenpak.UnsupportedError, lambda: opened(sealed(12, b"\4"))),
+        (tenpak.UnsupportedError, lambda: opened(sealed(12, b"\x10"))),
         (tenpak.LimitError, lambda: opened(sealed(16, struct.pack("<Q", 1 << 40)))),
         (tenpak.UnsupportedError, lambda: tenpak.encode(np.ones((1, 8), np.float32), "int3_v9")),
         (tenpak.UnsupportedError, lambda: tenpak.compress(sample_model, out, codec="int3_v9")),
