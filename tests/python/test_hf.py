@@ -102,7 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
     def make(kind: str) -> Made:
         if kind not in kept:
-            kept[kind] = Made(tmp_path_factory.mktemp("made"), kind)
+            kept[kind] = Made(tmp_path_factory.mktemp("made"), kind, codec="int4_g32_fp16_v1")
         return kept[kind]
 
     return make
@@ -210,7 +210,7 @@ def test_a_single_file_loads_as_views_of_itself(kind: str, made: Any) -> None:
 
 
 def test_an_artifact_without_a_config_is_refused(made: Any, tmp_path: Path) -> None:
-    tenpak.compress(made("llama").source / "model.safetensors", tmp_path / "a.tenpak")
+    tenpak.compress(made("llama").source / "model.safetensors", tmp_path / "a.tenpak", codec="int4_g32_fp16_v1")
     with pytest.raises(tenpak.InvalidError, match="carries no config.json"):
         tenpak.from_pretrained(tmp_path / "a.tenpak")
 
@@ -218,7 +218,7 @@ def test_an_artifact_without_a_config_is_refused(made: Any, tmp_path: Path) -> N
 def test_fused_experts_are_stored_and_loaded_as_they_are(made: Any, tmp_path: Path) -> None:
     dense = transformers.AutoModelForCausalLM.from_pretrained(made("mixtral").source)
     dense.save_pretrained(tmp_path / "fused", save_original_format=False)
-    tenpak.compress(tmp_path / "fused", tmp_path / "planes")
+    tenpak.compress(tmp_path / "fused", tmp_path / "planes", codec="int4_g32_fp16_v1")
     assert "model.layers.0.mlp.experts.gate_up_proj" in tenpak.open(tmp_path / "planes")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "planes")
     assert torch.equal(logits(model), logits(made("mixtral").load()))

@@ -236,9 +236,9 @@ def test_tensors_on_a_gpu_are_refused_with_the_remedy() -> None:
 
     there: Any = Elsewhere()
     with pytest.raises(tenpak.UnsupportedError, match=r'on cuda:0; move .* \.to\("cpu"\)'):
-        _ops._linear(there, there, there, there, [there], CODEC, 40, 96, "float32")
+        _ops._linear(there, there, there, there, there, [there], CODEC, 40, 96, "float32")
     with pytest.raises(tenpak.InvalidError, match="one device; move both"):
-        _ops._linear(torch.randn(1, 96), there, there, None, [], CODEC, 40, 96, "float32")
+        _ops._linear(torch.randn(1, 96), there, there, None, None, [], CODEC, 40, 96, "float32")
 
 
 # Gradients and compilers
