@@ -524,7 +524,7 @@ def test_a_chain_of_deltas_materializes_as_the_text_says(
     """The oracle, `tenpak materialize`, and compressing the variant give the same file."""
     source = read_safetensors(sample_model / "model.safetensors")
     base = tmp_path / "base.tenpak"
-    cli("compress", write_safetensors(tmp_path / "v0.safetensors", source), "-o", base)
+    cli("compress", write_safetensors(tmp_path / "v0.safetensors", source), "-o", base, "--codec", "int4_g32_fp16_v1")
     deltas: list[Path] = []
     current = base
     for step in (1, 2):
@@ -540,7 +540,7 @@ def test_a_chain_of_deltas_materializes_as_the_text_says(
         assert current.read_bytes() == whole
         check_artifact(cli, current, source)
         plain = tmp_path / f"p{step}.tenpak"
-        cli("compress", variant, "-o", plain)
+        cli("compress", variant, "-o", plain, "--codec", "int4_g32_fp16_v1")
         assert plain.read_bytes() == whole
     cli("materialize", "--base", base, "--delta", deltas[1], "-o", tmp_path / "x.tenpak", code=2)
     with pytest.raises(oracle.FormatError, match="another base"):
