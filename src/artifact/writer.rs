@@ -113,6 +113,11 @@ impl Writer {
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::Io`].
     pub(crate) fn coded(&self, plain: TensorWriter) -> Result<TensorWriter> {
+        let layout = &plain.entry.codec().layout;
+        if plain.entry.planes().iter().all(|place| place.coding.is_some() || Coding::of(layout, place.plane).is_none())
+        {
+            return Ok(plain);
+        }
         let mut planes = Vec::with_capacity(plain.entry.planes().len());
         for (index, place) in plain.entry.planes().iter().enumerate() {
             let what = || format!("plane {} of tensor '{}'", place.plane.name(), plain.entry.info().name());

@@ -91,24 +91,32 @@ impl Strides {
     }
 }
 
+/// Codes, high codes, scales, addends and scales of rows out of the planes of a layout, in stored order; what it does not
+/// have is empty.
+fn placed<T: Default>(layout: &Grouped, planes: impl Iterator<Item = T>) -> [T; 5] {
+    let mut all = <[T; 5]>::default();
+    for (plane, bytes) in Layout::Grouped(*layout).planes().iter().zip(planes) {
+        let place = match plane {
+            Plane::Codes => 0,
+            Plane::HighCodes => 1,
+            Plane::Scales => 2,
+            Plane::Offsets | Plane::ZeroPoints => 3,
+            Plane::RowScales => 4,
+            Plane::Data | Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues => {
+                unreachable!("no plane of a grouped layout")
+            }
+        };
+        all[place] = bytes;
+    }
+    all
+}
+
 impl<'a> Planes<'a> {
     /// The planes of a layout, in stored order.
     #[must_use]
     pub fn new(layout: &Grouped, planes: &[&'a [u8]]) -> Self {
-        let mut all = Self { codes: &[], high_codes: &[], scales: &[], addends: &[], row_scales: &[] };
-        for (plane, &bytes) in Layout::Grouped(*layout).planes().iter().zip(planes) {
-            match plane {
-                Plane::Codes | Plane::Data => all.codes = bytes,
-                Plane::HighCodes => all.high_codes = bytes,
-                Plane::Scales => all.scales = bytes,
-                Plane::Offsets | Plane::ZeroPoints => all.addends = bytes,
-                Plane::RowScales => all.row_scales = bytes,
-                Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues => {
-                    unreachable!("no plane of a layout")
-                }
-            }
-        }
-        all
+        let [codes, high_codes, scales, addends, row_scales] = placed(layout, planes.iter().copied());
+        Self { codes, high_codes, scales, addends, row_scales }
     }
 
     /// `count` rows of the matrix from `first` on.
@@ -132,21 +140,9 @@ impl<'a> PlanesMut<'a> {
     /// The planes of a layout, in stored order.
     #[must_use]
     pub fn new(layout: &Grouped, planes: &'a mut [Vec<u8>]) -> Self {
-        let mut all =
-            Self { codes: &mut [], high_codes: &mut [], scales: &mut [], addends: &mut [], row_scales: &mut [] };
-        for (plane, bytes) in Layout::Grouped(*layout).planes().iter().zip(planes) {
-            match plane {
-                Plane::Codes | Plane::Data => all.codes = bytes,
-                Plane::HighCodes => all.high_codes = bytes,
-                Plane::Scales => all.scales = bytes,
-                Plane::Offsets | Plane::ZeroPoints => all.addends = bytes,
-                Plane::RowScales => all.row_scales = bytes,
-                Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues => {
-                    unreachable!("no plane of a layout")
-                }
-            }
-        }
-        all
+        let planes = planes.iter_mut().map(Vec::as_mut_slice);
+        let [codes, high_codes, scales, addends, row_scales] = placed(layout, planes);
+        Self { codes, high_codes, scales, addends, row_scales }
     }
 
     fn split(self, strides: &Strides, rows: usize) -> (Self, Self) {

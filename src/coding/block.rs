@@ -28,6 +28,29 @@ pub(crate) fn slots(tables: &[Table]) -> Vec<u32> {
     slots
 }
 
+/// Puts a symbol into a state, given its frequency and start in 16 bits each; a word leaves where there is no room.
+#[inline(always)]
+pub(super) fn put(state: &mut u32, part: u32, words: &mut Vec<u16>) {
+    let (freq, start) = (part >> 16, part & 0xFFFF);
+    if *state >> (32 - LOG_TOTAL) >= freq {
+        words.push((*state & 0xFFFF) as u16);
+        *state >>= 16;
+    }
+    *state = ((*state / freq) << LOG_TOTAL) + *state % freq + start;
+}
+
+/// Takes the symbol of a slot out of a state again; returns whether there was a word where one is needed.
+#[inline(always)]
+pub(super) fn take(state: &mut u32, slot: u32, words: &mut &[u8]) -> bool {
+    *state = (slot >> 20) * (*state >> LOG_TOTAL) + (slot >> 8 & (TOTAL - 1));
+    if *state < LOW {
+        let Some((word, rest)) = words.split_first_chunk::<2>() else { return false };
+        *state = *state << 16 | u32::from(u16::from_le_bytes(*word));
+        *words = rest;
+    }
+    true
+}
+
 /// A coded block.
 #[derive(Debug)]
 pub(crate) struct Coded {
@@ -109,12 +132,7 @@ pub(crate) fn encode(
         escaped.push(escaped_here);
         for parts in parts.chunks_exact(lanes).rev() {
             for (state, part) in states[..here].iter_mut().zip(&parts[..here]).rev() {
-                let (freq, start) = (part >> 16, part & 0xFFFF);
-                if *state >> (32 - LOG_TOTAL) >= freq {
-                    words.push((*state & 0xFFFF) as u16);
-                    *state >>= 16;
-                }
-                *state = ((*state / freq) << LOG_TOTAL) + *state % freq + start;
+                put(state, *part, &mut words);
             }
         }
     }
@@ -165,11 +183,8 @@ pub(crate) fn decode_set(rows: &Rows<'_>, from: usize, progress: &mut Progress<'
             let state = &mut progress.states[lane];
             let slot = rows.slots[table << LOG_TOTAL | (*state & (TOTAL - 1)) as usize];
             let code = (slot & 0xFF) as u8;
-            *state = (slot >> 20) * (*state >> LOG_TOTAL) + (slot >> 8 & (TOTAL - 1));
-            if *state < LOW {
-                let Some((word, rest)) = progress.words.split_first_chunk::<2>() else { return false };
-                *state = *state << 16 | u32::from(u16::from_le_bytes(*word));
-                progress.words = rest;
+            if !take(state, slot, &mut progress.words) {
+                return false;
             }
             out[lane * rows.cols + col] = code;
             if let Some(trellis) = contexts.model.trellis {

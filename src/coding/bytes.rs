@@ -10,9 +10,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::block::LOW;
+use super::block::{LOW, put, slots, take};
 use super::head::LANES;
-use super::table::{LOG_TOTAL, TOTAL};
+use super::table::{LOG_TOTAL, TOTAL, Table};
 use crate::error::{Error, Result};
 
 /// A block has about as many bytes.
@@ -27,91 +27,78 @@ fn rows_per_block(row: usize) -> usize {
     (BLOCK / row.max(1)).max(1)
 }
 
-/// How often each byte is expected, in parts of [`TOTAL`]; at least two of them are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Frequencies([u16; 256]);
-
-impl Frequencies {
-    /// Those nearest to the counts: every byte that occurs gets a part, and what rounding leaves goes to the largest
-    /// remainders.
-    fn of(counts: &[u64; 256]) -> Self {
-        let mut counts = *counts;
-        for byte in 0..=255 {
-            // One more, never seen, keeps every frequency below the total.
-            if counts.iter().filter(|&&count| count > 0).count() < 2 && counts[byte] == 0 {
-                counts[byte] = 1;
+/// The frequencies nearest to the counts: every byte that occurs gets a part, at least two do, and what rounding leaves
+/// goes to the largest remainders.
+fn frequencies(counts: &[u64; 256]) -> Table {
+    let mut counts = *counts;
+    for byte in 0..=255 {
+        // One more, never seen, keeps every frequency below the total.
+        if counts.iter().filter(|&&count| count > 0).count() < 2 && counts[byte] == 0 {
+            counts[byte] = 1;
+        }
+    }
+    let total: u64 = counts.iter().sum();
+    let mut freq = [0u16; 256];
+    let mut order: Vec<usize> = (0..256).filter(|&byte| counts[byte] > 0).collect();
+    for &byte in &order {
+        freq[byte] = ((u128::from(counts[byte]) * u128::from(TOTAL) / u128::from(total)) as u16).max(1);
+    }
+    let remainder = |byte: usize| (u128::from(counts[byte]) * u128::from(TOTAL) % u128::from(total)) as u64;
+    order.sort_by_key(|&byte| (std::cmp::Reverse(remainder(byte)), byte));
+    let mut sum: u32 = freq.iter().map(|&f| u32::from(f)).sum();
+    for &byte in order.iter().cycle() {
+        match sum.cmp(&TOTAL) {
+            std::cmp::Ordering::Less => (freq[byte], sum) = (freq[byte] + 1, sum + 1),
+            std::cmp::Ordering::Equal => break,
+            std::cmp::Ordering::Greater => {
+                let most = (0..256).max_by_key(|&byte| (freq[byte], byte)).unwrap_or_default();
+                (freq[most], sum) = (freq[most] - 1, sum - 1);
             }
         }
-        let total: u64 = counts.iter().sum();
-        let mut freq = [0u16; 256];
-        let mut order: Vec<usize> = (0..256).filter(|&byte| counts[byte] > 0).collect();
-        for &byte in &order {
-            freq[byte] = ((u128::from(counts[byte]) * u128::from(TOTAL) / u128::from(total)) as u16).max(1);
-        }
-        let remainder = |byte: usize| (u128::from(counts[byte]) * u128::from(TOTAL) % u128::from(total)) as u64;
-        order.sort_by_key(|&byte| (std::cmp::Reverse(remainder(byte)), byte));
-        let mut sum: u32 = freq.iter().map(|&f| u32::from(f)).sum();
-        for &byte in order.iter().cycle() {
-            match sum.cmp(&TOTAL) {
-                std::cmp::Ordering::Less => (freq[byte], sum) = (freq[byte] + 1, sum + 1),
-                std::cmp::Ordering::Equal => break,
-                std::cmp::Ordering::Greater => {
-                    let most = (0..256).max_by_key(|&byte| (freq[byte], byte)).unwrap_or_default();
-                    (freq[most], sum) = (freq[most] - 1, sum - 1);
-                }
-            }
-        }
-        Self(freq)
     }
+    table(freq)
+}
 
-    fn write(&self, out: &mut Vec<u8>) {
-        let mut present = [0u8; PRESENT];
-        for byte in (0..256).filter(|&byte| self.0[byte] != 0) {
-            present[byte / 8] |= 1 << (byte % 8);
-        }
-        out.extend(present);
-        out.extend(self.0.iter().filter(|&&freq| freq != 0).flat_map(|freq| freq.to_le_bytes()));
-    }
+/// The table of these frequencies, whose sum is [`TOTAL`].
+fn table(freq: [u16; 256]) -> Table {
+    let mut before = 0;
+    let start = freq.map(|freq| {
+        let start = before;
+        before += freq;
+        start
+    });
+    Table { freq, start }
+}
 
-    /// The table at `at`, and where it ends.
-    fn read(bytes: &[u8], at: usize) -> Result<(Self, usize)> {
-        let short = || Error::corrupt(bytes.len() as u64, "the tables are cut off");
-        let (present, rest) = bytes.get(at..).and_then(|rest| rest.split_first_chunk::<PRESENT>()).ok_or_else(short)?;
-        let mut freq = [0u16; 256];
-        let mut numbers = rest.as_chunks::<2>().0.iter();
-        let mut count = 0;
-        for byte in (0..256).filter(|&byte| present[byte / 8] >> (byte % 8) & 1 == 1) {
-            freq[byte] = u16::from_le_bytes(*numbers.next().ok_or_else(short)?);
-            count += 1;
-            if freq[byte] == 0 || u32::from(freq[byte]) >= TOTAL {
-                return Err(Error::corrupt(at as u64, format!("frequency {} of byte {byte}", freq[byte])));
-            }
-        }
-        let sum: u32 = freq.iter().map(|&f| u32::from(f)).sum();
-        if sum != TOTAL {
-            return Err(Error::corrupt(at as u64, format!("frequencies that sum to {sum}, expected {TOTAL}")));
-        }
-        Ok((Self(freq), at + PRESENT + 2 * count))
+/// Writes the frequencies of a table.
+fn write(table: &Table, out: &mut Vec<u8>) {
+    let mut present = [0u8; PRESENT];
+    for byte in (0..256).filter(|&byte| table.freq[byte] != 0) {
+        present[byte / 8] |= 1 << (byte % 8);
     }
+    out.extend(present);
+    out.extend(table.freq.iter().filter(|&&freq| freq != 0).flat_map(|freq| freq.to_le_bytes()));
+}
 
-    /// The sum of the frequencies before each byte's.
-    fn starts(&self) -> [u16; 256] {
-        let mut before = 0;
-        self.0.map(|freq| {
-            let start = before;
-            before += freq;
-            start
-        })
+/// The table at `at`, and where it ends.
+fn read(bytes: &[u8], at: usize) -> Result<(Table, usize)> {
+    let short = || Error::corrupt(bytes.len() as u64, "the tables are cut off");
+    let (present, rest) = bytes.get(at..).and_then(|rest| rest.split_first_chunk::<PRESENT>()).ok_or_else(short)?;
+    let mut freq = [0u16; 256];
+    let mut numbers = rest.as_chunks::<2>().0.iter();
+    let mut count = 0;
+    for byte in (0..256).filter(|&byte| present[byte / 8] >> (byte % 8) & 1 == 1) {
+        freq[byte] = u16::from_le_bytes(*numbers.next().ok_or_else(short)?);
+        count += 1;
+        if freq[byte] == 0 || u32::from(freq[byte]) >= TOTAL {
+            return Err(Error::corrupt(at as u64, format!("frequency {} of byte {byte}", freq[byte])));
+        }
     }
-
-    /// For every slot: frequency, slot minus start, and byte, in 12, 12 and 8 bits.
-    fn slots(&self) -> Vec<u32> {
-        let slot = |byte: usize| (0..self.0[byte]).map(move |i| (byte, i));
-        (0..256)
-            .flat_map(slot)
-            .map(|(byte, i)| u32::from(self.0[byte]) << 20 | u32::from(i) << 8 | byte as u32)
-            .collect()
+    let sum: u32 = freq.iter().map(|&f| u32::from(f)).sum();
+    if sum != TOTAL {
+        return Err(Error::corrupt(at as u64, format!("frequencies that sum to {sum}, expected {TOTAL}")));
     }
+    Ok((table(freq), at + PRESENT + 2 * count))
 }
 
 /// A plane in rows of `row` bytes, elements of `size` bytes, as a stream.
@@ -144,17 +131,12 @@ pub fn encode_bytes(plane: &[u8], row: usize, size: usize) -> Vec<u8> {
                 all
             },
         );
-    let tables: Vec<Frequencies> = counts.iter().map(Frequencies::of).collect();
-    let parts: Vec<[u32; 256]> = tables
-        .iter()
-        .map(|table| {
-            let starts = table.starts();
-            std::array::from_fn(|byte| u32::from(table.0[byte]) << 16 | u32::from(starts[byte]))
-        })
-        .collect();
+    let tables: Vec<Table> = counts.iter().map(frequencies).collect();
+    let part = |table: &Table, byte| u32::from(table.freq[byte]) << 16 | u32::from(table.start[byte]);
+    let parts: Vec<[u32; 256]> = tables.iter().map(|table| std::array::from_fn(|byte| part(table, byte))).collect();
     let blocks: Vec<Vec<u8>> = plane.par_chunks(chunk).map(|block| encode_block(block, &parts)).collect();
     let mut out = vec![size as u8, 0, 0, 0];
-    tables.iter().for_each(|table| table.write(&mut out));
+    tables.iter().for_each(|table| write(table, &mut out));
     for block in &blocks {
         out.extend(((block.len() - 4 * LANES) as u32 / 2).to_le_bytes());
     }
@@ -167,14 +149,7 @@ fn encode_block(block: &[u8], parts: &[[u32; 256]]) -> Vec<u8> {
     let mut states = [LOW; LANES];
     let mut words: Vec<u16> = Vec::with_capacity(block.len() / 2);
     for (i, &byte) in block.iter().enumerate().rev() {
-        let part = parts[i % parts.len()][usize::from(byte)];
-        let (freq, start) = (part >> 16, part & 0xFFFF);
-        let state = &mut states[i % LANES];
-        if *state >> (32 - LOG_TOTAL) >= freq {
-            words.push((*state & 0xFFFF) as u16);
-            *state >>= 16;
-        }
-        *state = ((*state / freq) << LOG_TOTAL) + *state % freq + start;
+        put(&mut states[i % LANES], parts[i % parts.len()][usize::from(byte)], &mut words);
     }
     let mut out = Vec::with_capacity(4 * LANES + 2 * words.len());
     out.extend(states.iter().flat_map(|state| state.to_le_bytes()));
@@ -221,12 +196,13 @@ impl<'a> ByteStream<'a> {
             None => return refuse(bytes.len(), format!("a stream of {} bytes, expected a head", bytes.len())),
         };
         let mut at = FIXED;
-        let mut slots = Vec::new();
+        let mut tables = Vec::with_capacity(size);
         for _ in 0..size {
-            let (table, end) = Frequencies::read(bytes, at)?;
-            slots.extend(table.slots());
+            let (table, end) = read(bytes, at)?;
+            tables.push(table);
             at = end;
         }
+        let slots = slots(&tables);
         let count = rows.div_ceil(rows_per_block(row));
         if (bytes.len() - at) / (4 + 4 * LANES) < count {
             return refuse(bytes.len(), format!("a stream of {} bytes for {count} blocks", bytes.len()));
@@ -310,11 +286,8 @@ pub(super) fn decode(slots: &[u32], progress: &mut Progress<'_>, out: &mut [u8])
         let state = &mut progress.states[i % LANES];
         let slot = slots[(i % tables) << LOG_TOTAL | (*state & (TOTAL - 1)) as usize];
         *out = (slot & 0xFF) as u8;
-        *state = (slot >> 20) * (*state >> LOG_TOTAL) + (slot >> 8 & (TOTAL - 1));
-        if *state < LOW {
-            let Some((word, rest)) = progress.words.split_first_chunk::<2>() else { return false };
-            *state = *state << 16 | u32::from(u16::from_le_bytes(*word));
-            progress.words = rest;
+        if !take(state, slot, &mut progress.words) {
+            return false;
         }
     }
     true

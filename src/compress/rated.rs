@@ -22,6 +22,8 @@ use crate::tensor;
 /// Weights of a matrix, those that were not finite replaced, and how many these were.
 pub(super) struct Loaded {
     pub weights: Vec<f32>,
+    pub rows: usize,
+    pub cols: usize,
     pub repaired: u64,
 }
 
@@ -38,11 +40,8 @@ pub(super) fn encode(
     let tensor = &source.tensors()[index];
     let codec = done.codec;
     let layout = codec.grouped()?;
-    let (rows, cols) = tensor.matrix();
-    let too_large = |_| Error::invalid(format!("tensor '{}' is larger than memory", done.name));
-    let (rows, cols) = (usize::try_from(rows).map_err(too_large)?, usize::try_from(cols).map_err(too_large)?);
     // The second half of the work is quantizing.
-    let Loaded { weights, repaired } = match load(source, index, nonfinite, &mut |bytes| tick(bytes / 2))? {
+    let Loaded { weights, rows, cols, repaired } = match load(source, index, nonfinite, &mut |bytes| tick(bytes / 2))? {
         Ok(loaded) => loaded,
         Err(misfit) => return Ok(Err(misfit)),
     };
@@ -171,8 +170,12 @@ pub(super) fn load(
     let tensor = &source.tensors()[index];
     let dtype = tensor.info().dtype();
     let (rows, cols) = tensor.matrix();
-    let elements =
-        usize::try_from(tensor.info().elements()).map_err(|_| Error::invalid("the tensor is larger than memory"))?;
+    let in_memory = |number: u64| {
+        let name = tensor.info().name();
+        usize::try_from(number).map_err(|_| Error::invalid(format!("tensor '{name}' is larger than memory")))
+    };
+    let (height, width) = (in_memory(rows)?, in_memory(cols)?);
+    let elements = in_memory(tensor.info().elements())?;
     let mut weights = Vec::new();
     if weights.try_reserve_exact(elements).is_err() {
         let what = format!("tensor '{}', which is quantized as a whole", tensor.info().name());
@@ -180,9 +183,8 @@ pub(super) fn load(
     }
     weights.resize(elements, 0.0);
     if elements == 0 {
-        return Ok(Ok(Loaded { weights, repaired: 0 }));
+        return Ok(Ok(Loaded { weights, rows: height, cols: width, repaired: 0 }));
     }
-    let width = usize::try_from(cols).expect("part of what was just allocated");
     let row_bytes = cols * dtype.size();
     let block = (BLOCK_BYTES / row_bytes).max(1);
     let mut first = 0;
@@ -207,7 +209,7 @@ pub(super) fn load(
         }
         make_finite(nonfinite, &mut weights, width);
     }
-    Ok(Ok(Loaded { weights, repaired: count }))
+    Ok(Ok(Loaded { weights, rows: height, cols: width, repaired: count }))
 }
 
 /// Codes in rows of whole words.

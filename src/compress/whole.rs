@@ -30,10 +30,8 @@ pub(super) fn encode(
     let codec = done.codec;
     let layout = codec.grouped()?;
     let too_large = |_| Error::invalid(format!("tensor '{}' is larger than memory", done.name));
-    let (rows, cols) = tensor.matrix();
-    let (rows, cols) = (usize::try_from(rows).map_err(too_large)?, usize::try_from(cols).map_err(too_large)?);
     // The second half of the work is quantizing.
-    let Loaded { weights, repaired } = match load(source, index, nonfinite, &mut |bytes| tick(bytes / 2))? {
+    let Loaded { weights, rows, cols, repaired } = match load(source, index, nonfinite, &mut |bytes| tick(bytes / 2))? {
         Ok(loaded) => loaded,
         Err(misfit) => return Ok(Err(misfit)),
     };
