@@ -60,7 +60,7 @@ fn row(isa: &Isa, plan: &Plan, rounds: usize, codec: &Codec, layout: &Grouped, p
     let count = (plan.rows * plan.cols * parts.len()) as f64;
     for direction in ["encode", "decode"] {
         let (mut copy, mut time) = (f64::INFINITY, f64::INFINITY);
-        let searches = codec.fit == Fit::Search && direction == "encode";
+        let searches = matches!(codec.fit, Fit::Search | Fit::Nested) && direction == "encode";
         let repeats = if searches { 2 } else { plan.repeats };
         for _ in 0..repeats {
             copy = copy.min(best(parts, 1, rounds, |part| {
@@ -90,7 +90,7 @@ fn row(isa: &Isa, plan: &Plan, rounds: usize, codec: &Codec, layout: &Grouped, p
         );
     }
     // The relative squared error of what was just decoded, for the fits that are judged by it.
-    if let (Some(part), Fit::Search | Fit::MinMax) = (parts.first(), codec.fit) {
+    if let (Some(part), Fit::Search | Fit::Nested | Fit::MinMax) = (parts.first(), codec.fit) {
         let power: f64 = part.source.iter().map(|&w| f64::from(w).powi(2)).sum();
         let error: f64 = part.source.iter().zip(&part.out).map(|(&w, &v)| (f64::from(w) - f64::from(v)).powi(2)).sum();
         println!("{:<22} nMSE    {:.3e}", codec.id, error / power);
@@ -114,7 +114,7 @@ fn main() {
     let mebibytes = plan.rows * plan.cols / 262_144;
     println!("{} rows x {} cols of f32 a thread, {mebibytes} MiB; instruction set {:?}", plan.rows, plan.cols, isa);
     println!("codec                  way     threads     GB/s   memcpy   ratio    goal  M weights  met");
-    let rounds = (64 / mebibytes.max(1)).clamp(1, 50);
+    let rounds = if quick { 1 } else { (64 / mebibytes.max(1)).clamp(1, 50) };
     for &threads in plan.threads {
         let weights = weights(plan.rows * plan.cols);
         let mut sources: Vec<(Vec<f32>, Vec<f32>)> =

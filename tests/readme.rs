@@ -94,8 +94,8 @@ fn the_directory_of_the_tour_has_the_files_that_export_writes() {
 #[test]
 fn contributing_lists_the_commands_that_tests_run_runs() {
     let listed = CONTRIBUTING.split("```").nth(3).unwrap().trim();
-    let run =
-        RUN.lines().filter_map(|line| line.strip_prefix("run ")).map(|line| line.strip_prefix("env ").unwrap_or(line));
+    let command = |line: &'static str| line.strip_prefix("run ").or(line.strip_prefix("beside "));
+    let run = RUN.lines().filter_map(command).map(|line| line.strip_prefix("env ").unwrap_or(line));
     let run: Vec<_> = run.map(|line| line.replace("pip install --quiet", "pip install")).collect();
     assert_eq!(listed.lines().collect::<Vec<_>>(), run);
 }
