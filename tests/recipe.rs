@@ -2,6 +2,7 @@
 //! that makes the same choices again.
 
 use proptest::prelude::*;
+use tenpak::fit::Rate;
 use tenpak::recipe::Role::{Attention, Embedding, Head, Linear, Mlp, NotFloat, Other, Router, Small};
 use tenpak::recipe::{Choice, Reason, Recipe, Role};
 use tenpak::{Codec, DType, Error, TensorInfo, codecs};
@@ -345,6 +346,36 @@ codec = "raw_v1"
 "#;
     assert_eq!(recipe.to_toml(), text);
     assert_eq!(Recipe::from_toml(text).unwrap(), recipe);
+}
+
+#[test]
+fn embeddings_and_heads_get_more_bits_of_a_codec_of_any_rate() {
+    let rate = |recipe: &Recipe, name: &str| choose(recipe, name, &[512, 512]).rate.map(Rate::bits);
+    let recipe = Recipe::new(codec("ecu_v1")).target_bits(Rate::from_bits(4.25).unwrap());
+    assert_eq!(rate(&recipe, "model.embed_tokens.weight"), Some(5.25));
+    assert_eq!(rate(&recipe, "lm_head.weight"), Some(5.25));
+    assert_eq!(rate(&recipe, "model.layers.0.mlp.up_proj.weight"), Some(4.25));
+    let most = recipe.clone().target_bits(Rate::MOST);
+    assert_eq!(rate(&most, "lm_head.weight"), Some(8.0));
+    // Said by the recipe's text, and as a role of one's own.
+    let text = recipe.to_toml();
+    assert!(text.contains("head = { codec = \"ecu_v1\", more_bits = 1 }\n"), "{text}");
+    assert_eq!(Recipe::from_toml(&text).unwrap(), recipe);
+    let own = Recipe::from_toml("codec = \"ecu_v1\"\nroles.mlp = { codec = \"ecu_v1\", more_bits = 0.25 }").unwrap();
+    assert_eq!(rate(&own, "model.layers.0.mlp.up_proj.weight"), Some(4.75));
+    // A role without it has the recipe's rate, a rule with a rate has that.
+    let plain = recipe.clone().role(Role::Head, codec("ecu_v1")).unwrap();
+    assert_eq!(rate(&plain, "lm_head.weight"), Some(4.25));
+    let rule =
+        Recipe::from_toml(&format!("{text}\n[[rule]]\nmatch = \"lm_head*\"\ncodec = \"ecu_v1\"\ntarget_bits = 3\n"));
+    assert_eq!(rate(&rule.unwrap(), "lm_head.weight"), Some(3.0));
+
+    let with = |value: &str| refusal(&format!("codec = \"ecu_v1\"\nroles.head = {value}"));
+    assert_eq!(with("{ more_bits = 1 }").split(',').next(), Some("recipe key 'roles.head.codec' is missing"));
+    assert!(with("{ codec = \"int8_sym_v1\", more_bits = 1 }").contains("'roles.head.more_bits' has no effect"));
+    assert!(with("{ codec = \"ecu_v1\", more_bits = -1 }").ends_with("'roles.head.more_bits' is -1, expected 0 to 8"));
+    assert!(with("{ codec = \"ecu_v1\", bits = 1 }").starts_with("unknown recipe key 'roles.head.bits'"));
+    assert!(with("1").contains("'roles.head' is of type integer"));
 }
 
 #[test]

@@ -67,7 +67,7 @@ pub(super) struct Choice {
     /// where no size is asked for]
     #[arg(long, value_name = "ID", conflicts_with = "recipe")]
     codec: Option<String>,
-    /// Bits per weight on disk of the tensors in ecu_v1, such as 4.25; in memory they take 8
+    /// Bits per weight on disk of the tensors in ecu_v1, such as 4.25, embeddings and heads 1 more; in memory they take 8
     #[arg(long, value_name = "BITS")]
     target_bits: Option<Rate>,
     /// Size of the whole output, such as 4GiB or 900MB: the tensors in ecu_v1 get what the rest leaves

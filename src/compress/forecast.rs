@@ -15,7 +15,7 @@ use crate::fit::entropy::{Curve, SAMPLE};
 use crate::fit::{Fit, Rate};
 use crate::layout::Layout;
 use crate::measure::Distance;
-use crate::recipe::Recipe;
+use crate::recipe::{Choice, Recipe};
 use crate::source::Source;
 use crate::tensor;
 
@@ -87,7 +87,8 @@ pub fn frontier(
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Frontier> {
     let planned = reports(source, options, &[])?;
-    if planned.iter().all(|tensor| tensor.rate.is_none()) {
+    let counts: Vec<_> = (0..planned.len()).map(|index| is_matrix(source, index, options)).collect();
+    if !counts.contains(&true) {
         return Err(Error::invalid(
             "no tensor of this checkpoint counts as a linear weight, see tenpak compress --dry-run",
         ));
@@ -100,7 +101,7 @@ pub fn frontier(
     let mut losses = vec![Sums::default(); fixed.len()];
     for (index, planned) in planned.iter().enumerate() {
         let mut curve = None;
-        if let (true, Some(sample)) = (planned.rate.is_some(), sample(source, index)?) {
+        if let (true, Some(sample)) = (counts[index], sample(source, index)?) {
             let share = planned.elements() as f64 / sample.weights.len() as f64;
             let tensor = &source.tensors()[index];
             let loss = |recipe: &Recipe| sample.loss(recipe.choose(tensor.info(), tensor.matrix().1).codec);
@@ -139,11 +140,11 @@ pub fn frontier(
                 sums.add(curve.noise(rate.bits()), curve.power(), gradient(&tensor, options));
             }
         }
-        points.push(point(source, &settled, &planned, (codecs::get(codecs::ANY_RATE)?, Some(rate)), &sums)?);
+        points.push(point(source, &settled, &counts, (codecs::get(codecs::ANY_RATE)?, Some(rate)), &sums)?);
     }
     for ((codec, recipe), sums) in fixed.into_iter().zip(recipes).zip(losses) {
         let settled = Settled { options: Options { recipe, stats: None, ..options.clone() }, rates: Vec::new() };
-        points.push(point(source, &settled, &planned, (codec, None), &sums)?);
+        points.push(point(source, &settled, &counts, (codec, None), &sums)?);
     }
     let expected = |(tensor, curve): (TensorReport, &Option<Curve>)| {
         let (rate, curve) = (tensor.rate?, curve.as_ref()?);
@@ -181,23 +182,32 @@ pub(super) fn curve(source: &Source, index: usize) -> Result<Option<Curve>> {
 
 /// Whether the rate of a tensor is the recipe's to choose.
 pub(super) fn is_open(source: &Source, index: usize, options: &Options) -> bool {
-    let tensor = &source.tensors()[index];
-    let choice = options.recipe.choose(tensor.info(), tensor.matrix().1);
+    let choice = chosen(source, index, options);
     choice.rate.is_some() && options.recipe.is_open(&choice.reason)
 }
 
-/// The sizes of the matrices that have a rate in `counting`.
+/// Whether a tensor has the recipe's rate itself, as matrices do, and embeddings and heads do not.
+fn is_matrix(source: &Source, index: usize, options: &Options) -> bool {
+    let choice = chosen(source, index, options);
+    choice.rate.is_some() && options.recipe.is_common(&choice.reason)
+}
+
+fn chosen(source: &Source, index: usize, options: &Options) -> Choice {
+    let tensor = &source.tensors()[index];
+    options.recipe.choose(tensor.info(), tensor.matrix().1)
+}
+
+/// The sizes of the tensors that count.
 fn point(
     source: &Source,
     settled: &Settled,
-    counting: &[TensorReport],
+    counts: &[bool],
     (codec, rate): (&'static Codec, Option<Rate>),
     sums: &Sums,
 ) -> Result<Point> {
     let report = plan_settled(source, settled)?;
-    let pairs = report.tensors.iter().zip(counting).filter(|(_, counting)| counting.rate.is_some());
     let (mut weights, mut bytes, mut memory_bytes) = (0, 0, 0);
-    for (tensor, _) in pairs {
+    for (tensor, _) in report.tensors.iter().zip(counts).filter(|(_, counts)| **counts) {
         weights += tensor.elements();
         bytes += tensor.stored_bytes;
         memory_bytes += tensor.memory_bytes;

@@ -1,7 +1,7 @@
 //! A size that was asked for, made into the rate that fills it, and a rate into those of the tensors.
 
 use super::allocate::Allocation;
-use super::{Options, TensorReport, planned_header, reports};
+use super::{Options, TensorReport, forecast, planned_header, reports};
 use crate::artifact::header::Header;
 use crate::error::{Error, Result};
 use crate::fit::Rate;
@@ -44,11 +44,7 @@ pub(super) fn settled(source: &Source, options: &Options, bytes: impl Fn(&Header
         let bytes = bytes(&planned_header(source, &settled.options, &tensors)?)?;
         Ok((settled, bytes + coded * SPARE))
     };
-    let open = source.tensors().iter().any(|t| {
-        let choice = options.recipe.choose(t.info(), t.matrix().1);
-        choice.rate.is_some() && options.recipe.is_open(&choice.reason)
-    });
-    if !open {
+    if !(0..source.tensors().len()).any(|index| forecast::is_open(source, index, options)) {
         return Err(Error::invalid(
             "a size is asked for, but no tensor has a codec whose size is open, as ecu_v1 is; choose it for some",
         ));

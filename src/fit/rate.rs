@@ -41,6 +41,12 @@ impl Rate {
         Self::from_thousandths((bits * 1000.0 + 0.5) as u32)
     }
 
+    /// So many thousandths of a bit more, at most [`Rate::MOST`].
+    #[must_use]
+    pub fn plus(self, thousandths: u32) -> Self {
+        Self(self.0.saturating_add(thousandths)).min(Self::MOST)
+    }
+
     /// Thousandths of a bit.
     #[must_use]
     pub fn thousandths(self) -> u32 {

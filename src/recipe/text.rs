@@ -10,7 +10,7 @@
 //! | `fit` | `codec`, `search`, `weighted`, `gptq` or `awq` | `codec` |
 //! | `outliers` | part of the weights of tensors with 4-bit codes that are stored by themselves, such as 0.005 | none |
 //! | `include`, `exclude` | array of patterns | everything, nothing |
-//! | `roles.attention`, `.mlp`, `.linear`, `.router`, `.embedding`, `.head` | id | see [`Recipe::new`] |
+//! | `roles.attention`, `.mlp`, `.linear`, `.router`, `.embedding`, `.head` | id, or a table of `codec` and `more_bits`: bits beyond the recipe's, of a codec that leaves them open | see [`Recipe::new`] |
 //! | `[[rule]]` with `match`, `codec` and, where the codec leaves it open, `target_bits` | pattern, id, bits | no rules |
 //!
 //! What is printed spells out every role, so that it keeps its meaning when a later build has other defaults, and is
@@ -20,7 +20,7 @@ use toml::{Table, Value};
 
 use super::pattern::Pattern;
 use super::role::Role;
-use super::{Recipe, Rule};
+use super::{Assigned, Recipe, Rule};
 use crate::codec::Codec;
 use crate::codecs;
 use crate::error::{Error, Result};
@@ -29,6 +29,7 @@ use crate::fit::{Fit, MaxLoss, Method, Rate};
 
 const KEYS: &[&str] =
     &["codec", "target_bits", "allocate", "max_loss", "all", "include", "exclude", "roles", "rule", "fit", "outliers"];
+const ROLE_KEYS: &[&str] = &["codec", "more_bits"];
 const RULE_KEYS: &[&str] = &["match", "codec", "target_bits"];
 
 impl Recipe {
@@ -67,8 +68,8 @@ impl Recipe {
             let roles = value.as_table().ok_or_else(|| wrong_type("roles", value, "a table"))?;
             for name in roles.keys() {
                 let role: Role = name.parse().map_err(|error| at("roles", error))?;
-                let codec = codec(roles, name, "roles.")?;
-                recipe = recipe.role(role, codec).map_err(|error| at("roles", error))?;
+                let Assigned { codec, more } = assigned(roles, name)?;
+                recipe = recipe.role_with(role, codec, more).map_err(|error| at("roles", error))?;
             }
         }
         recipe.rules = rules(&table)?;
@@ -117,8 +118,12 @@ impl Recipe {
             }
         }
         out += "\n[roles]\n";
-        for (role, codec) in Role::WITH_CODEC.iter().zip(self.roles) {
-            out += &format!("{role} = {}\n", quoted(codec.id));
+        for (role, Assigned { codec, more }) in Role::WITH_CODEC.iter().zip(self.roles) {
+            let codec = quoted(codec.id);
+            out += &match more {
+                0 => format!("{role} = {codec}\n"),
+                _ => format!("{role} = {{ codec = {codec}, more_bits = {} }}\n", f64::from(more) / 1000.0),
+            };
         }
         for rule in &self.rules {
             out += &format!("\n[[rule]]\nmatch = {}\ncodec = {}\n", quoted(rule.pattern.text()), quoted(rule.codec.id));
@@ -128,6 +133,23 @@ impl Recipe {
         }
         out
     }
+}
+
+/// What a role gets: the id of a codec, or a table of it and more bits.
+fn assigned(roles: &Table, name: &str) -> Result<Assigned> {
+    let Some(table) = roles[name].as_table() else { return Ok(Assigned::new(codec(roles, name, "roles.")?)) };
+    let place = format!("roles.{name}.");
+    refuse_unknown(table, ROLE_KEYS, &place)?;
+    let codec = codec(table, "codec", &place)?;
+    let Some(bits) = number(table, "more_bits", &place)? else { return Ok(Assigned::new(codec)) };
+    if codec.fit != Fit::Rate {
+        return Err(no_effect(&format!("{place}more_bits"), codec));
+    }
+    if !(0.0..=8.0).contains(&bits) {
+        return Err(Error::invalid(format!("recipe key '{place}more_bits' is {bits}, expected 0 to 8")));
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 8000, checked above")]
+    Ok(Assigned { codec, more: (bits * 1000.0 + 0.5) as u32 })
 }
 
 /// The rules, in order.
@@ -143,10 +165,7 @@ fn rules(table: &Table) -> Result<Vec<Rule>> {
         let pattern = string(table, "match", &place, "a pattern such as '*.down_proj.weight'")?;
         let (codec, rate) = (codec(table, "codec", &place)?, rate(table, &place)?);
         if rate.is_some() && codec.fit != Fit::Rate {
-            return Err(Error::invalid(format!(
-                "recipe key '{place}target_bits' has no effect: codec {} has a size of its own, use ecu_v1",
-                codec.id
-            )));
+            return Err(no_effect(&format!("{place}target_bits"), codec));
         }
         Ok(Rule { pattern: Pattern::new(pattern).map_err(|error| at(&key, error))?, codec, rate })
     };
@@ -173,12 +192,23 @@ fn codec(table: &Table, key: &str, place: &str) -> Result<&'static Codec> {
 
 /// The rate of a table; none when the key is missing.
 fn rate(table: &Table, place: &str) -> Result<Option<Rate>> {
-    let Some(value) = table.get("target_bits") else { return Ok(None) };
-    let key = format!("{place}target_bits");
+    let key = "target_bits";
+    let rate = |bits| Rate::from_bits(bits).map_err(|error| at(&format!("{place}{key}"), error));
+    number(table, key, place)?.map(rate).transpose()
+}
+
+/// The number of bits under `key`; none when it is missing.
+fn number(table: &Table, key: &str, place: &str) -> Result<Option<f64>> {
+    let Some(value) = table.get(key) else { return Ok(None) };
     #[expect(clippy::cast_precision_loss, reason = "far beyond what is accepted where precision is lost")]
     let bits = value.as_float().or_else(|| value.as_integer().map(|bits| bits as f64));
-    let bits = bits.ok_or_else(|| wrong_type(&key, value, "a number of bits per weight such as 4.25"))?;
-    Rate::from_bits(bits).map(Some).map_err(|error| at(&key, error))
+    bits.map(Some)
+        .ok_or_else(|| wrong_type(&format!("{place}{key}"), value, "a number of bits per weight such as 4.25"))
+}
+
+/// Bits are asked for of a codec that has its own.
+fn no_effect(key: &str, codec: &Codec) -> Error {
+    Error::invalid(format!("recipe key '{key}' has no effect: codec {} has a size of its own, use ecu_v1", codec.id))
 }
 
 /// The string under `key`.
