@@ -20,10 +20,9 @@ use crate::layout::Grouped;
 
 /// Steps of `alpha` from 0 to 1: a power of two, each being a square root.
 const STEPS: u32 = 16;
-/// Multiplications that the choice of `alpha` may take per step; beyond, only some rows are looked at.
-const BUDGET: usize = 1 << 31;
-/// The fewest rows that `alpha` is chosen by, where there are more.
-const LEAST_ROWS: usize = 16;
+/// The fewest rows that `alpha` is chosen by, where there are more: then one in so many as there are steps, so that all steps
+/// together take as long as quantizing the matrix once.
+const LEAST_ROWS: usize = 64;
 /// The least mean of a column relative to that of all: no text shows all that a column will see.
 const FLOOR: f64 = 1e-4;
 /// Rows whose losses are calculated together.
@@ -181,8 +180,7 @@ pub fn choose(matrix: &Matrix<'_>, inputs: &Inputs) -> Result<Chosen, OutOfRange
     if rows == 0 || cols == 0 {
         return Ok(Chosen { column_scales: None, searched: false, loss: 0.0, nearest: 0.0 });
     }
-    let per_row = if inputs.moment.is_some() { cols * cols } else { 100 * cols };
-    let sample = (BUDGET / per_row).max(LEAST_ROWS).min(rows);
+    let sample = (rows / STEPS as usize).max(LEAST_ROWS).min(rows);
     // Evenly spread over the matrix.
     let sampled: Vec<usize> = (0..sample).map(|i| i * rows / sample).collect();
     let mut best: Option<(f64, u32)> = None;
