@@ -84,7 +84,10 @@ def test_compress_and_its_dry_run_print_what_the_schema_says(
     plan = assert_valid(cli.json("compress", sample_model, "--dry-run", "--codec", codec), "compress")
     done = assert_valid(cli.json("compress", sample_model, "-o", path, "--codec", codec), "compress")
     assert plan["dry_run"] and not done["dry_run"] and plan["output"] is None
-    assert plan["file_bytes"] == done["file_bytes"] == path.stat().st_size
+    assert done["file_bytes"] == path.stat().st_size
+    # Streams reach the size that was asked for from below.
+    coded = any("target_bits" in t for t in done["tensors"])
+    assert 0 <= plan["file_bytes"] - done["file_bytes"] <= (0.001 * done["file_bytes"] if coded else 0)
     attached = sum(oracle.align(file["bytes"]) for file in done["attached"])
     assert plan["attached"] == done["attached"] and done["total"]["bytes"] == done["file_bytes"] - attached
     assert not {"identity", "seconds", "loss"} & set(plan)
