@@ -95,8 +95,8 @@ def compress(
         The most nMSE (squared error over squared weights) that the tensors in ``ecu_v1`` may have together, above 0 and
         below 1: the smallest file that keeps it, instead of a size. No other quantized tensor may exceed it either.
     allocate
-        Whether the bits of ``target_bits`` or ``target_size`` are dealt out to tensors by what their errors cost the model:
-        squared gradients, from ``stats`` calibrated with ``fisher=True``. By default where there are any.
+        Whether the bits of ``target_bits`` or ``target_size`` are dealt out to tensors by what their errors cost the
+        model: squared gradients, from ``stats`` calibrated with ``fisher=True``. By default where there are any.
     recipe
         TOML text that says which codec for which tensor, or the name of a recipe, instead of ``codec``.
     roles
