@@ -6,11 +6,10 @@
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
     fill_table(thread);
-    let index = (workgroup.y * workgroups.x + workgroup.x) * 64u + thread;
+    let index = linear(workgroup) * 64u + thread;
     if (index >= call.m * shape.quads) {
         return;
     }

@@ -9,7 +9,6 @@ var<workgroup> partials: array<vec4<f32>, THREADS>;
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) place: u32,
@@ -18,7 +17,7 @@ fn main(
     fill_table(thread);
     let number = subgroup * size + place;
     let pairs = THREADS / LANES;
-    let first = (workgroup.y * workgroups.x + workgroup.x) * pairs;
+    let first = linear(workgroup) * pairs;
     let sums = sums_of(first + number / LANES, number % LANES);
     for (var part = 0u; part < parts(); part++) {
         let sum = subgroupAdd(part_of(sums, part));

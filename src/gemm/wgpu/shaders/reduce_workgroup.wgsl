@@ -5,11 +5,10 @@ var<workgroup> partials: array<vec4<f32>, THREADS>;
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
     fill_table(thread);
-    let pair = (workgroup.y * workgroups.x + workgroup.x) * (THREADS / LANES) + thread / LANES;
+    let pair = linear(workgroup) * (THREADS / LANES) + thread / LANES;
     let lane = thread % LANES;
     let sums = sums_of(pair, lane);
     for (var part = 0u; part < parts(); part++) {

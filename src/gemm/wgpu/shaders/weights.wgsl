@@ -21,6 +21,9 @@ const ZERO_POINT: u32 = 2u;
 const TABLE: u32 = 3u;
 const BANK: u32 = 4u;
 
+// Workgroups of a dispatch along one dimension, at most.
+const WIDTH: u32 = 65535u;
+
 // Consecutive rows of a matrix.
 struct Shape {
     rows: u32,
@@ -55,6 +58,11 @@ struct Call {
 
 // Levels of a table or a bank, where every thread finds them fast.
 var<workgroup> table: array<f32, 64>;
+
+// The number of a workgroup that is dispatched in as many rows of WIDTH as are needed.
+fn linear(workgroup: vec3<u32>) -> u32 {
+    return workgroup.y * WIDTH + workgroup.x;
+}
 
 // Fills the table; every thread of the workgroup must come here, at least 64 of them.
 fn fill_table(thread: u32) {
