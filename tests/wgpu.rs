@@ -62,7 +62,9 @@ impl Expected {
                 // Subnormal numbers may count as zero, wherever they come up.
                 let lost = k * f64::from(f32::MIN_POSITIVE) * (1.0 + scale + greatest);
                 let halves = match act {
-                    Act::F16 => magnitude / 1024.0 + x.iter().map(|x| f64::from(x.abs())).sum::<f64>() / f64::from(1 << 24),
+                    Act::F16 => {
+                        magnitude / 1024.0 + x.iter().map(|x| f64::from(x.abs())).sum::<f64>() / f64::from(1 << 24)
+                    }
                     _ => 0.0,
                 };
                 bounds.push((k + 4.0) * f64::from(f32::EPSILON) * magnitude + halves + lost);
@@ -316,7 +318,10 @@ fn column_scales_and_outliers_are_applied_in_products_and_in_decoding() {
                 let got = product(&matrix, weights.rows(), &x[..m * weights.cols()], m, Act::F32);
                 for ((got, want), bound) in got.iter().zip(&results).zip(&bounds) {
                     let off = (f64::from(*got) - f64::from(*want)).abs();
-                    assert!(off <= *bound, "{codec}, scales {scaled}, outliers {outliers}: {got} is not {want} ± {bound:e}");
+                    assert!(
+                        off <= *bound,
+                        "{codec}, scales {scaled}, outliers {outliers}: {got} is not {want} ± {bound:e}"
+                    );
                 }
             }
             assert_eq!(bits(&decoded(by_subgroups(), &weights)), bits(&encoded.decode()), "{codec}");
@@ -416,17 +421,16 @@ fn run<T>(future: impl Future<Output = T>) -> T {
 #[test]
 fn products_of_a_batch_are_those_of_single_calls_waited_for_and_awaited() {
     let mut stream = Stream(seed());
-    let owned: Vec<_> = layouts().into_iter().map(|layout| Owned::new(layout, 70, 100, &mut stream, ordinary)).collect();
+    let owned: Vec<_> =
+        layouts().into_iter().map(|layout| Owned::new(layout, 70, 100, &mut stream, ordinary)).collect();
     let empty = Owned::new(layouts()[0], 0, 8, &mut stream, ordinary);
     let extras = with_extras("int4_g32_fp16_v1", true, true, &mut stream);
     let device = by_subgroups();
     let all = owned.iter().chain([&empty]).map(Owned::weights).chain([Weights::from(&extras)]);
     let matrices: Vec<_> = all.map(|weights| device.upload(&weights).unwrap()).collect();
     let ms = [1, 3, 40];
-    let inputs: Vec<Vec<Vec<f32>>> = matrices
-        .iter()
-        .map(|matrix| ms.map(|m| random(m * matrix.weights().cols(), &mut stream)).into())
-        .collect();
+    let inputs: Vec<Vec<Vec<f32>>> =
+        matrices.iter().map(|matrix| ms.map(|m| random(m * matrix.weights().cols(), &mut stream)).into()).collect();
     let mut want = Vec::new();
     for (matrix, inputs) in matrices.iter().zip(&inputs) {
         want.extend(ms.iter().zip(inputs).map(|(&m, x)| product(matrix, matrix.weights().rows(), x, m, Act::F32)));
@@ -529,7 +533,7 @@ fn a_lost_device_is_an_error_and_the_next_call_works() {
             0 => device.lose_device(),
             1 => {
                 device.lose_device();
-                lost(batch.submit().and_then(|pending| run(pending)).map(drop));
+                lost(batch.submit().and_then(run).map(drop));
             }
             _ => {
                 // What was submitted before comes to its end, one way or the other.

@@ -109,7 +109,8 @@ pub(super) fn choose(index: Option<usize>) -> Result<(wgpu::Adapter, Adapter)> {
         None => (0..found.len()).rev().max_by_key(|&i| found[i].0.rank()).unwrap_or(0),
         Some(index) if index < found.len() => index,
         Some(index) => {
-            let names: Vec<_> = found.iter().map(|(a, _)| format!("wgpu:{} ({}, {})", a.index, a.name, a.backend)).collect();
+            let names: Vec<_> =
+                found.iter().map(|(a, _)| format!("wgpu:{} ({}, {})", a.index, a.name, a.backend)).collect();
             return Err(not_found(format!("there is no device wgpu:{index}, expected {}", names.join(" or "))));
         }
     };

@@ -55,7 +55,8 @@ impl Device {
             (options.subgroups, Features::SUBGROUP),
             (options.pipelines.is_some(), Features::PIPELINE_CACHE),
         ];
-        let wanted = wanted.into_iter().filter(|(wanted, _)| *wanted).fold(Features::empty(), |all, (_, one)| all | one);
+        let wanted =
+            wanted.into_iter().filter(|(wanted, _)| *wanted).fold(Features::empty(), |all, (_, one)| all | one);
         let features = adapter.features() & wanted;
         let name = described.name.clone();
         let opened = block_on(adapter.request_device(&DeviceDescriptor {

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use wgpu::{
-    BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry, BindingType, BufferBindingType,
-    ComputePipeline, ComputePipelineDescriptor, PipelineCompilationOptions, PipelineLayout, PipelineLayoutDescriptor,
-    ShaderModule, ShaderModuleDescriptor, ShaderSource, ShaderStages,
+    BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry, BindingType, BufferBindingType, ComputePipeline,
+    ComputePipelineDescriptor, PipelineCompilationOptions, PipelineLayout, PipelineLayoutDescriptor, ShaderModule,
+    ShaderModuleDescriptor, ShaderSource, ShaderStages,
 };
 
 use super::adapter::WORKGROUPS;
@@ -132,7 +132,13 @@ impl Kernels {
     ///
     /// # Errors
     /// [`crate::Error::Device`] when the driver cannot compile it.
-    pub fn pipeline(&self, device: &Device, kernel: Kernel, half: bool, layout: &Grouped) -> Result<Arc<ComputePipeline>> {
+    pub fn pipeline(
+        &self,
+        device: &Device,
+        kernel: Kernel,
+        half: bool,
+        layout: &Grouped,
+    ) -> Result<Arc<ComputePipeline>> {
         let mut constants = Layout::Grouped(*layout).constants();
         if let Kernel::Few(tile) = kernel {
             constants.extend([("M_TILE", tile), ("LANES", self.lanes())]);

@@ -145,14 +145,16 @@ impl<'a> Batch<'a> {
     /// [`Error::Device`].
     pub fn multiply(&mut self, matrix: &Loaded<'a>, x: &[f32], m: usize, act: Act) -> Result<usize> {
         let weights = matrix.weights;
-        let results = m.checked_mul(weights.rows()).unwrap_or(usize::MAX);
+        let results = m.saturating_mul(weights.rows());
         check_sizes(&weights, x.len(), m, results)?;
         if !matrix.backend.is(&self.backend) {
-            return Err(Error::invalid("the matrix was taken by another backend than the batch, expected the same one"));
+            return Err(Error::invalid(
+                "the matrix was taken by another backend than the batch, expected the same one",
+            ));
         }
         if !is_empty(&weights, m) {
             let Self { device, recording, .. } = self;
-            let bytes = 4 * (x.len() + results) as u64;
+            let bytes = (x.len() as u64).saturating_add(results as u64).saturating_mul(4);
             device.watched("a product", bytes, || matrix.record(recording, device, x, m, act))?;
         }
         let x = if weights.extra().has_outliers() { x.to_vec() } else { Vec::new() };

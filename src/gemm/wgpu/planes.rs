@@ -99,7 +99,8 @@ fn part(device: &Device, whole: &Weights<'_>, first: usize, rows: usize) -> Part
         .map(|(binding, buffer)| BindGroupEntry { binding, resource: buffer.as_entire_binding() })
         .collect();
     let layout = device.kernels.matrix();
-    let group = device.raw().create_bind_group(&BindGroupDescriptor { label: Some("matrix"), layout, entries: &entries });
+    let group =
+        device.raw().create_bind_group(&BindGroupDescriptor { label: Some("matrix"), layout, entries: &entries });
     Part { rows, group }
 }
 

@@ -158,7 +158,8 @@ fn make(device: &Device, sizes: (u64, u64)) -> Result<Slot> {
         let bound = [(0, &x), (1, &y), (2, &call)];
         let entries = bound.map(|(binding, buffer)| BindGroupEntry { binding, resource: buffer.as_entire_binding() });
         let layout = device.kernels.call();
-        let group = device.raw().create_bind_group(&BindGroupDescriptor { label: Some("call"), layout, entries: &entries });
+        let group =
+            device.raw().create_bind_group(&BindGroupDescriptor { label: Some("call"), layout, entries: &entries });
         Ok(Slot { x, y, staging, call, group, sizes })
     })
 }

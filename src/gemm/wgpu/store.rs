@@ -32,8 +32,7 @@ impl Store {
         let version = blake3::hash(format!("{} {} {}", info.name, info.driver, info.driver_info).as_bytes());
         let path = folder.join(format!("{key}_{}", &version.to_hex()[..16]));
         let (held, data) = read(&path).unzip();
-        let descriptor =
-            PipelineCacheDescriptor { label: Some("tenpak"), data: data.as_deref(), fallback: true };
+        let descriptor = PipelineCacheDescriptor { label: Some("tenpak"), data: data.as_deref(), fallback: true };
         // SAFETY: the digest says that the data are what `save` wrote, which came from `PipelineCache::get_data`.
         let cache = unsafe { device.create_pipeline_cache(&descriptor) };
         Some(Self { cache, path, held: held.into() })
