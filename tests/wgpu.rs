@@ -15,7 +15,7 @@ use tenpak::codec::extra::Outlier;
 use tenpak::gemm::cpu::reference;
 use tenpak::gemm::wgpu::{self, G8GemmContext, G8Number, Options, Wgpu};
 use tenpak::gemm::{Act, Backend, Matrix, Weights};
-use tenpak::layout::Layout;
+use tenpak::layout::{Layout, ROW};
 use tenpak::{DeviceError, Encoded, Error, codecs};
 
 mod matrices;
@@ -39,6 +39,21 @@ fn by_workgroups() -> &'static Wgpu {
 
 fn paths() -> [(&'static str, &'static Wgpu); 2] {
     [("subgroups", by_subgroups()), ("workgroup memory", by_workgroups())]
+}
+
+/// One layout of each kind: kernels are compiled for every group size, but differ in nothing else.
+fn kinds() -> Vec<Layout> {
+    let mut kinds: Vec<Layout> = Vec::new();
+    let kind = |layout: &Layout| {
+        let Layout::Grouped(g) = layout else { panic!("a layout with codes") };
+        (g.bits(), std::mem::discriminant(&g.levels()), g.scale(), g.offset(), g.group() == ROW, g.group() % 8)
+    };
+    for layout in layouts() {
+        if kinds.iter().all(|other| kind(other) != kind(&layout)) {
+            kinds.push(layout);
+        }
+    }
+    kinds
 }
 
 /// What results may be: the exact ones, and how far each may be off.
@@ -128,10 +143,12 @@ fn products_stay_within_the_bound_for_every_layout_and_shape() {
             let x = random(33 * k, &mut stream);
             check("subgroups", by_subgroups(), &owned, seed, &x, &[1, 2, 4, 5, 8, 9, 31, 33], Act::F32);
         }
+    }
+    for layout in kinds() {
         for (n, k) in [(3, 9), (65, 100), (17, 520)] {
             let owned = Owned::new(layout, n, k, &mut stream, ordinary);
             let x = random(33 * k, &mut stream);
-            check("workgroup memory", by_workgroups(), &owned, seed, &x, &[1, 3, 8, 33], Act::F32);
+            check("workgroup memory", by_workgroups(), &owned, seed, &x, &[1, 7, 8, 33], Act::F32);
         }
     }
 }
@@ -140,7 +157,7 @@ fn products_stay_within_the_bound_for_every_layout_and_shape() {
 fn more_rows_than_a_workgroup_takes_are_no_exception() {
     let seed = seed();
     let mut stream = Stream(seed);
-    for id in ["int4_g8_v1", "int4_zp_g32_fp16_v1", "int5_k16_v1", "ecu_v1"] {
+    for id in ["int4_g8_v1", "int5_k16_v1", "ecu_v1"] {
         for (m, n, k) in [(1, 2000, 300), (6, 1000, 300), (100, 300, 130), (200, 70, 40)] {
             let owned = Owned::new(codecs::get(id).unwrap().layout, n, k, &mut stream, ordinary);
             let x = random(m * k, &mut stream);
@@ -152,14 +169,14 @@ fn more_rows_than_a_workgroup_takes_are_no_exception() {
 }
 
 #[test]
-fn rounded_activations_are_those_of_the_reference_for_every_layout() {
+fn rounded_activations_are_those_of_the_reference() {
     let seed = seed();
     let mut stream = Stream(seed);
-    for layout in layouts() {
+    for layout in kinds() {
         for act in [Act::Bf16, Act::Int8, Act::F16] {
             let owned = Owned::new(layout, 35, 172, &mut stream, ordinary);
             let x = random(33 * 172, &mut stream);
-            check("subgroups", by_subgroups(), &owned, seed, &x, &[1, 4, 6, 33], act);
+            check("subgroups", by_subgroups(), &owned, seed, &x, &[1, 6, 33], act);
         }
         // Without halves, activations are rounded all the same.
         let owned = Owned::new(layout, 5, 100, &mut stream, ordinary);
@@ -178,13 +195,13 @@ fn extreme_scales_and_activations_are_no_exception() {
         |stream| stream.normal() * [1e-30, 1e-3, 1.0, 1e5, 1e25][usize::try_from(stream.next() % 5).unwrap()],
         |_| 0.0,
     ];
-    for layout in layouts() {
+    for layout in kinds() {
         for draw in numbers {
             let k = 8 + usize::try_from(stream.next() % 300).unwrap();
             let owned = Owned::new(layout, 5, k, &mut stream, extreme);
             let x: Vec<f32> = (0..33 * k).map(|_| draw(&mut stream)).collect();
             for (path, device) in paths() {
-                check(path, device, &owned, seed, &x, &[1, 4, 8, 33], Act::F32);
+                check(path, device, &owned, seed, &x, &[1, 8, 33], Act::F32);
             }
         }
     }
@@ -194,12 +211,12 @@ fn extreme_scales_and_activations_are_no_exception() {
 fn what_is_not_finite_stays_in_its_own_row_and_in_its_own_call() {
     let seed = seed();
     let mut stream = Stream(seed);
-    for layout in layouts() {
+    for layout in kinds() {
         let owned = Owned::new(layout, 35, 200, &mut stream, ordinary);
         let weights = owned.weights();
         for (path, device) in paths() {
             let matrix = device.upload(&weights).unwrap();
-            for (m, bad) in [(1, 0), (3, 1), (8, 7), (33, 20)] {
+            for (m, bad) in [(1, 0), (6, 1), (8, 7), (33, 20)] {
                 for value in [f32::NAN, f32::NEG_INFINITY] {
                     let good = random(m * owned.cols, &mut stream);
                     let want = product(&matrix, 35, &good, m, Act::F32);
@@ -333,12 +350,12 @@ fn column_scales_and_outliers_are_applied_in_products_and_in_decoding() {
 fn matrices_larger_than_a_binding_give_the_bits_of_whole_ones() {
     let mut stream = Stream(seed());
     let small = open(Options { binding_bytes: Some(5_000), ..Options::default() });
-    for layout in layouts() {
+    for layout in kinds() {
         for (n, k) in [(300, 200), (37, 1000), (7, 72)] {
             let owned = Owned::new(layout, n, k, &mut stream, ordinary);
             let weights = owned.weights();
             let (divided, whole) = (small.upload(&weights).unwrap(), by_subgroups().upload(&weights).unwrap());
-            for m in [1, 3, 40] {
+            for m in [1, 40] {
                 let x = random(m * k, &mut stream);
                 // Activations are divided too, and fewer rows of them go to another kernel: that has a bound of its own.
                 let (got, want) = (product(&divided, n, &x, m, Act::F32), product(&whole, n, &x, m, Act::F32));
@@ -421,14 +438,13 @@ fn run<T>(future: impl Future<Output = T>) -> T {
 #[test]
 fn products_of_a_batch_are_those_of_single_calls_waited_for_and_awaited() {
     let mut stream = Stream(seed());
-    let owned: Vec<_> =
-        layouts().into_iter().map(|layout| Owned::new(layout, 70, 100, &mut stream, ordinary)).collect();
-    let empty = Owned::new(layouts()[0], 0, 8, &mut stream, ordinary);
+    let owned: Vec<_> = kinds().into_iter().map(|layout| Owned::new(layout, 70, 100, &mut stream, ordinary)).collect();
+    let empty = Owned::new(kinds()[0], 0, 8, &mut stream, ordinary);
     let extras = with_extras("int4_g32_fp16_v1", true, true, &mut stream);
     let device = by_subgroups();
     let all = owned.iter().chain([&empty]).map(Owned::weights).chain([Weights::from(&extras)]);
     let matrices: Vec<_> = all.map(|weights| device.upload(&weights).unwrap()).collect();
-    let ms = [1, 3, 40];
+    let ms = [1, 7, 40];
     let inputs: Vec<Vec<Vec<f32>>> =
         matrices.iter().map(|matrix| ms.map(|m| random(m * matrix.weights().cols(), &mut stream)).into()).collect();
     let mut want = Vec::new();
