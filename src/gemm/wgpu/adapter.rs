@@ -84,7 +84,7 @@ pub fn adapters() -> Vec<Adapter> {
 fn enumerate() -> Vec<wgpu::Adapter> {
     let mut descriptor = InstanceDescriptor::new_without_display_handle();
     descriptor.backends = Backends::VULKAN | Backends::METAL | Backends::DX12;
-    // Layers of the driver's developers, where they are installed: errors are checked before they reach the driver.
+    // No layers of the drivers' developers: wgpu itself checks calls before they reach a driver.
     descriptor.flags = wgpu::InstanceFlags::empty();
     block_on(wgpu::Instance::new(descriptor).enumerate_adapters(Backends::all()))
 }
