@@ -195,12 +195,12 @@ pub trait Matrix: Send + Sync {
 /// The backends of this build that work on this machine.
 #[must_use]
 pub fn available() -> Vec<Box<dyn Backend>> {
-    let mut found: Vec<Box<dyn Backend>> = vec![Box::new(cpu::Cpu)];
+    let cpu: Box<dyn Backend> = Box::new(cpu::Cpu);
     #[cfg(feature = "wgpu")]
-    if let Ok(device) = wgpu::Wgpu::new() {
-        found.push(Box::new(device));
-    }
-    found
+    let device = wgpu::Wgpu::new().ok().map(|device| Box::new(device) as Box<dyn Backend>);
+    #[cfg(not(feature = "wgpu"))]
+    let device = None;
+    std::iter::once(cpu).chain(device).collect()
 }
 
 /// The backend that a name means: `cpu`, or `wgpu` and `wgpu:N` for a graphics device.
