@@ -58,6 +58,9 @@ pub enum Error {
         /// How much was asked for.
         bytes: u64,
     },
+    /// A graphics device cannot do what was asked of it.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The work was stopped from outside (Ctrl-C, SIGTERM, a callback) and left nothing behind.
     #[error("interrupted; nothing was written")]
     Interrupted,
@@ -76,6 +79,31 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         source: Box<Error>,
+    },
+}
+
+/// What is wrong with a graphics device; memory that it refuses is [`Error::OutOfMemory`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// There is no such device: install a driver or choose another one.
+    #[error("{0}")]
+    NotFound(String),
+    /// It stopped working, in the middle of a call or before: call again, which opens it anew.
+    #[error("device '{device}' was lost: {what}; the next call opens it anew")]
+    Lost {
+        /// The name of the device.
+        device: String,
+        /// What the driver said.
+        what: String,
+    },
+    /// Its driver refused a call that is sound: a bug of the driver or of tenpak.
+    #[error("device '{device}' failed: {what}; update its driver, and report this if it stays")]
+    Failed {
+        /// The name of the device.
+        device: String,
+        /// What the driver said.
+        what: String,
     },
 }
 

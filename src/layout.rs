@@ -427,7 +427,8 @@ impl Layout {
     /// The layout as named integers: the only thing a kernel is told about it.
     ///
     /// `LEVELS` is 0 unsigned, 1 signed, 2 zero point, 3 table, 4 bank; `GROUP` is 0 for a whole row; `SCALE_BITS` and
-    /// `OFFSET_BITS` are 16, 32, or 0 for none, and with a bank 8 for its bytes. The raw layout has no constants: nothing multiplies it.
+    /// `OFFSET_BITS` are 16, 32, or 0 for none, and with a bank 8 for its bytes; `KNEE` and `STEP` are those of the bank, 0
+    /// without one. The raw layout has no constants: nothing multiplies it.
     #[must_use]
     pub fn constants(&self) -> Vec<(&'static str, u32)> {
         let Self::Grouped(g) = self else { return Vec::new() };
@@ -445,6 +446,8 @@ impl Layout {
             ("GROUP", u32::try_from(g.group).expect("groups are short")),
             ("SCALE_BITS", if g.bank().is_some() { 8 } else { bits(g.scale) }),
             ("OFFSET_BITS", g.offset.map_or(0, bits)),
+            ("KNEE", g.bank().map_or(0, |bank| u32::from(bank.knee()))),
+            ("STEP", g.bank().map_or(0, |bank| u32::from(bank.step()))),
         ]
     }
 }

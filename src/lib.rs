@@ -35,6 +35,6 @@ pub mod stats;
 mod tensor;
 
 pub use codec::{Codec, Encoded};
-pub use error::{Error, Result};
+pub use error::{DeviceError, Error, Result};
 pub use limits::Limits;
 pub use tensor::{DType, TensorInfo, from_f32, to_f32};

@@ -1,5 +1,7 @@
 //! What the verbs report, as the JSON that the command line prints and Python returns; `cli/schema.json` documents it.
 
+pub mod devices;
+
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;

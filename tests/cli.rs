@@ -267,12 +267,46 @@ fn codecs_lists_the_registry_and_completions_know_every_verb() {
     assert_eq!(listed, codecs::all().iter().map(|c| c.id).collect::<Vec<_>>());
     for name in ["bash", "zsh", "fish"] {
         let script = shell.run(&format!("completions {name}"), 0);
-        for verb in ["compress", "decompress", "inspect", "verify", "bench", "delta", "export", "materialize", "codecs"]
-        {
+        for verb in [
+            "compress",
+            "decompress",
+            "inspect",
+            "verify",
+            "bench",
+            "delta",
+            "export",
+            "materialize",
+            "codecs",
+            "devices",
+        ] {
             assert!(script.contains(verb), "{verb} in {name}");
         }
     }
     assert!(shell.run("completions tcsh", 2).contains("possible values"));
+}
+
+#[test]
+fn devices_lists_the_processor_and_says_whether_this_build_knows_graphics_devices() {
+    let shell = Shell::new();
+    // Drivers of graphics devices print what they like to standard error.
+    let run = |line: &str| {
+        let output = shell.output(line);
+        assert_eq!(output.status.code(), Some(0), "{line}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let report: serde_json::Value = serde_json::from_str(&run("devices --format json")).unwrap();
+    assert_eq!(report["schema"], "tenpak.devices/1");
+    assert_eq!(report["cpu"]["float32"][0], "portable");
+    assert_eq!(report.get("wgpu").is_some(), cfg!(feature = "wgpu"));
+    let list = run("devices");
+    assert!(list.contains("portable"), "{list}");
+    match report.get("wgpu").and_then(|devices| devices.as_array()) {
+        None => assert!(list.contains("--features wgpu"), "{list}"),
+        Some(devices) if devices.is_empty() => assert!(list.contains("mesa-vulkan-drivers"), "{list}"),
+        Some(devices) => {
+            assert!(devices.iter().all(|device| list.contains(device["name"].as_str().unwrap())), "{list}");
+        }
+    }
 }
 
 #[test]

@@ -138,7 +138,7 @@ fn products_are_within_their_bound_in_every_codec_and_arithmetic() {
                 let eps = match act {
                     // What the reference rounds to bf16 once may be rounded at another place of the same product.
                     Act::Bf16 => 1.0 / 128.0,
-                    Act::F32 | Act::Int8 => (cols as f64 + 8.0) * f64::from(f32::EPSILON),
+                    Act::F32 | Act::F16 | Act::Int8 => (cols as f64 + 8.0) * f64::from(f32::EPSILON),
                 };
                 for (i, ((got, want), magnitude)) in got.iter().zip(&want).zip(&magnitudes).enumerate() {
                     let bound = 1.02 * eps * magnitude;

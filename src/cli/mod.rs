@@ -16,6 +16,7 @@ mod completions;
 mod compress;
 mod decompress;
 mod delta;
+mod devices;
 mod export;
 mod inspect;
 mod materialize;
@@ -59,6 +60,7 @@ enum Verb {
     Materialize(materialize::Arguments),
     Plan(plan::Arguments),
     Codecs(codecs::Arguments),
+    Devices(devices::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -179,6 +181,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Materialize(arguments) => materialize::run(arguments, &mut context),
         Verb::Plan(arguments) => plan::run(arguments, &mut context),
         Verb::Codecs(_) => Ok(codecs::run(&mut context)),
+        Verb::Devices(_) => Ok(devices::run(&mut context)),
         Verb::Completions(arguments) => Ok(completions::run(arguments, &mut context)),
     });
     let code = match result {

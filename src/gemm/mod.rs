@@ -15,6 +15,8 @@
 //! in f32 whatever it says, with the activations as they came.
 
 pub mod cpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 use crate::codec::extra::ExtraPlanes;
 use crate::codec::{self, Encoded, Planes};
@@ -37,6 +39,10 @@ pub enum Act {
     /// of a row; the product with `x̂` is that of [`Act::F32`]. So the error adds at most `Σ |w| · s / 2`. A number that
     /// is not finite makes all results of its row NaN.
     Int8,
+    /// Activations rounded to f16, and weights as well where a backend computes with such tiles: the product with rounded
+    /// activations *x̂* is that of [`Act::F32`] but for `Σ |x̂| · (2^-10 · |w| + 2^-24)`. A backend without such
+    /// instructions computes in f32. Activations or weights beyond 65504 become infinite.
+    F16,
 }
 
 /// Columns of a row of activations that share a scale where they are rounded to 8 bits.
@@ -44,7 +50,7 @@ pub const ACT_BLOCK: usize = 32;
 
 impl Act {
     /// Every kind.
-    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Int8, Self::F16];
 
     /// The name on the command line and in Python.
     #[must_use]
@@ -53,6 +59,7 @@ impl Act {
             Self::F32 => "float32",
             Self::Bf16 => "bfloat16",
             Self::Int8 => "int8",
+            Self::F16 => "float16",
         }
     }
 }
@@ -62,7 +69,9 @@ impl std::str::FromStr for Act {
 
     fn from_str(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|act| act.name() == name).ok_or_else(|| {
-            Error::invalid(format!("unknown arithmetic of activations '{name}', expected float32, bfloat16 or int8"))
+            Error::invalid(format!(
+                "unknown arithmetic of activations '{name}', expected float32, bfloat16, float16 or int8"
+            ))
         })
     }
 }
@@ -186,7 +195,32 @@ pub trait Matrix: Send + Sync {
 /// The backends of this build that work on this machine.
 #[must_use]
 pub fn available() -> Vec<Box<dyn Backend>> {
-    vec![Box::new(cpu::Cpu)]
+    let cpu: Box<dyn Backend> = Box::new(cpu::Cpu);
+    #[cfg(feature = "wgpu")]
+    let device = wgpu::Wgpu::new().ok().map(|device| Box::new(device) as Box<dyn Backend>);
+    #[cfg(not(feature = "wgpu"))]
+    let device = None;
+    std::iter::once(cpu).chain(device).collect()
+}
+
+/// The backend that a name means: `cpu`, or `wgpu` and `wgpu:N` for a graphics device.
+///
+/// # Errors
+/// [`Error::Invalid`] for a name that no build knows, [`Error::Unsupported`] for one that this build does not know, and
+/// [`Error::Device`] when there is no such device.
+pub fn backend(name: &str) -> Result<Box<dyn Backend>> {
+    if name == "cpu" {
+        return Ok(Box::new(cpu::Cpu));
+    }
+    if name != "wgpu" && !name.starts_with("wgpu:") {
+        return Err(Error::invalid(format!("unknown device '{name}', expected cpu, wgpu or wgpu:N")));
+    }
+    #[cfg(feature = "wgpu")]
+    return Ok(Box::new(wgpu::Wgpu::named(name)?));
+    #[cfg(not(feature = "wgpu"))]
+    Err(Error::unsupported(format!(
+        "device '{name}' is a graphics device, which this build does not know; build it with `--features wgpu`"
+    )))
 }
 
 /// Refuses activations or results of the wrong size.

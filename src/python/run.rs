@@ -149,7 +149,7 @@ pub(super) fn raise(py: Python<'_>, error: Error) -> PyErr {
         Error::Unsupported(_) => "UnsupportedError",
         Error::Limit { .. } => "LimitError",
         Error::Nonfinite { .. } => "NonfiniteError",
-        Error::InFile { .. } => "TenpakError",
+        Error::Device(_) | Error::InFile { .. } => "TenpakError",
     };
     exception(py, class, error.to_string())
 }

@@ -25,6 +25,7 @@ VERBS = (
     "materialize",
     "plan",
     "codecs",
+    "devices",
     "eval",
 )
 
@@ -291,6 +292,11 @@ def test_plan_prints_what_the_schema_says(cli: Cli, sample_model: Path) -> None:
 def test_codecs_print_what_the_schema_says(cli: Cli) -> None:
     report = assert_valid(cli.json("codecs"), "codecs")
     assert len({c["id"] for c in report["codecs"]}) == len(report["codecs"])
+
+
+def test_devices_print_what_the_schema_says(cli: Cli) -> None:
+    report = assert_valid(cli.json("devices"), "devices")
+    assert [a["device"] for a in report.get("wgpu", [])] == [f"wgpu:{i}" for i in range(len(report.get("wgpu", [])))]
 
 
 def test_errors_print_nothing_on_standard_output(cli: Cli, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ struct Task<'a> {
 }
 
 /// Adds what outliers add to `y[m, n]`.
-pub(super) fn add(weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32], small: bool) -> Result<()> {
+pub(in crate::gemm) fn add(weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32], small: bool) -> Result<()> {
     add_matrix(*weights.extra(), weights.rows(), weights.cols(), x, m, y, small)
 }
 

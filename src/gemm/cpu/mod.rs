@@ -7,7 +7,7 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 pub mod bf16;
-mod extra;
+pub(super) mod extra;
 pub mod float;
 pub mod int8;
 mod nested;
@@ -105,6 +105,7 @@ fn run(products: Vec<Product<'_>>, act: Act, small: bool) {
         #[cfg(not(target_arch = "x86_64"))]
         Act::Bf16 => rounded(products, act, small),
         Act::Int8 => rounded(int8::take(products, small), act, small),
+        Act::F16 => rounded(products, act, small),
     }
 }
 

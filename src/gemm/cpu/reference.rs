@@ -58,6 +58,7 @@ pub fn round_activations(act: Act, x: &[f32], cols: usize) -> Vec<f32> {
     match act {
         Act::F32 => x.to_vec(),
         Act::Bf16 => round_bf16(x),
+        Act::F16 => x.iter().map(|&v| half::f16::from_f32(v).to_f32()).collect(),
         Act::Int8 => {
             let mut rounded = x.to_vec();
             for block in rounded.chunks_mut(cols.max(1)).flat_map(|row| row.chunks_mut(ACT_BLOCK)) {
