@@ -47,6 +47,8 @@ class Artifact(Mapping[str, Entry]):
         """Open ``path``; see :func:`open`."""
         self._inner = _tenpak.Artifact(os.fspath(path), mmap)
         self._metadata, self._provenance, self._delta = json.loads(self._inner.header_json())
+        #: Matrices that products on other devices have taken there: by device and name.
+        self._on_devices: dict[tuple[str, str | None], _tenpak.DeviceMatrix] = {}
 
     def __getitem__(self, name: str) -> Entry:
         """Return what the artifact says of a tensor."""

@@ -14,6 +14,8 @@ class Encoded:
         """Wrap a matrix of the extension module; use :func:`encode`."""
         self._matrix = matrix
         self._shape = shape
+        #: Where products on other devices have taken it: by device and None.
+        self._on_devices: dict[tuple[str, str | None], _tenpak.DeviceMatrix] = {}
 
     @property
     def codec(self) -> str:

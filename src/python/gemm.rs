@@ -21,13 +21,13 @@ use crate::gemm::{Act, Weights, cpu};
 use crate::tensor::{DType, to_f32};
 
 /// Address and bytes of an array.
-type Memory = (usize, usize);
+pub(super) type Memory = (usize, usize);
 
 /// The bytes of an array.
 ///
 /// # Safety
 /// The array exists, unchanged, for as long as the slice is used.
-unsafe fn bytes<'a>((address, len): Memory) -> &'a [u8] {
+pub(super) unsafe fn bytes<'a>((address, len): Memory) -> &'a [u8] {
     if len == 0 {
         return &[];
     }
@@ -39,7 +39,7 @@ unsafe fn bytes<'a>((address, len): Memory) -> &'a [u8] {
 ///
 /// # Safety
 /// The array exists for as long as the slice is used, and nobody else uses it.
-unsafe fn bytes_mut<'a>((address, len): Memory) -> &'a mut [u8] {
+pub(super) unsafe fn bytes_mut<'a>((address, len): Memory) -> &'a mut [u8] {
     if len == 0 {
         return &mut [];
     }
@@ -66,7 +66,7 @@ pub(super) fn use_openmp(parallel: usize, max_threads: usize) {
 
 /// Runs `work` without the GIL: here where it is small, on the OpenMP library's threads where there is one, in the pool
 /// otherwise.
-fn computed(py: Python<'_>, small: bool, work: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
+pub(super) fn computed(py: Python<'_>, small: bool, work: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
     let run = || match OPENMP.get() {
         _ if small => work(),
         Some((process, library)) if *process == std::process::id() => library.install(work),
@@ -79,7 +79,7 @@ fn computed(py: Python<'_>, small: bool, work: impl FnOnce() -> Result<()> + Sen
 }
 
 /// Numbers as f32: those of the array itself where they are, converted otherwise.
-fn with_floats<T>(dtype: DType, bytes: &[u8], work: impl FnOnce(&[f32]) -> T) -> T {
+pub(super) fn with_floats<T>(dtype: DType, bytes: &[u8], work: impl FnOnce(&[f32]) -> T) -> T {
     match bytemuck::try_cast_slice(bytes) {
         Ok(floats) if dtype == DType::F32 && cfg!(target_endian = "little") => work(floats),
         _ => {

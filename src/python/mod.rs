@@ -4,6 +4,7 @@
 //! bytes, names and JSON. Long work runs on a thread of its own, so that the calling one can see Ctrl-C and call back.
 
 mod artifact;
+mod device;
 mod gemm;
 mod run;
 
@@ -360,6 +361,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyArtifact>()?;
     module.add_class::<artifact::PyEntry>()?;
     module.add_class::<PyMatrix>()?;
+    module.add_class::<device::DeviceMatrix>()?;
     module.add_function(wrap_pyfunction!(main, module)?)?;
     module.add_function(wrap_pyfunction!(compress, module)?)?;
     module.add_function(wrap_pyfunction!(decompress, module)?)?;

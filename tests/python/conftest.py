@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Tests run in several processes: threads that spin while they wait would take each other's cores. Read when a library starts.
+# Tests run in two processes, where threads that spin while they wait take each other's cores; read when OpenMP starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NUMPY: dict[str, npt.DTypeLike] = {

@@ -803,7 +803,7 @@ def test_ctrl_c_stops_a_long_compress_and_leaves_nothing(tmp_path: Path, progres
 import os, signal, threading, tenpak
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    tenpak.compress({str(source)!r}, {str(out / "a.tenpak")!r}, progress={progress})
+    tenpak.compress({str(source)!r}, {str(out / "a.tenpak")!r}, codec="int4_g32_fp16_v1", progress={progress})
 except KeyboardInterrupt:
     print("stopped")
 """
@@ -816,7 +816,8 @@ def test_ctrl_c_stops_the_console_script_with_130(tmp_path: Path) -> None:
     source = large_checkpoint(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-m", "tenpak.cli", "compress", str(source), "-o", str(out / "a.tenpak")]
+    target = ["-o", str(out / "a.tenpak"), "--codec", "int4_g32_fp16_v1"]
+    command = [sys.executable, "-m", "tenpak.cli", "compress", str(source), *target]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until = time.monotonic() + 20
     while time.monotonic() < until and b"tenpak" not in b"".join(

@@ -23,8 +23,8 @@ import tenpak
 from conftest import ROOT, read_safetensors, write_safetensors
 from test_schema import assert_valid
 
-torch = pytest.importorskip("torch", reason='tenpak eval needs PyTorch: pip install -r tests/python/requirements.txt')
-transformers = pytest.importorskip("transformers", reason='tenpak eval needs transformers: pip install -r tests/python/requirements.txt')
+torch = pytest.importorskip("torch", reason="tenpak eval needs PyTorch, see CONTRIBUTING")
+transformers = pytest.importorskip("transformers", reason="tenpak eval needs transformers, see CONTRIBUTING")
 
 from tenpak.evaluate import Evaluation, Row, evaluate, plan, windows  # noqa: E402
 from tenpak.evaluate.fidelity import Scores, fidelity  # noqa: E402

@@ -74,7 +74,8 @@ def run(plan: Plan, *, resume: bool, force: bool, progress: Progress) -> Summary
         layers, skipped = linears(model, {tensor["name"] for tensor in checkpoint})
         if not layers:
             raise InvalidError(f"{plan.model}: no linear layer whose weight is in the checkpoint; nothing to calibrate")
-        return _Run(plan, windows, model, layers, skipped, resume, force, progress).run()
+        with _Patience() as patience:
+            return _Run(plan, windows, model, layers, skipped, resume, force, progress, patience).run()
 
 
 class _Run:
@@ -90,8 +91,10 @@ class _Run:
         resume: bool,
         force: bool,
         progress: Progress,
+        patience: "_Patience",
     ) -> None:
         """Divide the layers into passes and begin the journal, or take it up."""
+        self._patience = patience
         self._plan, self._windows, self._model, self._progress = plan, windows, model, progress
         self._skipped = skipped
         self._passes = list(_passes(layers, plan))
@@ -122,10 +125,10 @@ class _Run:
         count, context = self._windows.ids.shape
         stage, windows = self._journal.stage
         resumed = stage * count + windows
-        with _Patience() as patience:
-            for number in range(stage, len(self._passes)):
-                self._pass(number, windows, patience)
-                windows = 0
+        for number in range(stage, len(self._passes)):
+            self._pass(number, windows)
+            windows = 0
+        self._patience.check()
         self._progress(count * len(self._passes), count * len(self._passes), "writing")
         self._journal.finish()
         return Summary(
@@ -140,7 +143,7 @@ class _Run:
             skipped=self._skipped,
         )
 
-    def _pass(self, number: int, done: int, patience: "_Patience") -> None:
+    def _pass(self, number: int, done: int) -> None:
         """Run the text from window ``done`` on for the layers of one pass."""
         layers, count = self._passes[number], len(self._windows.ids)
         moments = Moments(layers, self._plan.full, self._plan.fisher)
@@ -158,7 +161,7 @@ class _Run:
                 moments.forget()
                 done += len(ids)
                 try:
-                    patience.check()
+                    self._patience.check()
                     self._progress(number * count + done, total, name)
                 except BaseException:
                     # Between two batches the sums are whole.

@@ -15,7 +15,7 @@ except ImportError as error:
 from ._embedding import QuantizedEmbedding
 from ._experts import QuantizedStack
 from ._linear import G8Linear, QuantizedLinear, QuantizedLinearInt4
-from ._model import quantize_model, set_act
+from ._model import quantize_model, set_act, set_backend
 from ._threads import share_threads as _share_threads
 
 _share_threads()
@@ -28,4 +28,5 @@ __all__ = [
     "QuantizedStack",
     "quantize_model",
     "set_act",
+    "set_backend",
 ]

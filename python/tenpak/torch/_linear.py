@@ -12,7 +12,7 @@ from .._artifact import Artifact
 from .._errors import InvalidError
 from .._tenpak import DEFAULT_CODEC_IN_MEMORY
 from . import _ops
-from ._planes import Quantized, as_tensor, encode, planes_of, source_dtype
+from ._planes import Quantized, as_tensor, encode, is_graphics, planes_of, source_dtype
 from ._weight import DecodedWeight
 
 logger = logging.getLogger("tenpak")
@@ -38,7 +38,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         Arithmetic: ``"float32"``, ``"bfloat16"`` or ``"int8"``, see :func:`tenpak.matmul`; with None ``"bfloat16"`` for
         bfloat16 activations and ``"float32"`` for others.
     device, dtype
-        Where planes live, and the dtype of the bias.
+        Where planes live, and the dtype of the bias. ``"wgpu"`` and ``"wgpu:N"`` leave planes and activations on the
+        CPU and have a graphics device multiply, see :func:`set_backend`.
 
     Raises
     ------
@@ -65,7 +66,10 @@ class QuantizedLinear(Quantized, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        backend = device if is_graphics(device) else "cpu"
+        device = "cpu" if is_graphics(device) else device
         self._set_up(codec, out_features, in_features, act, dtype, device)
+        self.set_backend(backend)
         #: Whether the source holds the weights as ``[in, out]``.
         self.transposed = False
         #: Why the codec is not the one that was asked for; None where it is.
@@ -87,7 +91,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         codec, act
             As for the class.
         **options
-            Further arguments of a derived class.
+            ``device``, where a graphics device shall multiply, and further arguments of a derived class.
 
         Returns
         -------
@@ -143,7 +147,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         dtype
             Dtype of bias and :attr:`weight`; default: the source's, where it is a 16- or 32-bit float.
         **options
-            Further arguments of a derived class.
+            ``device``, where a graphics device shall multiply, and further arguments of a derived class.
 
         Returns
         -------
@@ -200,7 +204,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         act, dtype
             As for the class; ``dtype`` is by default the bias's, else torch's default.
         **options
-            Further arguments of a derived class.
+            ``device``, where a graphics device shall multiply, and further arguments of a derived class.
 
         Returns
         -------
@@ -218,9 +222,11 @@ class QuantizedLinear(Quantized, nn.Linear):
             raise InvalidError(f"a bias of shape {tuple(bias.shape)} for {rows} outputs, expected ({rows},)")
         if dtype is None and bias is not None:
             dtype = bias.dtype
+        backend = options.pop("device", "cpu")
         out = cls(cols, rows, bias=False, codec=codec, act=act, device="meta", dtype=dtype, **options)
         out._set_planes(planes)
         out.bias = bias
+        out.set_backend(backend)
         return out
 
     @property
@@ -268,7 +274,9 @@ class QuantizedLinear(Quantized, nn.Linear):
         """
         act = self.act or _ops.default_act(input.dtype)
         bias = self._parameters["bias"]
-        if _ops.is_direct(input):
+        if self.backend != "cpu":
+            y = _ops.device_linear(input, *self.matrix, act, self.backend)
+        elif _ops.is_direct(input):
             y = _ops.linear_direct(input, *self.matrix, act)
             if bias is not None and not (bias.requires_grad and torch.is_grad_enabled()):
                 return y.add_(bias)
@@ -280,7 +288,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         """Return size, codec and bits per weight."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", codec={self.codec}, {self.bits_per_weight:.3f} bits/weight"
-        return text if self.act is None else f"{text}, act={self.act}"
+        text += "" if self.act is None else f", act={self.act}"
+        return text if self.backend == "cpu" else f"{text}, backend={self.backend}"
 
 
 class QuantizedLinearInt4(QuantizedLinear):

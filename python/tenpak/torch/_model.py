@@ -174,6 +174,29 @@ def set_act(model: nn.Module, act: str | None) -> None:
             module.set_act(act)
 
 
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Choose what multiplies in all quantized linear layers of a model whose planes are on the CPU.
+
+    A layer's planes go to a graphics device with its first product and stay there; activations come from the CPU and
+    results return to it. Gradients, embeddings and stacks of experts are computed on the CPU.
+
+    Parameters
+    ----------
+    model
+        A model with quantized layers.
+    backend
+        ``"cpu"``, or ``"wgpu"`` or ``"wgpu:N"`` for a graphics device, see ``tenpak devices``.
+
+    Raises
+    ------
+    InvalidError
+        Another backend.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.set_backend(backend)
+
+
 def plan(
     tensors: Mapping[str, tuple[str, Sequence[int]]],
     codec: str,

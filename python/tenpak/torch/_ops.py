@@ -1,4 +1,4 @@
-"""The operators ``tenpak::linear``, ``grouped_linear``, ``dequantize`` and ``embedding`` of PyTorch's dispatcher.
+"""The operators ``tenpak::linear``, ``device_linear``, ``grouped_linear``, ``dequantize`` and ``embedding`` of PyTorch.
 
 Planes are plain tensors: ``codes`` uint8, ``scales`` float16, float32 or uint8, ``addends`` the plane ``offsets``,
 ``zero_points`` or ``row_scales`` where the codec has one, ``high_codes`` uint8 where it has them, ``extra`` the planes
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch.library import Library
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _tenpak
 from .._errors import InvalidError, UnsupportedError
@@ -23,7 +24,7 @@ from .._errors import InvalidError, UnsupportedError
 #: The names that the extension module has for the dtypes of activations and weights.
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 #: Arithmetic of products; see :func:`tenpak.matmul`.
-ACTS = ("float32", "bfloat16", "int8")
+ACTS = ("float32", "bfloat16", "int8", "float16")
 
 #: A matrix as operators know it: codes, scales, addends, high codes, extra planes, codec, rows, columns.
 Matrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor], str, int, int]
@@ -35,6 +36,7 @@ _MATRIX = (
 _library = Library("tenpak", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define(f"linear(Tensor x, {_MATRIX}, str act) -> Tensor", tags=_tags)
+_library.define(f"device_linear(Tensor x, {_MATRIX}, str act, str device) -> Tensor", tags=_tags)
 _library.define(f"grouped_linear(Tensor x, Tensor ends, {_MATRIX}, str act) -> Tensor", tags=_tags)
 _library.define(f"grouped_linear_backward(Tensor grad, Tensor ends, {_MATRIX}) -> Tensor", tags=_tags)
 _library.define(f"dequantize({_MATRIX}, ScalarType dtype) -> Tensor", tags=_tags)
@@ -127,6 +129,14 @@ def _linear(
 ) -> torch.Tensor:
     """Return ``x @ w.T`` of shape ``[..., rows]`` in the dtype of ``x``."""
     memory = _memory(codes, scales, addends, high_codes, extra, x)
+    x, y, m, name = _prepared(x, rows, cols)
+    place, result = (x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes)
+    _tenpak.multiply(codec, rows, cols, memory, place, result, name, m, act, None)
+    return y
+
+
+def _prepared(x: torch.Tensor, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor, int, str]:
+    """Return contiguous activations, memory for the results, rows of activations, and the name of their dtype."""
     name = DTYPES.get(x.dtype)
     if name is None or name == "F64":
         _refuse_dtype(x)
@@ -135,11 +145,7 @@ def _linear(
         _refuse_cols(x, rows, cols)
     if not x.is_contiguous():
         x = x.contiguous()
-    y = x.new_empty((*shape[:-1], rows))
-    m = x.numel() // cols if cols else math.prod(shape[:-1])
-    place, result = (x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes)
-    _tenpak.multiply(codec, rows, cols, memory, place, result, name, m, act, None)
-    return y
+    return x, x.new_empty((*shape[:-1], rows)), x.numel() // cols if cols else math.prod(shape[:-1]), name
 
 
 def _linear_fake(
@@ -158,6 +164,43 @@ def _linear_fake(
     if x.dim() == 0 or x.shape[-1] != cols:
         _refuse_cols(x, rows, cols)
     return x.new_empty((*x.shape[:-1], rows))
+
+
+#: Matrices on graphics devices by their codes: device and versions of the planes, matrix. What a matrix keeps of its
+#: planes is their memory and not the tensors, so that an entry goes with them.
+_on_devices: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _device_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
+    extra: list[torch.Tensor],
+    codec: str,
+    rows: int,
+    cols: int,
+    act: str,
+    device: str,
+) -> torch.Tensor:
+    """Return what :func:`_linear` gives, computed on a graphics device that the matrix is taken to once."""
+    memory = _memory(codes, scales, addends, high_codes, extra, x)
+    x, y, m, name = _prepared(x, rows, cols)
+    planes = [plane for plane in (codes, high_codes, scales, addends, *extra) if plane is not None]
+    state = device, [(plane.data_ptr(), plane._version) for plane in planes]
+    held = _on_devices.get(codes)
+    if held is None or held[0] != state:
+        kept = [plane.untyped_storage() for plane in planes]
+        held = state, _tenpak.DeviceMatrix(device, codec, (rows, cols), memory, kept)
+        _on_devices[codes] = held
+    held[1].multiply((x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes), name, m, act)
+    return y
+
+
+def _device_linear_fake(x: torch.Tensor, *matrix_act_device: Any) -> torch.Tensor:
+    """Return what :func:`_device_linear` gives, without numbers."""
+    return _linear_fake(x, *matrix_act_device[:-1])
 
 
 def _ends(ends: torch.Tensor, x: torch.Tensor, rows: int) -> list[int]:
@@ -367,6 +410,16 @@ def _linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return (gradient, *[None] * 4, [None] * len(extra), *[None] * 4)
 
 
+def _keep_device_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Keep what the gradient of ``device_linear`` needs."""
+    _keep_matrix(ctx, inputs[:-1], output)
+
+
+def _device_linear_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Return ``grad @ w``, on the CPU."""
+    return (*_linear_gradient(ctx, grad), None)
+
+
 def _keep_stack(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the gradient of ``grouped_linear`` needs."""
     _, ends, codes, scales, addends, high_codes, extra, codec, rows, cols, _ = inputs
@@ -405,6 +458,7 @@ def _grouped_linear_backward_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any
 # its own under that device's key, which goes first.
 for _name, _impl, _fake in (
     ("linear", _linear, _linear_fake),
+    ("device_linear", _device_linear, _device_linear_fake),
     ("grouped_linear", _grouped_linear, _grouped_linear_fake),
     ("grouped_linear_backward", _grouped_linear_backward, _grouped_linear_backward_fake),
     ("dequantize", _dequantize, _dequantize_fake),
@@ -414,6 +468,7 @@ for _name, _impl, _fake in (
     torch.library.register_fake(f"tenpak::{_name}", _fake, lib=_library)
 for _name, _gradient, _keep in (
     ("linear", _linear_gradient, _keep_matrix),
+    ("device_linear", _device_linear_gradient, _keep_device_matrix),
     ("grouped_linear", _grouped_linear_gradient, _keep_stack),
     ("grouped_linear_backward", _grouped_linear_backward_gradient, _keep_backward),
 ):
@@ -421,6 +476,7 @@ for _name, _gradient, _keep in (
 
 linear = torch.ops.tenpak.linear.default
 linear_direct = _linear
+device_linear = torch.ops.tenpak.device_linear.default
 grouped_linear = torch.ops.tenpak.grouped_linear.default
 dequantize = torch.ops.tenpak.dequantize.default
 embedding = torch.ops.tenpak.embedding.default

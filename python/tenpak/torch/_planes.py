@@ -58,6 +58,11 @@ def extra_planes(
     return planes
 
 
+def is_graphics(device: object) -> bool:
+    """Return whether a device is one of :func:`tenpak.matmul`'s that PyTorch does not know."""
+    return isinstance(device, str) and (device == "wgpu" or device.startswith("wgpu:"))
+
+
 def source_dtype(name: str) -> torch.dtype:
     """Return the dtype in which a module computes whose source had the safetensors dtype ``name``."""
     return _COMPUTE.get(name, torch.float32)
@@ -122,6 +127,8 @@ class Quantized(nn.Module):
             raise InvalidError(f"modules cannot compute in {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.codec, self.rows, self.cols = codec, rows, cols
         self.set_act(act)
+        #: What multiplies: ``"cpu"``, or ``"wgpu"`` and ``"wgpu:N"`` for a graphics device.
+        self.backend = "cpu"
         self.dtype = dtype
         #: Dtype of the source, as safetensors names it.
         self.source = DTYPES[dtype]
@@ -166,6 +173,12 @@ class Quantized(nn.Module):
         if act is not None and act not in ACTS:
             raise InvalidError(f"unknown arithmetic of activations {act!r}, expected None or one of {', '.join(ACTS)}")
         self.act = act
+
+    def set_backend(self, backend: str) -> None:
+        """Choose what multiplies; see :func:`tenpak.torch.set_backend`."""
+        if backend != "cpu" and not is_graphics(backend):
+            raise InvalidError(f"unknown backend {backend!r}, expected 'cpu', 'wgpu' or 'wgpu:N'")
+        self.backend = backend
 
     @property
     def plane_names(self) -> tuple[str, ...]:
