@@ -83,13 +83,13 @@ def matmul(
     elif isinstance(weights, Encoded):
         weights._matrix.multiply(places, dtype, m, act, groups)
     else:
-        memory = _memory(weights.planes(str(name)))
-        _tenpak.multiply(weights[str(name)].codec, rows, cols, memory, *places, dtype, m, act, groups)
+        planes = weights.planes(str(name))
+        _tenpak.multiply(weights[str(name)].codec, rows, cols, _memory(planes), *places, dtype, m, act, groups)
     return y
 
 
 def _memory(planes: dict[str, Array]) -> list[tuple[int, int]]:
-    """Return address and bytes of each plane."""
+    """Return address and bytes of each plane, for as long as the caller holds them."""
     return [(plane.ctypes.data, plane.nbytes) for plane in planes.values()]
 
 
