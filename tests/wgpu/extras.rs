@@ -1,5 +1,7 @@
 //! Column scales and outliers.
 
+use std::sync::Arc;
+
 use half::f16;
 use tenpak::codec::extra::Outlier;
 use tenpak::gemm::cpu::reference;
@@ -64,6 +66,14 @@ fn column_scales_and_outliers_are_applied_in_products_and_in_decoding() {
                 }
             }
             assert_eq!(bits(&decoded(by_subgroups(), &weights)), bits(&encoded.decode()), "{codec}");
+            // A matrix that is shared instead of borrowed gives the same.
+            let y = product(&matrix, weights.rows(), &x, 33, Act::F32);
+            let shared = by_subgroups().upload_shared(Arc::new(encoded)).unwrap();
+            assert_eq!(bits(&product(&shared, 67, &x, 33, Act::F32)), bits(&y), "{codec}");
+            let mut batch = by_subgroups().batch().unwrap();
+            batch.multiply(&shared, &x, 33, Act::F32).unwrap();
+            drop(shared);
+            assert_eq!(bits(&batch.submit().unwrap().wait().unwrap()[0]), bits(&y), "{codec}");
         }
     }
 }
