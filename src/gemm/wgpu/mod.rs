@@ -79,7 +79,8 @@ pub struct Wgpu {
 }
 
 impl Wgpu {
-    /// Opens the device that is most likely to be fast.
+    /// Opens the device that is most likely to be fast; one that computes on the processor, which [`cpu`](super::cpu)
+    /// does faster, where there is no other.
     ///
     /// # Errors
     /// [`DeviceError::NotFound`](crate::DeviceError) when there is none, [`Error::Device`] when its driver refuses.
