@@ -309,6 +309,21 @@ fn devices_lists_the_processor_and_says_whether_this_build_knows_graphics_device
     }
 }
 
+/// The variables are those of the loader of Vulkan drivers.
+#[test]
+#[cfg(all(feature = "wgpu", target_os = "linux"))]
+fn devices_says_how_to_get_one_where_there_is_none() {
+    let none = |line: &str| {
+        let hidden = [("VK_DRIVER_FILES", "/nonexistent"), ("VK_ICD_FILENAMES", "/nonexistent")];
+        let output = tenpak().envs(hidden).args(line.split(' ')).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    assert!(none("devices").contains("mesa-vulkan-drivers"));
+    let report: serde_json::Value = serde_json::from_str(&none("devices --format json")).unwrap();
+    assert_eq!(report["wgpu"], serde_json::json!([]));
+}
+
 #[test]
 fn a_closed_pipe_is_no_error() {
     let shell = Shell::new();

@@ -36,6 +36,9 @@ pub(super) fn run(context: &mut Context<'_>) -> Outcome {
                 "f16: halves in shaders; subgroups: their sizes; kept: compiled kernels on disk; binding: MiB that a \
                  kernel sees at once; workgroup: KiB that its threads share",
             );
+            if adapters.iter().any(|adapter| adapter.kind == "cpu") {
+                context.line("type cpu: a driver that computes on the processor, slower than the device cpu itself");
+            }
         }
     }
     Outcome::Done

@@ -11,9 +11,26 @@ use super::device::Device;
 use super::flight::Flight;
 use super::planes::Uploaded;
 use super::record::Recording;
+use crate::codec::Encoded;
 use crate::error::{Error, Result};
 use crate::gemm::cpu::{self, extra, reference};
 use crate::gemm::{Act, Matrix, Weights, check_sizes};
+
+/// Whose planes a matrix is made of.
+#[derive(Debug, Clone)]
+pub(super) enum Source<'a> {
+    Borrowed(Weights<'a>),
+    Owned(Arc<Encoded>),
+}
+
+impl Source<'_> {
+    fn weights(&self) -> Weights<'_> {
+        match self {
+            Self::Borrowed(weights) => *weights,
+            Self::Owned(encoded) => Weights::from(&**encoded),
+        }
+    }
+}
 
 /// A matrix on a graphics device.
 ///
@@ -21,21 +38,21 @@ use crate::gemm::{Act, Matrix, Weights, check_sizes};
 #[derive(Debug)]
 pub struct Loaded<'a> {
     backend: Wgpu,
-    weights: Weights<'a>,
+    source: Source<'a>,
     uploaded: Mutex<Option<Arc<Uploaded>>>,
 }
 
 impl<'a> Loaded<'a> {
-    pub(super) fn new(backend: &Wgpu, weights: &Weights<'a>) -> Result<Self> {
-        let loaded = Self { backend: backend.clone(), weights: *weights, uploaded: Mutex::default() };
+    pub(super) fn new(backend: &Wgpu, source: Source<'a>) -> Result<Self> {
+        let loaded = Self { backend: backend.clone(), source, uploaded: Mutex::default() };
         loaded.on(&backend.device()?)?;
         Ok(loaded)
     }
 
     /// The planes that the matrix was made of.
     #[must_use]
-    pub fn weights(&self) -> &Weights<'a> {
-        &self.weights
+    pub fn weights(&self) -> Weights<'_> {
+        self.source.weights()
     }
 
     /// The matrix on a device; uploaded where it is not there.
@@ -44,7 +61,7 @@ impl<'a> Loaded<'a> {
         if let Some(there) = uploaded.as_ref().filter(|there| Arc::ptr_eq(&there.device, device)) {
             return Ok(Arc::clone(there));
         }
-        let fresh = Arc::new(Uploaded::new(device, &self.weights)?);
+        let fresh = Arc::new(Uploaded::new(device, &self.weights())?);
         *uploaded = Some(Arc::clone(&fresh));
         Ok(fresh)
     }
@@ -52,14 +69,15 @@ impl<'a> Loaded<'a> {
     /// Records a product of which neither side is empty.
     fn record(&self, recording: &mut Recording, device: &Arc<Device>, x: &[f32], m: usize, act: Act) -> Result<()> {
         let uploaded = self.on(device)?;
+        let weights = self.weights();
         let half = act == Act::F16 && device.half();
         let mut x = Cow::Borrowed(x);
-        if self.weights.extra().column_scales().is_some() {
-            self.weights.extra().scale(x.to_mut());
+        if weights.extra().column_scales().is_some() {
+            weights.extra().scale(x.to_mut());
         }
         // Where the kernel computes with halves, activations become halves on their way there.
         if act != Act::F32 && !half {
-            x = Cow::Owned(reference::round_activations(act, &x, self.weights.cols()));
+            x = Cow::Owned(reference::round_activations(act, &x, weights.cols()));
         }
         recording.multiply(&uploaded, &x, m, half)
     }
@@ -77,8 +95,9 @@ fn finish(weights: &Weights<'_>, x: &[f32], m: usize, y: &mut [f32]) -> Result<(
 
 impl Matrix for Loaded<'_> {
     fn multiply(&self, x: &[f32], m: usize, act: Act, y: &mut [f32]) -> Result<()> {
-        check_sizes(&self.weights, x.len(), m, y.len())?;
-        if is_empty(&self.weights, m) {
+        let weights = self.weights();
+        check_sizes(&weights, x.len(), m, y.len())?;
+        if is_empty(&weights, m) {
             y.fill(0.0);
             return Ok(());
         }
@@ -90,11 +109,12 @@ impl Matrix for Loaded<'_> {
         })?;
         flight.wait()?;
         flight.read([&mut *y])?;
-        finish(&self.weights, x, m, y)
+        finish(&weights, x, m, y)
     }
 
     fn decode(&self, out: &mut [f32]) -> Result<()> {
-        let (rows, cols) = (self.weights.rows(), self.weights.cols());
+        let weights = self.weights();
+        let (rows, cols) = (weights.rows(), weights.cols());
         if rows.checked_mul(cols) != Some(out.len()) {
             return Err(Error::invalid(format!("{} numbers for a {rows} x {cols} matrix", out.len())));
         }
@@ -109,14 +129,14 @@ impl Matrix for Loaded<'_> {
         })?;
         flight.wait()?;
         flight.read([&mut *out])?;
-        self.weights.extra().apply(out)
+        weights.extra().apply(out)
     }
 }
 
 /// One product of a [`Batch`], with what is left to do when its results are there.
 #[derive(Debug)]
 struct Job<'a> {
-    weights: Weights<'a>,
+    source: Source<'a>,
     m: usize,
     /// The activations, where extra planes need them again.
     x: Vec<f32>,
@@ -144,7 +164,7 @@ impl<'a> Batch<'a> {
     /// [`Error::Invalid`] when `x` is not `m * k` numbers or the matrix is another backend's, [`Error::OutOfMemory`],
     /// [`Error::Device`].
     pub fn multiply(&mut self, matrix: &Loaded<'a>, x: &[f32], m: usize, act: Act) -> Result<usize> {
-        let weights = matrix.weights;
+        let weights = matrix.weights();
         let results = m.saturating_mul(weights.rows());
         check_sizes(&weights, x.len(), m, results)?;
         if !matrix.backend.is(&self.backend) {
@@ -158,7 +178,7 @@ impl<'a> Batch<'a> {
             device.watched("a product", bytes, || matrix.record(recording, device, x, m, act))?;
         }
         let x = if weights.extra().has_outliers() { x.to_vec() } else { Vec::new() };
-        self.jobs.push(Job { weights, m, x });
+        self.jobs.push(Job { source: matrix.source.clone(), m, x });
         Ok(self.jobs.len() - 1)
     }
 
@@ -194,13 +214,16 @@ impl Pending<'_> {
 
     fn results(&mut self) -> Result<Vec<Vec<f32>>> {
         let jobs = std::mem::take(&mut self.jobs);
-        let mut results: Vec<_> = jobs.iter().map(|job| vec![0.0; job.m * job.weights.rows()]).collect();
+        let all: Vec<Weights<'_>> = jobs.iter().map(|job| job.source.weights()).collect();
+        let mut results: Vec<_> =
+            jobs.iter().zip(&all).map(|(job, weights)| vec![0.0; job.m * weights.rows()]).collect();
         if let Some(flight) = self.flight.take() {
-            let filled = jobs.iter().zip(&mut results).filter(|(job, _)| !is_empty(&job.weights, job.m));
+            let sides = jobs.iter().zip(&all).zip(&mut results);
+            let filled = sides.filter(|((job, weights), _)| !is_empty(weights, job.m));
             flight.read(filled.map(|(_, y)| y.as_mut_slice()))?;
         }
-        for (job, y) in jobs.iter().zip(&mut results) {
-            finish(&job.weights, &job.x, job.m, y)?;
+        for ((job, weights), y) in jobs.iter().zip(&all).zip(&mut results) {
+            finish(weights, &job.x, job.m, y)?;
         }
         Ok(results)
     }

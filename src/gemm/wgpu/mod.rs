@@ -34,8 +34,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Backend, Matrix, Weights};
+use crate::codec::Encoded;
 use crate::error::{Error, Result};
 use device::Device;
+use matrix::Source;
 
 pub use adapter::{Adapter, adapters};
 pub use g8::{G8GemmContext, G8Number};
@@ -77,7 +79,8 @@ pub struct Wgpu {
 }
 
 impl Wgpu {
-    /// Opens the device that is most likely to be fast.
+    /// Opens the device that is most likely to be fast; one that computes on the processor, which [`cpu`](super::cpu)
+    /// does faster, where there is no other.
     ///
     /// # Errors
     /// [`DeviceError::NotFound`](crate::DeviceError) when there is none, [`Error::Device`] when its driver refuses.
@@ -120,7 +123,15 @@ impl Wgpu {
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::Device`], and [`Error::Unsupported`] when not even a row fits the device.
     pub fn upload<'a>(&self, weights: &Weights<'a>) -> Result<Loaded<'a>> {
-        Loaded::new(self, weights)
+        Loaded::new(self, Source::Borrowed(*weights))
+    }
+
+    /// The same with a matrix that is shared, for those who cannot say how long its planes live.
+    ///
+    /// # Errors
+    /// As [`Wgpu::upload`].
+    pub fn upload_shared(&self, encoded: Arc<Encoded>) -> Result<Loaded<'static>> {
+        Loaded::new(self, Source::Owned(encoded))
     }
 
     /// Products that are submitted together.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use wgpu::{CommandEncoder, CommandEncoderDescriptor, ComputePassDescriptor};
 
+use super::adapter::WORKGROUPS;
 use super::device::Device;
 use super::flight::{Flight, Run};
 use super::kernel::Kernel;
@@ -12,6 +13,9 @@ use super::planes::{Part, Uploaded, words};
 use super::pool::Lease;
 use crate::codec::isa;
 use crate::error::{Error, Result};
+
+/// Rows of activations at once, at most: workgroups of [`Kernel::Many`] take 32 of them.
+const MOST: usize = WORKGROUPS as usize * 32;
 
 /// Columns that activations are filled up to: those of an octet of weights.
 const OCTET: usize = 8;
@@ -40,6 +44,7 @@ impl Recording {
             let x = x_len(Kernel::of(m), m, cols).saturating_mul(number_bytes(half));
             x.max(m.saturating_mul(rows).saturating_mul(4))
         })?;
+        let at_once = at_once.min(MOST);
         for x in x.chunks(at_once * cols) {
             let m = x.len() / cols;
             let kernel = Kernel::of(m);
