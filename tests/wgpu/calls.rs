@@ -215,7 +215,7 @@ fn memory_runs_out_alone() {
     let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
     let taken: u64 = pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096;
     let before = getrlimit(Resource::As);
-    setrlimit(Resource::As, Rlimit { current: Some(taken + (512 << 20)), ..before.clone() }).unwrap();
+    setrlimit(Resource::As, Rlimit { current: Some(taken + (512 << 20)), ..before }).unwrap();
     for _ in 0..3 {
         match device.upload(&large) {
             Err(Error::OutOfMemory { what, bytes }) => {
