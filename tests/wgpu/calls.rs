@@ -192,3 +192,53 @@ fn a_lost_device_is_an_error_and_the_next_call_works() {
         assert_eq!(bits(&decoded(&device, &weights)), bits(&reference_decode(&weights)));
     }
 }
+
+/// Run by the next test in a process of its own, whose memory it caps.
+#[test]
+#[ignore = "needs a process of its own"]
+#[cfg(target_os = "linux")]
+fn memory_runs_out_alone() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let mut stream = Stream(6);
+    let device = open(Options::default());
+    let codec = codecs::get("int8_sym_v1").unwrap();
+    let small = Owned::new(codec.layout, 40, 64, &mut stream, ordinary);
+    let weights = small.weights();
+    let matrix = device.upload(&weights).unwrap();
+    let x = random(64, &mut stream);
+    let want = product(&matrix, 40, &x, 1, Act::F32);
+    // Zeros that nobody writes take no memory here, but do on the device.
+    let (rows, cols) = (1 << 18, 4096);
+    let (codes, scales) = (vec![0; rows * cols], vec![0; 4 * rows]);
+    let large = Weights::new(&codec.layout, rows, cols, &[&codes, &scales]).unwrap();
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let taken: u64 = pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096;
+    let before = getrlimit(Resource::As);
+    setrlimit(Resource::As, Rlimit { current: Some(taken + (512 << 20)), ..before }).unwrap();
+    for _ in 0..3 {
+        match device.upload(&large) {
+            Err(Error::OutOfMemory { what, bytes }) => {
+                assert!(what.contains("a matrix") && bytes > 1 << 30, "{bytes} bytes for {what}");
+            }
+            other => panic!("expected no memory, not {other:?}"),
+        }
+        assert_eq!(bits(&product(&matrix, 40, &x, 1, Act::F32)), bits(&want), "the next smaller call");
+    }
+    setrlimit(Resource::As, before).unwrap();
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_that_runs_out_is_an_error_and_the_next_smaller_call_works() {
+    if by_subgroups().adapter().kind != "cpu" {
+        // The memory of a device of its own is not that of a process.
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "calls::memory_runs_out_alone"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+}
