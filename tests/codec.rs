@@ -76,7 +76,7 @@ fn check(isa: &Isa, codec: &Codec, layout: &Grouped, weights: &[f32], cols: usiz
 }
 
 /// Searches over every group's tables take long in a debug build: larger matrices are left to the other codecs.
-const NESTED_WEIGHTS: usize = 800;
+const NESTED_WEIGHTS: usize = 200;
 
 fn check_everywhere(weights: &[f32], cols: usize) {
     let tried = |codec: &Codec| codec.fit != Fit::Nested || weights.len() <= NESTED_WEIGHTS;
