@@ -39,17 +39,26 @@ def test_the_commands_of_a_checkpoint_s_life_work_in_order(folder: Path) -> None
     assert (folder / "again.tenpak").read_bytes() == (folder / "model.tenpak").read_bytes()
 
 
-def test_the_python_snippet_works(folder: Path) -> None:
-    snippet, _ = blocks("python")
+def run(snippet: str, folder: Path) -> str:
     done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 3
+    return done.stdout
+
+
+def test_the_python_snippet_works(folder: Path) -> None:
+    snippet, _, _ = blocks("python")
+    assert len(run(snippet, folder).split()) == 3
 
 
 def test_the_snippet_of_transformers_works(folder: Path) -> None:
     for module in ("torch", "transformers", "accelerate"):
         pytest.importorskip(module, reason=f"{module} is not installed; pip install 'tenpak[torch,hf]'")
-    _, snippet = blocks("python")
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "codec=int4_g32_fp16_v1, 5.000 bits/weight" in done.stdout
+    _, snippet, _ = blocks("python")
+    assert "codec=int4_g32_fp16_v1, 5.000 bits/weight" in run(snippet, folder)
+
+
+def test_the_snippet_of_graphics_devices_works(folder: Path) -> None:
+    for module in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(module, reason=f"{module} is not installed; pip install 'tenpak[torch,hf]'")
+    _, _, snippet = blocks("python")
+    assert "bits/weight, backend=wgpu" in run(snippet, folder)
