@@ -7,7 +7,7 @@ use tenpak::gemm::{Act, Matrix, Weights, cpu};
 use tenpak::layout::Layout;
 
 mod matrices;
-use matrices::{Draw, Owned, Stream, bits, extreme, layouts, ordinary, random, seed};
+use matrices::{HARD, Owned, Stream, assert_within, bits, extreme, layouts, ordinary, random, seed};
 
 /// What results may be: the exact ones, and how far each may be off.
 struct Expected {
@@ -35,10 +35,7 @@ impl Expected {
     }
 
     fn check(&self, got: &[f32], what: &dyn Fn() -> String) {
-        for (i, (&got, (&want, &bound))) in got.iter().zip(self.results.iter().zip(&self.bounds)).enumerate() {
-            let off = (f64::from(got) - f64::from(want)).abs();
-            assert!(off <= bound, "{}: result {i} is {got}, not {want} ± {bound:e}", what());
-        }
+        assert_within(got, &self.results, &self.bounds, what);
     }
 }
 
@@ -89,14 +86,8 @@ fn every_instruction_set_stays_within_the_bound_for_every_layout_and_shape() {
 fn extreme_scales_and_activations_are_no_exception() {
     let seed = seed();
     let mut stream = Stream(seed);
-    let numbers: [Draw; 4] = [
-        |stream| if stream.next().is_multiple_of(3) { stream.normal() } else { 0.0 },
-        |stream| if stream.next().is_multiple_of(2) { f32::from_bits(stream.bits() & 0x807f_ffff) } else { -0.0 },
-        |stream| stream.normal() * [1e-30, 1e-3, 1.0, 1e5, 1e25][usize::try_from(stream.next() % 5).unwrap()],
-        |_| 0.0,
-    ];
     for layout in layouts() {
-        for draw in numbers {
+        for draw in HARD {
             let k = 8 + usize::try_from(stream.next() % 300).unwrap();
             let owned = Owned::new(layout, 5, k, &mut stream, extreme);
             let x: Vec<f32> = (0..M[M.len() - 1] * k).map(|_| draw(&mut stream)).collect();

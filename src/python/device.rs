@@ -30,16 +30,20 @@ fn opened(name: &str) -> Result<Arc<dyn Backend>> {
     match backends.get(name) {
         Some((opener, backend)) if *opener == process => Ok(Arc::clone(backend)),
         // What the driver has in memory is its parent's: it must not be touched, not even to drop it.
-        Some(_) => Err(Error::unsupported(format!(
-            "device '{name}' was opened before this process was forked, and drivers do not survive that; start the \
-             process with multiprocessing's 'spawn', or multiply on the CPU"
-        ))),
+        Some(_) => Err(forked(&format!("device '{name}' was opened"))),
         None => {
             let fresh: Arc<dyn Backend> = backend(name)?.into();
             backends.insert(name.to_owned(), (process, Arc::clone(&fresh)));
             Ok(fresh)
         }
     }
+}
+
+fn forked(what: &str) -> Error {
+    Error::unsupported(format!(
+        "{what} before this process was forked, and drivers do not survive that; start the process with multiprocessing's \
+         'spawn', or multiply on the CPU"
+    ))
 }
 
 /// A matrix on a device, and what keeps its planes in memory: they are uploaded again when the device is lost.
@@ -78,10 +82,7 @@ impl DeviceMatrix {
     fn multiply(&self, py: Python<'_>, x: Memory, y: Memory, dtype: &str, m: usize, act: &str) -> PyResult<()> {
         computed(py, true, || {
             if self.process != std::process::id() {
-                return Err(Error::unsupported(
-                    "the matrix was taken to a device before this process was forked, and drivers do not survive that; \
-                     start the process with multiprocessing's 'spawn', or multiply on the CPU",
-                ));
+                return Err(forked("the matrix was taken to a device"));
             }
             let (dtype, act): (DType, _) = (dtype.parse()?, act.parse()?);
             // SAFETY: the caller holds `x` for the length of this call and has just made `y`.

@@ -56,6 +56,14 @@ pub fn extreme(stream: &mut Stream) -> f32 {
     if stream.next().is_multiple_of(2) { magnitude } else { -magnitude }
 }
 
+/// Activations that are mostly zero, subnormal, of very different magnitudes, or nothing.
+pub const HARD: [Draw; 4] = [
+    |stream| if stream.next().is_multiple_of(3) { stream.normal() } else { 0.0 },
+    |stream| if stream.next().is_multiple_of(2) { f32::from_bits(stream.bits() & 0x807f_ffff) } else { -0.0 },
+    |stream| stream.normal() * [1e-30, 1e-3, 1.0, 1e5, 1e25][usize::try_from(stream.next() % 5).unwrap()],
+    |_| 0.0,
+];
+
 /// A random matrix; every plane ends where its allocation does.
 pub struct Owned {
     pub layout: Layout,
@@ -116,6 +124,14 @@ impl Owned {
 /// Normal numbers.
 pub fn random(count: usize, stream: &mut Stream) -> Vec<f32> {
     (0..count).map(|_| stream.normal()).collect()
+}
+
+/// Refuses results that are further from those wanted than their bounds.
+pub fn assert_within(got: &[f32], wanted: &[f32], bounds: &[f64], what: &dyn Fn() -> String) {
+    for (i, (&got, (&want, &bound))) in got.iter().zip(wanted.iter().zip(bounds)).enumerate() {
+        let off = (f64::from(got) - f64::from(want)).abs();
+        assert!(off <= bound, "{}: result {i} is {got}, not {want} ± {bound:e}", what());
+    }
 }
 
 /// The bits of numbers.

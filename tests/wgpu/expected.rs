@@ -7,7 +7,7 @@ use tenpak::gemm::wgpu::{Options, Wgpu};
 use tenpak::gemm::{Act, Matrix};
 use tenpak::layout::{Layout, ROW};
 
-use crate::matrices::{Owned, layouts};
+use crate::matrices::{Owned, assert_within, layouts};
 
 /// The default device with other options than the usual ones; kernels are not kept on disk.
 pub fn open(options: Options) -> Wgpu {
@@ -81,10 +81,7 @@ impl Expected {
 
     /// Refuses results that are further off.
     pub fn check(&self, got: &[f32], what: &dyn Fn() -> String) {
-        for (i, (&got, (&want, &bound))) in got.iter().zip(self.results.iter().zip(&self.bounds)).enumerate() {
-            let off = (f64::from(got) - f64::from(want)).abs();
-            assert!(off <= bound, "{}: result {i} is {got}, not {want} ± {bound:e}", what());
-        }
+        assert_within(got, &self.results, &self.bounds, what);
     }
 }
 

@@ -35,8 +35,8 @@ class QuantizedLinear(Quantized, nn.Linear):
     codec
         Id of a codec; see :func:`tenpak.codecs`.
     act
-        Arithmetic: ``"float32"``, ``"bfloat16"`` or ``"int8"``, see :func:`tenpak.matmul`; with None ``"bfloat16"`` for
-        bfloat16 activations and ``"float32"`` for others.
+        Arithmetic: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``, see :func:`tenpak.matmul`; with None
+        ``"bfloat16"`` for bfloat16 activations and ``"float32"`` for others.
     device, dtype
         Where planes live, and the dtype of the bias. ``"wgpu"`` and ``"wgpu:N"`` leave planes and activations on the
         CPU and have a graphics device multiply, see :func:`set_backend`.

@@ -161,8 +161,8 @@ def set_act(model: nn.Module, act: str | None) -> None:
     model
         A model with quantized layers.
     act
-        ``"float32"``, ``"bfloat16"`` or ``"int8"``, see :func:`tenpak.matmul`; None for ``"bfloat16"`` with bfloat16
-        activations and ``"float32"`` with others.
+        ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``, see :func:`tenpak.matmul`; None for ``"bfloat16"``
+        with bfloat16 activations and ``"float32"`` with others.
 
     Raises
     ------

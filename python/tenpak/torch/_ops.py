@@ -48,6 +48,17 @@ def default_act(dtype: torch.dtype) -> str:
     return "bfloat16" if dtype is torch.bfloat16 else "float32"
 
 
+def _planes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    addends: torch.Tensor | None,
+    high_codes: torch.Tensor | None,
+    extra: list[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """Return the planes that there are, in stored order."""
+    return tuple(plane for plane in (codes, high_codes, scales, addends, *extra) if plane is not None)
+
+
 def _memory(
     codes: torch.Tensor,
     scales: torch.Tensor,
@@ -57,7 +68,7 @@ def _memory(
     first: torch.Tensor,
 ) -> list[tuple[int, int]]:
     """Return address and bytes of each plane, having checked that the CPU can read them and ``first``."""
-    planes = tuple(plane for plane in (codes, high_codes, scales, addends, *extra) if plane is not None)
+    planes = _planes(codes, scales, addends, high_codes, extra)
     if not (first.is_cpu and all(plane.is_cpu for plane in planes)):
         _refuse_devices(first, planes)
     memory = []
@@ -187,7 +198,7 @@ def _device_linear(
     """Return what :func:`_linear` gives, computed on a graphics device that the matrix is taken to once."""
     memory = _memory(codes, scales, addends, high_codes, extra, x)
     x, y, m, name = _prepared(x, rows, cols)
-    planes = [plane for plane in (codes, high_codes, scales, addends, *extra) if plane is not None]
+    planes = _planes(codes, scales, addends, high_codes, extra)
     state = device, [(plane.data_ptr(), plane._version) for plane in planes]
     held = _on_devices.get(codes)
     if held is None or held[0] != state:
