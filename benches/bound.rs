@@ -4,7 +4,8 @@
 //! those whose size is open at several rates. `bpw` is what the matrix takes on disk. The bound at R bits is
 //! `2^(-2R)` for a Gaussian, its rate-distortion function; for Student's t with five degrees of freedom it is Shannon's lower
 //! bound, `2^(2h) / (2πe) · 2^(-2R)` with the differential entropy `h` at unit variance, which is 0.41 dB lower. A
-//! distance of 6.02 dB is a bit. Times are those of a whole `compress` on all threads, writing included.
+//! distance of 6.02 dB is a bit. Times are those of a whole `compress` on all threads, writing included. With an argument, only
+//! codecs whose id has it: `cargo bench --bench bound -- ecu`.
 
 #![expect(clippy::print_stdout, reason = "the table is what it is run for")]
 #![expect(clippy::cast_possible_truncation, reason = "weights are singles")]
@@ -64,6 +65,7 @@ fn checkpoint(path: &Path, weights: &[f32]) {
 }
 
 fn main() {
+    let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with("--")).unwrap_or_default();
     let folder = tempfile::tempdir().expect("a temporary directory");
     let (input, output) = (folder.path().join("w.safetensors"), folder.path().join("w.tenpak"));
     println!("{SIDE} x {SIDE} independent weights, {} threads\n", rayon::current_num_threads());
@@ -73,7 +75,7 @@ fn main() {
     for (name, weights, bound) in [("Gaussian", gauss, 1.0), ("t5", student(), student_bound())] {
         checkpoint(&input, &weights);
         let source = tenpak::source::open(&input, &Default::default()).expect("a checkpoint");
-        for codec in codecs::all().iter().filter(|codec| codec.layout != Layout::Raw) {
+        for codec in codecs::all().iter().filter(|codec| codec.layout != Layout::Raw && codec.id.contains(&wanted)) {
             let open = codec.fit == Fit::Rate;
             for rate in if open { RATES.map(Some).to_vec() } else { vec![None] } {
                 for (fit, method) in Method::ALL.iter().filter(|(_, method)| !method.needs_stats()) {

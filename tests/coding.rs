@@ -4,7 +4,7 @@
 
 use proptest::prelude::*;
 use tenpak::coding::{self, ByteStream, Stream, Trellis};
-use tenpak::fit::entropy::{Choice, quantize, quantize_step, quantize_with};
+use tenpak::fit::entropy::{Choice, Quantized, quantize, quantize_step, quantize_with};
 
 /// Numbers that look like a Gaussian's, from a fixed seed.
 fn gaussian(count: usize, seed: u64) -> Vec<f32> {
@@ -249,8 +249,7 @@ fn a_rate_is_met_from_below_and_errors_are_those_of_the_codes() {
         let q = quantize(&weights, rows, cols, target, None).expect("finite weights");
         let bits = q.bits_per_weight();
         assert!(bits <= target && bits >= target * 0.995, "{bits} for {target}");
-        let level = |i: usize| f64::from((f32::from(q.codes[i]) - 128.0) * q.scales[i / cols]);
-        let error: f64 = weights.iter().enumerate().map(|(i, &w)| (f64::from(w) - level(i)).powi(2)).sum();
+        let error = sum_of_squares(&errors(&weights, cols, &q));
         assert!((error - q.squared_error).abs() <= 1e-9 * error, "{error} is not {}", q.squared_error);
     }
     assert!(quantize(&weights, rows, cols, 0.001, None).is_err());
@@ -279,15 +278,34 @@ fn importance_moves_error_to_where_it_counts_less() {
     assert!(with.weighted_error < without.weighted_error);
 }
 
+/// What the weights of a matrix are off by.
+fn errors(weights: &[f32], cols: usize, q: &Quantized) -> Vec<f64> {
+    let mut decoded: Vec<f32> =
+        q.codes.iter().enumerate().map(|(i, &code)| (f32::from(code) - 128.0) * q.scales[i / cols]).collect();
+    for outlier in &q.outliers {
+        decoded[outlier.row * cols + outlier.column] += outlier.value.to_f32();
+    }
+    weights.iter().zip(decoded).map(|(&w, d)| f64::from(w) - f64::from(d)).collect()
+}
+
+fn sum_of_squares(errors: &[f64]) -> f64 {
+    errors.iter().map(|e| e * e).sum()
+}
+
 #[test]
 fn outliers_and_zeros_are_quantized() {
     let (rows, cols) = (40, 96);
     let mut weights = gaussian(rows * cols, 4);
     weights[..cols].fill(0.0);
-    weights[5 * cols + 7] = 1e4;
+    weights[5 * cols + 7] = 1e3;
     let q = quantize(&weights, rows, cols, 4.0, None).expect("finite weights");
-    assert_eq!(q.stretched, 1, "the row with the outlier has a step of its own");
-    assert!(q.scales[5] > 2.0 * q.scales[6]);
+    let outliers: Vec<_> = q.outliers.iter().map(|outlier| (outlier.row, outlier.column)).collect();
+    assert_eq!(outliers, [(5, 7)], "what lies beyond the codes is stored beside them");
+    let errors = errors(&weights, cols, &q);
+    assert!((sum_of_squares(&errors) - q.squared_error).abs() <= 1e-9 * q.squared_error);
+    // The row with the outlier loses what the others lose, a few of its own F16 steps apart.
+    let mean = q.squared_error / (rows - 1) as f64;
+    assert!(sum_of_squares(&errors[5 * cols..6 * cols]) < 1.5 * mean + 0.25);
     assert!(q.codes[..cols].iter().all(|&code| code == 128));
     let zeros = quantize(&vec![0.0; 300], 3, 100, 2.0, None).expect("finite weights");
     assert_eq!(zeros.squared_error, 0.0);
@@ -295,23 +313,30 @@ fn outliers_and_zeros_are_quantized() {
 }
 
 #[test]
-fn with_all_bits_no_row_loses_more_than_rounded_within_its_own_range() {
+fn what_no_f16_holds_stretches_its_row_instead() {
+    let (rows, cols) = (40, 96);
+    let mut weights: Vec<f32> = gaussian(rows * cols, 4).iter().map(|w| w * 1e4).collect();
+    weights[5 * cols + 7] = 1e7;
+    let q = quantize(&weights, rows, cols, 4.0, None).expect("finite weights");
+    assert_eq!((q.stretched, q.outliers.len()), (1, 0));
+    assert!(q.scales[5] > 2.0 * q.scales[6]);
+}
+
+#[test]
+fn with_all_bits_a_matrix_loses_less_than_rounded_within_the_range_of_its_rows() {
     let (rows, cols) = (48, 512);
-    let weights = uneven(rows, cols);
-    let q = quantize(&weights, rows, cols, 8.0, None).expect("finite weights");
-    assert!(q.bits_per_weight() <= 8.0);
-    for (row, (weights, codes)) in weights.chunks(cols).zip(q.codes.chunks(cols)).enumerate() {
-        let scale = weights.iter().fold(0f32, |most, w| most.max(w.abs())) / 127.0;
-        let error = |level: &dyn Fn(usize) -> f32| -> f64 {
-            (0..cols).map(|c| f64::from(weights[c]) - f64::from(level(c))).map(|e| e * e).sum()
+    for (weights, least) in [(uneven(rows, cols), 2.0), (gaussian(rows * cols, 2), 1.4)] {
+        let q = quantize(&weights, rows, cols, 8.0, None).expect("finite weights");
+        assert!(q.bits_per_weight() <= 8.0);
+        let ranged = |row: &[f32]| {
+            let scale = row.iter().fold(0f32, |most, w| most.max(w.abs())) / 127.0;
+            sum_of_squares(&row.iter().map(|w| f64::from(w - (w / scale).round() * scale)).collect::<Vec<_>>())
         };
-        let ranged = error(&|c| (weights[c] / scale).round() * scale);
-        let ours = error(&|c| (f32::from(codes[c]) - 128.0) * q.scales[row]);
-        // Sums of squares of errors up to half a step; decoded values are rounded, by up to 127 * 2^-24 of a step.
-        assert!(ours <= ranged * (1.0 + 1e-4), "row {row}: {ours:e}, rounded within its range {ranged:e}");
+        let ranged: f64 = weights.chunks(cols).map(ranged).sum();
+        assert!(least * q.squared_error < ranged, "{:e}, rounded within ranges {ranged:e}", q.squared_error);
+        let less = quantize(&weights, rows, cols, 6.5, None).expect("finite weights");
+        assert!(less.bits_per_weight() <= 6.5 && less.squared_error > q.squared_error);
     }
-    let less = quantize(&weights, rows, cols, 6.5, None).expect("finite weights");
-    assert!(less.bits_per_weight() <= 6.5 && less.squared_error > q.squared_error);
 }
 
 /// Codes that a formula gives, as `tests/python/test_coded.py` states it too.

@@ -68,10 +68,13 @@ pub(super) fn encode(
     let mut plane = crate::error::try_zeroed(rows * layout.scale().size(), || "a plane of scales".to_owned())?;
     quantized.scales.iter().enumerate().for_each(|(row, &scale)| layout.scale().store(&mut plane, row, scale));
     let codes = padded(quantized.codes, layout.code_stride(cols), cols)?;
-    let extra = extra::planes(rows, cols, quantized.column_scales.as_deref(), &[])?;
+    let extra = extra::planes(rows, cols, quantized.column_scales.as_deref(), &quantized.outliers)?;
     done.distance = Some(distance(layout, &weights, cols, [&codes, &plane], &extra)?);
     done.repaired = repaired;
-    done.set_extras(Extras { column_scales: quantized.column_scales.is_some(), outliers: 0 })?;
+    done.set_extras(Extras {
+        column_scales: quantized.column_scales.is_some(),
+        outliers: quantized.outliers.len() as u64,
+    })?;
     let mut planes = vec![
         Prepared::new(codes, Some((Coding::Rows, quantized.stream))),
         Prepared::new(plane, Some((Coding::Scales, quantized.scales_stream))),
@@ -227,7 +230,6 @@ fn padded(codes: Vec<u8>, stride: usize, cols: usize) -> Result<Vec<u8>> {
 /// How far the decoded weights are from the original ones.
 fn distance(layout: &Grouped, weights: &[f32], cols: usize, planes: [&[u8]; 2], extra: &[Vec<u8>]) -> Result<Distance> {
     let extra: Vec<&[u8]> = extra.iter().map(Vec::as_slice).collect();
-    // Column scales are those of any row.
     let extra = ExtraPlanes::new(&extra, weights.len() / cols, cols)?;
     let planes = Planes::new(layout, &planes);
     let rows = codec::rows_per_task(cols);
@@ -238,10 +240,10 @@ fn distance(layout: &Grouped, weights: &[f32], cols: usize, planes: [&[u8]; 2], 
             decoded.resize(weights.len(), 0.0);
             let planes = planes.slice(layout, cols, task * rows, weights.len() / cols);
             codec::decode_rows(layout, &planes, cols, decoded);
-            extra.scale(decoded);
-            Distance::between(weights, decoded)
+            extra.slice(task * rows, weights.len() / cols).apply(decoded)?;
+            Ok(Distance::between(weights, decoded))
         })
-        .collect();
+        .collect::<Result<_>>()?;
     // Added in the order of the rows, so that the report does not depend on the number of threads.
     Ok(parts.iter().fold(Distance::default(), |mut all, part| {
         all.merge(part);

@@ -5,7 +5,8 @@
 //! the same factor per bit, so its logarithm is interpolated.
 
 use super::rate::{LOG_STATES, exp2};
-use super::{Choice, Matrix, Quantized, finest, step_of};
+use super::reach::outlier_bits;
+use super::{Choice, Matrix, Quantized, step_of};
 use crate::coding::context::log2;
 use crate::coding::{Trellis, head};
 use crate::error::Result;
@@ -14,8 +15,10 @@ use crate::fit::Rate;
 /// Weights of a sample, about.
 pub const SAMPLE: usize = 1 << 16;
 
-/// Rates near which a sample is quantized: with a trellis, and, where codes reach their ends, without one.
-const RATES: [(f64, bool); 5] = [(1.5, true), (2.75, true), (4.25, true), (5.75, true), (7.0, false)];
+/// Rates near which a sample is quantized: with a trellis, and, where codes reach their ends, without one. The last lies beyond
+/// the greatest rate, so that all of these are known.
+const RATES: [(f64, bool); 7] =
+    [(1.5, true), (2.75, true), (4.25, true), (5.75, true), (7.0, false), (8.0, false), (9.0, false)];
 
 /// Squared error over bits of a matrix.
 #[derive(Debug, Clone)]
@@ -52,7 +55,7 @@ impl Curve {
             let step = (exp2(exponent) as f32).clamp(f32::MIN_POSITIVE, f32::MAX / 128.0);
             step_of(&matrix, step, choice)
         };
-        for tried in RATES.into_iter().map(at_rate).chain([finest(&matrix)]) {
+        for tried in RATES.into_iter().map(at_rate) {
             let tried = tried?;
             let bits = whole_bits(&tried, here, cols, rows)?;
             if tried.squared_error > 0.0 {
@@ -145,7 +148,8 @@ fn whole_bits(sample: &Quantized, here: usize, cols: usize, rows: usize) -> Resu
     let ends = blocks * 4 * head::LANES.min(rows);
     let scales = sample.scales_stream.len() as f64 * if sample.stretched > 0 { rows as f64 / here as f64 } else { 1.0 };
     let bytes = codes * (rows as f64 / here as f64) + deviations + (8 * blocks + ends) as f64 + scales;
-    Ok(bytes * 8.0 / (rows * cols) as f64)
+    let outliers = outlier_bits(rows, cols, sample.outliers.len() * rows / here);
+    Ok((bytes * 8.0 + outliers) / (rows * cols) as f64)
 }
 
 #[cfg(test)]

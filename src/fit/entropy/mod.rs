@@ -2,8 +2,8 @@
 //!
 //! One step serves the whole matrix, and the coder's contexts spend bits where deviations are large: for an entropy
 //! coder that is where they belong, so scales per group would only cost. A code is chosen for its error *and* its bits,
-//! `error² + λ · bits`, along a trellis, which gains about one decibel over rounding at equal bits. Rows with a
-//! weight beyond 127 steps get a step of their own, as far as that pays.
+//! `error² + λ · bits`, along a trellis, which gains about one decibel over rounding at equal bits. What lies beyond the
+//! codes is in [`mod@reach`].
 
 #![expect(
     clippy::cast_possible_truncation,
@@ -12,6 +12,7 @@
 
 mod curve;
 pub(crate) mod rate;
+mod reach;
 mod solve;
 mod viterbi;
 
@@ -21,8 +22,10 @@ use rayon::prelude::*;
 
 pub use curve::{Curve, SAMPLE};
 pub use rate::{quantize, quantize_with};
+use reach::outlier_bits;
 pub use solve::solve;
 
+use crate::codec::extra::Outlier;
 use crate::coding::context::{self, lengths};
 use crate::coding::head::Contexts;
 use crate::coding::table::{Model, ZERO, escape_codes};
@@ -62,6 +65,8 @@ pub struct Quantized {
     pub stretched: usize,
     /// A factor on the weights of each column, where there are any.
     pub column_scales: Option<Vec<f32>>,
+    /// What is added to single weights, in the order of rows and columns.
+    pub outliers: Vec<Outlier>,
     /// The codes as they lie on disk.
     pub stream: Vec<u8>,
     /// The scales as they lie on disk.
@@ -81,7 +86,9 @@ impl Quantized {
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
         let columns = self.column_scales.as_ref().map_or(0, |scales| 4 * scales.len());
-        (self.stream.len() + self.scales_stream.len() + columns) as f64 * 8.0 / self.codes.len().max(1) as f64
+        let (rows, weights) = (self.scales.len(), self.codes.len().max(1));
+        let outliers = outlier_bits(rows, weights / rows.max(1), self.outliers.len());
+        (8.0 * (self.stream.len() + self.scales_stream.len() + columns) as f64 + outliers) / weights as f64
     }
 }
 
@@ -113,17 +120,19 @@ impl<'a> Matrix<'a> {
         Self { weights: Cow::Borrowed(weights), rows, cols, importance }
     }
 
-    /// Squared error of codes, plain and weighted, summed row by row.
-    fn errors(&self, codes: &[u8], scales: &[f32]) -> (f64, f64) {
+    /// Squared error of codes with outliers, plain and weighted, summed row by row.
+    fn errors(&self, codes: &[u8], scales: &[f32], outliers: &[Outlier]) -> (f64, f64) {
         let rows: Vec<(f64, f64)> = (0..self.rows)
             .into_par_iter()
             .map(|row| {
                 let at = row * self.cols..(row + 1) * self.cols;
+                let first = outliers.partition_point(|outlier| outlier.row < row);
+                let mut own = outliers[first..].iter().take_while(|outlier| outlier.row == row).peekable();
                 let (mut plain, mut weighted) = (0.0, 0.0);
-                for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance)
-                {
-                    let level = f32::from(i16::from(code) - 128);
-                    let error = f64::from(w) - f64::from(level * scales[row]);
+                let codes = self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance);
+                for (column, ((&w, &code), &importance)) in codes.enumerate() {
+                    let added = own.next_if(|outlier| outlier.column == column).map_or(0.0, |o| o.value.to_f32());
+                    let error = f64::from(w) - f64::from(level(code) * scales[row] + added);
                     plain += error * error;
                     weighted += error * error * f64::from(importance);
                 }
@@ -142,7 +151,7 @@ impl<'a> Matrix<'a> {
                 let (mut cross, mut power) = (0.0, 0.0);
                 for ((&w, &code), &importance) in self.weights[at.clone()].iter().zip(&codes[at]).zip(&self.importance)
                 {
-                    let value = f64::from(f32::from(i16::from(code) - 128) * scales[row]);
+                    let value = f64::from(level(code) * scales[row]);
                     cross += f64::from(w) * value * f64::from(importance);
                     power += value * value * f64::from(importance);
                 }
@@ -151,72 +160,6 @@ impl<'a> Matrix<'a> {
             .collect();
         let (cross, power) = rows.iter().fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
         if power > 0.0 && cross > 0.0 { cross / power } else { 1.0 }
-    }
-
-    /// The step of each row: the common one, or a larger one where a weight lies beyond 127 steps and that pays.
-    fn scales(&self, step: f32, choice: Choice) -> Vec<f32> {
-        let width = if choice.trellis.is_some() { 2.0 } else { 1.0 };
-        // Squared error per weight, in squares of the step, away from the ends.
-        let noise = width * width / 12.0;
-        let scale = |row: &[f32]| {
-            let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
-            if most <= 127.0 * step {
-                return step;
-            }
-            let beyond: Vec<f64> = row.iter().map(|w| f64::from(w.abs() / step)).filter(|&x| x > 127.0).collect();
-            let mut best = (f64::INFINITY, step);
-            for part in 0.. {
-                let factor = coding::table::power(2 * part);
-                let clipped: f64 = beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0).map(|x| x * x).sum();
-                let spread = factor * factor - 1.0 - 2.0 * std::f64::consts::LN_2 * (f64::from(part) / 32.0);
-                let cost = clipped + noise * self.cols as f64 * spread;
-                if cost < best.0 {
-                    best = (cost, (f64::from(step) * factor).min(f64::from(f32::MAX / 128.0)) as f32);
-                }
-                if clipped == 0.0 || part == 4000 {
-                    break;
-                }
-            }
-            best.1
-        };
-        self.weights.par_chunks(self.cols).map(scale).collect()
-    }
-
-    /// The scale of each row at which the levels nearest to its weights have the least squared error: weights beyond 127
-    /// scales are clipped as far as that pays.
-    fn finest_scales(&self) -> Vec<f32> {
-        let fit = |row: &[f32], scale: f32| {
-            let (mut error, mut cross, mut power) = (0.0, 0.0, 0.0);
-            for (&w, &importance) in row.iter().zip(&self.importance) {
-                let level = f64::from((w / scale).clamp(-127.0, 127.0).round_ties_even());
-                let (w, importance) = (f64::from(w), f64::from(importance));
-                let off = w - level * f64::from(scale);
-                error += off * off * importance;
-                cross += w * level * importance;
-                power += level * level * importance;
-            }
-            (error, if power > 0.0 { (cross / power) as f32 } else { scale })
-        };
-        let scale = |row: &[f32]| {
-            let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
-            let widest = most / 127.0;
-            if widest < f32::MIN_POSITIVE {
-                return 1.0;
-            }
-            let mut best = (fit(row, widest).0, widest);
-            // From the largest weight down to a quarter of it, and the factor of least error of each.
-            for part in 0..64 {
-                let scale = (f64::from(widest) / coding::table::power(2 * part)) as f32;
-                for scale in [scale, fit(row, scale).1] {
-                    let (error, _) = fit(row, scale);
-                    if scale >= f32::MIN_POSITIVE && error < best.0 {
-                        best = (error, scale);
-                    }
-                }
-            }
-            best.1
-        };
-        self.weights.par_chunks(self.cols).map(scale).collect()
     }
 
     /// The nearest level of each weight.
@@ -263,6 +206,11 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// The level of a code.
+fn level(code: u8) -> f32 {
+    f32::from(i16::from(code) - 128)
+}
+
 /// Prices of all codes in all contexts, `lambda` per bit.
 fn prices(model: &Model, lambda: f64) -> Vec<Prices> {
     let (tables, number, trellis) = (model.tables(), usize::from(model.contexts), model.trellis.is_some());
@@ -302,30 +250,6 @@ pub fn quantize_step(
     step_of(&Matrix::new(weights, rows, cols, importance), step, choice)
 }
 
-/// Quantizes for the least error that one scale per row and 8-bit codes allow, whatever bits that takes.
-fn finest(matrix: &Matrix<'_>) -> Result<Quantized> {
-    let scales = matrix.finest_scales();
-    let codes = matrix.round(&scales);
-    let contexts = context::fit(&codes, matrix.rows, matrix.cols, None);
-    let stream = coding::write(&codes, matrix.cols, &contexts)?;
-    let (squared_error, weighted_error) = matrix.errors(&codes, &scales);
-    let scales_stream = coding::encode_scales(&scales);
-    let step = scales.iter().copied().fold(f32::INFINITY, f32::min);
-    let (choice, stretched) = (Choice { trellis: None, lambda: 0.0 }, matrix.rows);
-    Ok(Quantized {
-        codes,
-        scales,
-        column_scales: None,
-        stretched,
-        stream,
-        scales_stream,
-        squared_error,
-        weighted_error,
-        step,
-        choice,
-    })
-}
-
 /// How often model and codes are fitted to each other.
 const ROUNDS: usize = 2;
 
@@ -341,6 +265,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
             scales,
             stretched: 0,
             column_scales: None,
+            outliers: Vec::new(),
             stream,
             scales_stream,
             squared_error: 0.0,
@@ -349,21 +274,25 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
             choice,
         });
     }
-    let scales = matrix.scales(step, choice);
-    let mut codes = matrix.round(&scales);
+    let reach = matrix.reach(step, choice);
+    let within = matrix.within(&reach);
+    let scales = reach.scales;
+    let mut codes = within.round(&scales);
     let mut contexts = context::fit(&codes, rows, cols, None);
     contexts.model.trellis = choice.trellis;
     if choice.trellis.is_some() || choice.lambda > 0.0 {
         for _ in 0..ROUNDS {
-            codes = matrix.search(&scales, step, &contexts, choice);
+            codes = within.search(&scales, step, &contexts, choice);
             contexts = context::fit(&codes, rows, cols, choice.trellis);
         }
     }
     let stream = coding::write(&codes, cols, &contexts)?;
-    let gain = matrix.gain(&codes, &scales);
+    let gain = within.gain(&codes, &scales);
     let stretched = scales.iter().filter(|&&scale| scale != step).count();
     let scales: Vec<f32> = scales.iter().map(|&scale| (f64::from(scale) * gain) as f32).collect();
-    let (squared_error, weighted_error) = matrix.errors(&codes, &scales);
+    // They make up for the loss of their weight too.
+    let outliers = matrix.outliers(&reach.outliers, |place| level(codes[place]) * scales[place / cols]);
+    let (squared_error, weighted_error) = matrix.errors(&codes, &scales, &outliers);
     let scales_stream = coding::encode_scales(&scales);
     let column_scales = None;
     Ok(Quantized {
@@ -371,6 +300,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         scales,
         stretched,
         column_scales,
+        outliers,
         stream,
         scales_stream,
         squared_error,

@@ -15,7 +15,8 @@
 use std::borrow::Cow;
 
 use super::rate::{aim, exponent_of, meet};
-use super::{Choice, Matrix, Quantized, ROUNDS, prices};
+use super::reach::{END, Reach};
+use super::{Choice, Matrix, Quantized, ROUNDS, level, prices};
 use crate::coding::{self, context};
 use crate::error::Result;
 use crate::fit::hessian::{Hessian, ldlq};
@@ -82,19 +83,18 @@ fn loss(weights: &[f32], cols: usize, quantized: &Quantized, hessian: &Hessian) 
 
 /// What the weights of a quantized matrix are off by, row by row.
 fn errors<'a>(weights: &'a [f32], cols: usize, quantized: &'a Quantized) -> impl Iterator<Item = f64> + 'a {
-    let rows = weights.chunks_exact(cols).zip(quantized.codes.chunks_exact(cols)).zip(&quantized.scales);
-    rows.flat_map(move |((weights, codes), &scale)| {
-        let columns = quantized.column_scales.as_deref();
-        let error = move |(column, (&w, &code)): (usize, (&f32, &u8))| {
-            f64::from(w) - value(code, scale, columns.map_or(1.0, |columns| columns[column]))
-        };
-        weights.iter().zip(codes).enumerate().map(error)
+    let columns = quantized.column_scales.as_deref();
+    let mut outliers = quantized.outliers.iter().peekable();
+    weights.iter().zip(&quantized.codes).enumerate().map(move |(place, (&w, &code))| {
+        let (row, column) = (place / cols, place % cols);
+        let added = outliers.next_if(|o| (o.row, o.column) == (row, column)).map_or(0.0, |o| o.value.to_f64());
+        f64::from(w) - value(code, quantized.scales[row], columns.map_or(1.0, |columns| columns[column])) - added
     })
 }
 
 /// The weight that a code stands for.
 fn value(code: u8, scale: f32, column: f32) -> f64 {
-    f64::from(f32::from(i16::from(code) - 128) * scale * column)
+    f64::from(level(code) * scale * column)
 }
 
 /// A matrix whose columns have steps of their own, in proportions that are given.
@@ -118,12 +118,25 @@ impl<'a> Stepped<'a> {
         Self { weights, columns, hessian, scaled, own }
     }
 
+    /// The weights without what outliers add.
+    fn target(&self, reach: &Reach) -> Cow<'_, [f32]> {
+        let mut target = Cow::Borrowed(self.weights);
+        for &place in &reach.outliers {
+            let end = END * reach.scales[place / self.scaled.cols] * self.columns[place % self.scaled.cols];
+            target.to_mut()[place] = self.weights[place].clamp(-end, end);
+        }
+        target
+    }
+
     /// Quantizes with a given common step.
     fn at(&self, step: f32, choice: Choice) -> Result<Quantized> {
         let (matrix, hessian) = (&self.scaled, self.hessian);
         let (rows, cols) = (matrix.rows, matrix.cols);
-        let scales = matrix.scales(step, choice);
-        let mut codes = matrix.round(&scales);
+        let reach = matrix.reach(step, choice);
+        let mut codes = matrix.within(&reach).round(&reach.scales);
+        // Other columns make up for what these weights lose, which outliers must not change: they add what was taken out.
+        let target = self.target(&reach);
+        let scales = reach.scales;
         let mut contexts = context::fit(&codes, rows, cols, None);
         let cost = |p: usize, column: usize| hessian.pivot(p) * f64::from(self.columns[column]).powi(2);
         let order: Vec<usize> = hessian.order().collect();
@@ -133,7 +146,7 @@ impl<'a> Stepped<'a> {
         for _ in 0..ROUNDS {
             let prices = prices(&contexts.model, choice.lambda);
             let mut position = 0;
-            let losses = ldlq(hessian, self.weights, |column, adjusted, chosen| {
+            let losses = ldlq(hessian, &target, |column, adjusted, chosen| {
                 let weight = cost(position, column) / mean;
                 position += 1;
                 let own = f64::from(self.columns[column]);
@@ -165,6 +178,7 @@ impl<'a> Stepped<'a> {
         let scales_stream = coding::encode_scales(&scales);
         let stretched = scales.iter().filter(|&&scale| scale != step).count();
         let column_scales = self.own.then_some(columns);
+        let outliers = Matrix::new(self.weights, rows, cols, None).outliers(&reach.outliers, |place| target[place]);
         let mut out = Quantized {
             codes,
             scales,
@@ -172,12 +186,17 @@ impl<'a> Stepped<'a> {
             stream,
             scales_stream,
             column_scales,
+            outliers,
             squared_error: 0.0,
             weighted_error,
             step,
             choice,
         };
         out.squared_error = errors(self.weights, cols, &out).map(|e| e * e).sum();
+        if !out.outliers.is_empty() {
+            // They are rounded.
+            out.weighted_error = loss(self.weights, cols, &out, hessian);
+        }
         Ok(out)
     }
 }
