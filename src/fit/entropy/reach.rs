@@ -90,7 +90,7 @@ impl Matrix<'_> {
         let rows: Vec<Row> = self.weights.par_chunks(self.cols).map(row).collect();
         let saved: f64 = rows.iter().map(|row| row.clipped.0 - row.stored.0).sum();
         let counts = outlier_bits(self.rows, self.cols, 1) - price / bit;
-        if !(saved > bit * counts) {
+        if saved.is_nan() || saved <= bit * counts {
             return Reach { scales: rows.iter().map(|row| row.clipped.1).collect(), outliers: Vec::new() };
         }
         let scales: Vec<f32> = rows.iter().map(|row| row.stored.1).collect();
