@@ -38,7 +38,7 @@ fn pack_as(input: &Path, output: &Path, options: &Options, max_shard_bytes: u64)
 }
 
 fn to(to: To, max_shard_bytes: u64) -> Conversion {
-    Conversion { to, force: false, max_shard_bytes }
+    Conversion { to, force: false, max_shard_bytes, allow_requantize: false }
 }
 
 fn export(from: &Path, target: &Path, how: &Conversion) -> tenpak::Result<export::Exported> {

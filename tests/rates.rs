@@ -230,7 +230,7 @@ fn what_an_artifact_is_does_not_depend_on_how_its_planes_are_coded() {
     let [file, directory, back, bare] = ["a.tenpak", "a", "b.tenpak", "c.tenpak"].map(|name| folder.path(name));
     pack(&input, &file, &at("3.5")).unwrap();
     let artifact = ArtifactFile::open(&file).unwrap();
-    let to = |to| Conversion { to, force: true, max_shard_bytes: 40_000 };
+    let to = |to| Conversion { to, force: true, max_shard_bytes: 40_000, allow_requantize: false };
     export::convert(&artifact, &directory, &to(To::Hf), &mut |_| Ok(())).unwrap();
     let form = ArtifactFile::open(&directory).unwrap();
     assert_eq!(verify::verify(&form, |_| Ok(())).unwrap().problems, []);

@@ -221,12 +221,13 @@ def export(
     to: str = "hf",
     *,
     max_shard_size: int = 5_000_000_000,
+    allow_requantize: bool = False,
     force: bool = False,
     threads: int = 0,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Write an artifact in another form, its weights as they are stored; both ways lose nothing.
+    """Write an artifact in another form, its weights as they are stored, or as the checkpoint of another engine.
 
     Parameters
     ----------
@@ -235,9 +236,13 @@ def export(
     output
         Directory or file to write.
     to
-        ``hf`` for a Hugging Face directory of safetensors, ``tenpak`` for one file.
+        ``hf`` for a Hugging Face directory of safetensors, ``tenpak`` for one file: both ways lose nothing.
+        ``compressed-tensors``, ``gptq``, ``awq`` or ``mlx`` for other engines: codes and scales exactly as they are, or an
+        error; embeddings and heads are decoded. ``safetensors`` for a directory of decoded weights.
     max_shard_size
         Most bytes of one shard of a directory.
+    allow_requantize
+        Quantize anew, from their decoded weights, matrices that an engine has no exact layout for; the report names them.
     dry_run
         Report what would be written, to the byte.
     force, threads, progress
@@ -254,7 +259,17 @@ def export(
         Nothing is left behind.
     """
     return _report(
-        _tenpak.export(os.fspath(artifact), os.fspath(output), to, max_shard_size, force, threads, dry_run, progress)
+        _tenpak.export(
+            os.fspath(artifact),
+            os.fspath(output),
+            to,
+            max_shard_size,
+            allow_requantize,
+            force,
+            threads,
+            dry_run,
+            progress,
+        )
     )
 
 

@@ -149,6 +149,7 @@ def export(
     output: str,
     to: str,
     max_shard_size: int,
+    allow_requantize: bool,
     force: bool,
     threads: int,
     dry_run: bool,

@@ -1,4 +1,4 @@
-//! `tenpak export`: an artifact in another form, its weights as they are stored.
+//! `tenpak export`: an artifact in another form, its weights as they are stored, or for another engine.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::export::{Conversion, MAX_SHARD_BYTES, To, convert, plan};
 use crate::report;
 
-/// Write an artifact in another form, its weights as they are stored
+/// Write an artifact in another form, its weights as they are stored, or as the checkpoint of another engine
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -26,6 +26,9 @@ pub(super) struct Arguments {
     /// Most bytes of one shard of a directory
     #[arg(long, default_value_t = MAX_SHARD_BYTES, value_name = "BYTES")]
     max_shard_size: u64,
+    /// Quantize anew what the engine has no exact layout for, from its decoded weights
+    #[arg(long)]
+    allow_requantize: bool,
     /// Print what would be written, to the byte, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -40,6 +43,16 @@ enum Target {
     Hf,
     /// One .tenpak file
     Tenpak,
+    /// A Hugging Face directory of decoded weights
+    Safetensors,
+    /// compressed-tensors, for vLLM, SGLang and transformers: symmetric codes, or zero points
+    CompressedTensors,
+    /// GPTQ, for GPTQModel, vLLM, SGLang and transformers: symmetric codes in groups of 32 or more
+    Gptq,
+    /// AWQ, for vLLM, SGLang and transformers: 4-bit codes with zero points, or symmetric
+    Awq,
+    /// MLX, for Apple machines: 4 or 8 bits in groups of 32, 64 or 128
+    Mlx,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
@@ -49,9 +62,15 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         to: match arguments.to {
             Target::Hf => To::Hf,
             Target::Tenpak => To::Tenpak,
+            Target::Safetensors => To::Safetensors,
+            Target::CompressedTensors => To::CompressedTensors,
+            Target::Gptq => To::Gptq,
+            Target::Awq => To::Awq,
+            Target::Mlx => To::Mlx,
         },
         force: arguments.force,
         max_shard_bytes: arguments.max_shard_size,
+        allow_requantize: arguments.allow_requantize,
     };
     let start = Instant::now();
     let exported = if arguments.dry_run {

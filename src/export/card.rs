@@ -39,6 +39,20 @@ pub(crate) fn config_index(header: &Header) -> Option<usize> {
     header.files().iter().position(|file| *file.name == *config::CONFIG)
 }
 
+/// The card of a model in the format of another engine.
+pub(super) fn of_engine(name: &str, header: &Header, format: &str) -> String {
+    let plain = |text: &str| text.replace(|c: char| c.is_control() || c == '`', " ");
+    format!(
+        "---\nbase_model: {}\nbase_model_relation: quantized\ntags:\n- {format}\n- quantized\n---\n\n\
+         # {} as {format}\n\n\
+         Written by {} from weights with the identity\n`{}`.\n",
+        json(name),
+        plain(name),
+        plain(&header.provenance().tool),
+        header.identity()
+    )
+}
+
 /// The card of a model that is called `name`.
 pub(super) fn text(name: &str, header: &Header) -> String {
     let entries = header.tensors();

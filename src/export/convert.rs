@@ -1,8 +1,9 @@
-//! From one form of an artifact to another, its planes as they are: nothing is decoded, nothing is lost.
+//! From one form of an artifact to another, its planes as they are, or to the checkpoint of another engine.
 
 use std::path::{Path, PathBuf};
 
-use super::{Exported, card, hf};
+use super::engine::{self, Awq, CompressedTensors, Format, Gptq, Mlx};
+use super::{Exported, Options, card, decompress, hf};
 use crate::artifact::{ArtifactFile, HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
@@ -16,16 +17,45 @@ pub enum To {
     Hf,
     /// One file.
     Tenpak,
+    /// A Hugging Face directory of decoded weights.
+    Safetensors,
+    /// compressed-tensors, `pack-quantized`: vLLM, SGLang, transformers.
+    CompressedTensors,
+    /// GPTQ: GPTQModel, vLLM, SGLang, transformers.
+    Gptq,
+    /// AWQ: AutoAWQ, vLLM, SGLang, transformers.
+    Awq,
+    /// MLX, affine.
+    Mlx,
 }
 
 impl To {
     /// Every target, with its name.
-    pub const ALL: &[(&'static str, Self)] = &[("hf", Self::Hf), ("tenpak", Self::Tenpak)];
+    pub const ALL: &[(&'static str, Self)] = &[
+        ("hf", Self::Hf),
+        ("tenpak", Self::Tenpak),
+        ("safetensors", Self::Safetensors),
+        ("compressed-tensors", Self::CompressedTensors),
+        ("gptq", Self::Gptq),
+        ("awq", Self::Awq),
+        ("mlx", Self::Mlx),
+    ];
 
     /// The name in options and reports.
     #[must_use]
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(_, to)| *to == self).map_or("", |(name, _)| name)
+    }
+
+    /// How the engine lays matrices out, where this is the checkpoint of one.
+    fn format(self) -> Option<&'static dyn Format> {
+        match self {
+            Self::Hf | Self::Tenpak | Self::Safetensors => None,
+            Self::CompressedTensors => Some(&CompressedTensors),
+            Self::Gptq => Some(&Gptq),
+            Self::Awq => Some(&Awq),
+            Self::Mlx => Some(&Mlx),
+        }
     }
 
     /// The form that the name of an output asks for: a file where it ends in `.tenpak`, otherwise a directory.
@@ -54,6 +84,8 @@ pub struct Conversion {
     pub force: bool,
     /// Most bytes of one shard of a directory; a tensor's planes stay together.
     pub max_shard_bytes: u64,
+    /// Quantize anew, from their decoded weights, matrices that an engine has no layout for.
+    pub allow_requantize: bool,
 }
 
 /// The files that [`convert`] would write, with their lengths.
@@ -71,6 +103,12 @@ pub fn plan(artifact: &ArtifactFile, target: &Path, how: &Conversion) -> Result<
         To::Tenpak => {
             check_name(target)?;
             Ok(Exported { files: vec![(target.to_owned(), artifact.header().file_bytes())], notes: Vec::new() })
+        }
+        To::Safetensors => Err(Error::invalid("what decoding writes is not foretold; leave --dry-run out")),
+        To::CompressedTensors | To::Gptq | To::Awq | To::Mlx => {
+            let plan = checkpoint(artifact, how)?;
+            let files = plan.files().into_iter().map(|(name, bytes)| (target.join(name), bytes)).collect();
+            Ok(Exported { files, notes: plan.notes })
         }
     }
 }
@@ -100,7 +138,25 @@ pub fn convert(
             check_name(target)?;
             Ok(Exported { files: vec![file(artifact, target, how.force, on_progress)?], notes: Vec::new() })
         }
+        To::Safetensors => {
+            if target.extension().is_some() {
+                let form = "a directory has no extension, and tenpak decompress writes single files";
+                return Err(Error::invalid(format!("output {} has an extension; {form}", target.display())));
+            }
+            let options = Options { dtype: None, force: how.force, max_shard_bytes: how.max_shard_bytes };
+            decompress(artifact, target, &options, on_progress)
+        }
+        To::CompressedTensors | To::Gptq | To::Awq | To::Mlx => {
+            OutputDirectory::check(target, how.force, engine::MARK, artifact.inputs())?;
+            checkpoint(artifact, how)?.write(artifact, target, on_progress)
+        }
     }
+}
+
+/// What a checkpoint of an engine consists of.
+fn checkpoint(artifact: &ArtifactFile, how: &Conversion) -> Result<engine::Plan<'static>> {
+    let format = how.to.format().ok_or_else(|| Error::invalid(format!("{} is no engine's format", how.to.name())))?;
+    engine::Plan::new(artifact, format, how.allow_requantize, how.max_shard_bytes)
 }
 
 /// What a directory of the artifact consists of.

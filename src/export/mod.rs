@@ -2,6 +2,7 @@
 
 pub(crate) mod card;
 mod convert;
+mod engine;
 pub(crate) mod hf;
 mod json;
 mod npz;

@@ -155,7 +155,7 @@ fn decompress(
 
 /// Writes an artifact in another form; the report as JSON.
 #[pyfunction]
-#[pyo3(signature = (artifact, output, to, max_shard_size, force, threads, dry_run, progress))]
+#[pyo3(signature = (artifact, output, to, max_shard_size, allow_requantize, force, threads, dry_run, progress))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn export(
     py: Python<'_>,
@@ -163,13 +163,14 @@ fn export(
     output: PathBuf,
     to: &str,
     max_shard_size: u64,
+    allow_requantize: bool,
     force: bool,
     threads: usize,
     dry_run: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let to = to.parse::<exports::To>().map_err(|e| run::raise(py, e))?;
-    let how = exports::Conversion { to, force, max_shard_bytes: max_shard_size };
+    let how = exports::Conversion { to, force, max_shard_bytes: max_shard_size, allow_requantize };
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
         let opened = crate::artifact::ArtifactFile::open(&artifact)?;
