@@ -237,7 +237,7 @@ def export(
         Directory or file to write.
     to
         ``hf`` for a Hugging Face directory of safetensors, ``tenpak`` for one file: both ways lose nothing.
-        ``compressed-tensors``, ``gptq``, ``awq`` or ``mlx`` for other engines: codes and scales exactly as they are, or an
+        ``compressed-tensors``, ``gptq``, ``awq``, ``mlx`` or ``gguf`` (one file) for other engines: codes and scales exactly as they are, or an
         error; embeddings and heads are decoded. ``safetensors`` for a directory of decoded weights.
     max_shard_size
         Most bytes of one shard of a directory.

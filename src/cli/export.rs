@@ -53,6 +53,8 @@ enum Target {
     Awq,
     /// MLX, for Apple machines: 4 or 8 bits in groups of 32, 64 or 128
     Mlx,
+    /// GGUF, one file for llama.cpp: symmetric codes, or 4 bits with offsets, in groups of 32 or more
+    Gguf,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
@@ -67,6 +69,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             Target::Gptq => To::Gptq,
             Target::Awq => To::Awq,
             Target::Mlx => To::Mlx,
+            Target::Gguf => To::Gguf,
         },
         force: arguments.force,
         max_shard_bytes: arguments.max_shard_size,

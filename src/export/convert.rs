@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::engine::{self, Awq, CompressedTensors, Format, Gptq, Mlx};
-use super::{Exported, Options, card, decompress, hf};
+use super::{Exported, Options, card, decompress, gguf, hf};
 use crate::artifact::{ArtifactFile, HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
@@ -27,6 +27,8 @@ pub enum To {
     Awq,
     /// MLX, affine.
     Mlx,
+    /// GGUF, one file: llama.cpp.
+    Gguf,
 }
 
 impl To {
@@ -39,6 +41,7 @@ impl To {
         ("gptq", Self::Gptq),
         ("awq", Self::Awq),
         ("mlx", Self::Mlx),
+        ("gguf", Self::Gguf),
     ];
 
     /// The name in options and reports.
@@ -50,7 +53,7 @@ impl To {
     /// How the engine lays matrices out, where this is the checkpoint of one.
     fn format(self) -> Option<&'static dyn Format> {
         match self {
-            Self::Hf | Self::Tenpak | Self::Safetensors => None,
+            Self::Hf | Self::Tenpak | Self::Safetensors | Self::Gguf => None,
             Self::CompressedTensors => Some(&CompressedTensors),
             Self::Gptq => Some(&Gptq),
             Self::Awq => Some(&Awq),
@@ -104,6 +107,11 @@ pub fn plan(artifact: &ArtifactFile, target: &Path, how: &Conversion) -> Result<
             check_name(target)?;
             Ok(Exported { files: vec![(target.to_owned(), artifact.header().file_bytes())], notes: Vec::new() })
         }
+        To::Gguf => {
+            check_gguf(target)?;
+            let plan = gguf::Plan::new(artifact, how.allow_requantize)?;
+            Ok(Exported { files: vec![(target.to_owned(), plan.bytes())], notes: plan.notes })
+        }
         To::Safetensors => Err(Error::invalid("what decoding writes is not foretold; leave --dry-run out")),
         To::CompressedTensors | To::Gptq | To::Awq | To::Mlx => {
             let plan = checkpoint(artifact, how)?;
@@ -137,6 +145,11 @@ pub fn convert(
         To::Tenpak => {
             check_name(target)?;
             Ok(Exported { files: vec![file(artifact, target, how.force, on_progress)?], notes: Vec::new() })
+        }
+        To::Gguf => {
+            check_gguf(target)?;
+            output::refuse_input(target, artifact.inputs())?;
+            gguf::Plan::new(artifact, how.allow_requantize)?.write(artifact, target, how.force, on_progress)
         }
         To::Safetensors => {
             if target.extension().is_some() {
@@ -198,6 +211,14 @@ fn refuse_delta(artifact: &ArtifactFile) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// The same for GGUF.
+fn check_gguf(target: &Path) -> Result<()> {
+    if target.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("output {} does not end in .gguf, as one file of it does", target.display())))
 }
 
 /// A file of another name would not be taken for one.

@@ -3,6 +3,7 @@
 pub(crate) mod card;
 mod convert;
 mod engine;
+mod gguf;
 pub(crate) mod hf;
 mod json;
 mod npz;

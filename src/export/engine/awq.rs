@@ -8,7 +8,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Format, Matrix, Scheme, pack};
+use super::{Format, Holds, Matrix, Scheme, pack};
 use crate::layout::{Float, Grouped, Levels, load_bits};
 use crate::tensor::DType;
 
@@ -17,7 +17,7 @@ pub(in crate::export) struct Awq;
 /// Which of eight rows a nibble of a word is of.
 const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-impl Format for Awq {
+impl Holds for Awq {
     fn name(&self) -> &'static str {
         "awq"
     }
@@ -38,7 +38,9 @@ impl Format for Awq {
     fn codecs(&self) -> &'static [&'static str] {
         &["int4_zp_g128_fp16_v1", "int4_zp_g64_fp16_v1", "int4_zp_g32_fp16_v1"]
     }
+}
 
+impl Format for Awq {
     fn parts(&self, layout: &Grouped, rows: u64, cols: u64) -> Vec<(&'static str, DType, Vec<u64>)> {
         let groups = cols / layout.group() as u64;
         vec![

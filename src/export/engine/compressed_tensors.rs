@@ -9,13 +9,13 @@
 
 use serde_json::{Value, json};
 
-use super::{Format, Matrix, Scheme, pack};
+use super::{Format, Holds, Matrix, Scheme, pack};
 use crate::layout::{Grouped, Levels};
 use crate::tensor::DType;
 
 pub(in crate::export) struct CompressedTensors;
 
-impl Format for CompressedTensors {
+impl Holds for CompressedTensors {
     fn name(&self) -> &'static str {
         "compressed-tensors"
     }
@@ -32,7 +32,9 @@ impl Format for CompressedTensors {
     fn codecs(&self) -> &'static [&'static str] {
         &["int4_sym_g128_fp16_v1", "int4_sym_g64_fp16_v1", "int4_sym_g32_fp16_v1"]
     }
+}
 
+impl Format for CompressedTensors {
     fn parts(&self, layout: &Grouped, rows: u64, cols: u64) -> Vec<(&'static str, DType, Vec<u64>)> {
         let bits = u64::from(layout.bits());
         let groups = if layout.group() == 0 { 1 } else { cols / layout.group() as u64 };

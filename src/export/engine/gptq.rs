@@ -9,7 +9,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Format, Matrix, Scheme, pack};
+use super::{Format, Holds, Matrix, Scheme, pack};
 use crate::layout::{Float, Grouped, Levels};
 use crate::tensor::DType;
 
@@ -36,7 +36,7 @@ fn quantization(scheme: &Scheme, dense: &[String]) -> Value {
     config
 }
 
-impl Format for Gptq {
+impl Holds for Gptq {
     fn name(&self) -> &'static str {
         "gptq"
     }
@@ -59,7 +59,9 @@ impl Format for Gptq {
     fn codecs(&self) -> &'static [&'static str] {
         &["int4_sym_g128_fp16_v1", "int4_sym_g64_fp16_v1", "int4_sym_g32_fp16_v1"]
     }
+}
 
+impl Format for Gptq {
     fn parts(&self, layout: &Grouped, rows: u64, cols: u64) -> Vec<(&'static str, DType, Vec<u64>)> {
         let bits = u64::from(layout.bits());
         let groups = cols / layout.group() as u64;

@@ -10,7 +10,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Format, Matrix, Scheme};
+use super::{Format, Holds, Matrix, Scheme};
 use crate::layout::{Grouped, Levels};
 use crate::tensor::DType;
 
@@ -24,7 +24,7 @@ fn parameters(layout: &Grouped) -> DType {
     }
 }
 
-impl Format for Mlx {
+impl Holds for Mlx {
     fn name(&self) -> &'static str {
         "mlx"
     }
@@ -40,7 +40,9 @@ impl Format for Mlx {
     fn codecs(&self) -> &'static [&'static str] {
         &["int4_g32_fp16_v1"]
     }
+}
 
+impl Format for Mlx {
     fn parts(&self, layout: &Grouped, rows: u64, cols: u64) -> Vec<(&'static str, DType, Vec<u64>)> {
         let groups = cols / layout.group() as u64;
         let dtype = parameters(layout);

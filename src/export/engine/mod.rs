@@ -38,8 +38,8 @@ use crate::tensor::{DType, TensorInfo};
 /// The file by which a directory is known for one that may be replaced.
 pub(super) const MARK: &str = config::CONFIG;
 
-/// How another engine lays quantized matrices out.
-pub(super) trait Format: Sync {
+/// Which matrices another format holds.
+pub(super) trait Holds: Sync {
     /// The name of the target.
     fn name(&self) -> &'static str;
 
@@ -48,7 +48,10 @@ pub(super) trait Format: Sync {
 
     /// The codecs to quantize anew with, the first that fits being taken.
     fn codecs(&self) -> &'static [&'static str];
+}
 
+/// How another engine lays quantized matrices out, in a directory of safetensors.
+pub(super) trait Format: Holds {
     /// The tensors that stand for a matrix: what follows the module's name, dtype and shape.
     fn parts(&self, layout: &Grouped, rows: u64, cols: u64) -> Vec<(&'static str, DType, Vec<u64>)>;
 
@@ -100,7 +103,7 @@ pub(super) struct Matrix<'a> {
 
 impl Matrix<'_> {
     /// The codes, rows of whole words.
-    fn codes(&self) -> &[u8] {
+    pub fn codes(&self) -> &[u8] {
         &self.planes[0]
     }
 
@@ -111,12 +114,12 @@ impl Matrix<'_> {
     }
 
     /// The scales, `[row][group]`.
-    fn scales(&self) -> &[u8] {
+    pub fn scales(&self) -> &[u8] {
         &self.planes[1]
     }
 
     /// What is added in each group, `[row][group]`, where the layout has it.
-    fn offsets(&self) -> &[u8] {
+    pub fn offsets(&self) -> &[u8] {
         &self.planes[2]
     }
 
@@ -165,7 +168,7 @@ fn pack(bits: u32, numbers: impl IntoIterator<Item = u8>) -> Vec<u8> {
 }
 
 /// What a tensor of the artifact becomes.
-enum Become {
+pub(super) enum Become {
     /// An array in the dtype of the source.
     Dense,
     /// The tensors of a format, from the planes as they are or from those of another codec.
@@ -324,8 +327,11 @@ impl<'f> Plan<'f> {
     }
 }
 
-/// Decides what every tensor becomes.
-fn choose(entries: &[Entry], format: &dyn Format, requantize: bool) -> Result<(Vec<Become>, Vec<String>)> {
+/// Decides what every tensor becomes, and says what a user should know of it.
+///
+/// # Errors
+/// [`Error::Invalid`] for matrices that the format cannot hold, with their number and the reason of the first.
+pub(super) fn choose(entries: &[Entry], format: &dyn Holds, requantize: bool) -> Result<(Vec<Become>, Vec<String>)> {
     let (mut becomes, mut notes, mut refused) = (Vec::with_capacity(entries.len()), Vec::new(), Vec::new());
     let mut decoded = 0;
     for entry in entries {
@@ -526,7 +532,7 @@ fn shards(artifact: &ArtifactFile, becomes: &[Become], format: &dyn Format, max_
 }
 
 /// Reads a matrix, or quantizes it anew.
-fn matrix<'l>(
+pub(super) fn matrix<'l>(
     artifact: &ArtifactFile,
     index: usize,
     layout: &'l Grouped,
