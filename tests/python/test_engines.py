@@ -284,6 +284,23 @@ def test_what_has_no_place_is_refused_with_the_remedy_or_quantized_anew_and_name
         tenpak.export(artifact, tmp_path / "gguf", "gguf")
 
 
+def test_a_matrix_of_no_whole_groups_is_decoded_where_that_is_allowed(tmp_path: Path) -> None:
+    source = tmp_path / "m.safetensors"
+    wide, ragged = np.ones((64, 64), np.float32), np.arange(64 * 40, dtype=np.float32).reshape(64, 40)
+    write_safetensors(source, {"a.down_proj.weight": ragged, "a.up_proj.weight": wide, "a.gate_proj.weight": wide})
+    tenpak.compress(source, tmp_path / "m.tenpak", codec="int4_sym_g32_fp16_v1")
+    with pytest.raises(tenpak.InvalidError, match="its 40 columns are no multiple of the group of 32"):
+        tenpak.export(tmp_path / "m.tenpak", tmp_path / "out", "compressed-tensors")
+    notes = tenpak.export(tmp_path / "m.tenpak", tmp_path / "out", "compressed-tensors", allow_requantize=True)["notes"]
+    assert any(note.startswith("a.down_proj.weight: decoded") for note in notes)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["a.down_proj", "lm_head"]
+    decoded = tenpak.open(tmp_path / "m.tenpak")["a.down_proj.weight"]
+    np.testing.assert_array_equal(
+        read_safetensors(tmp_path / "out" / "model.safetensors")["a.down_proj.weight"], decoded
+    )
+
+
 def test_projections_that_engines_fuse_must_be_quantized_alike(sample_model: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "m.tenpak"
     tenpak.compress(sample_model, artifact, codec="int4_sym_g32_fp16_v1", exclude=["*.layers.1.self_attn.k_proj*"])

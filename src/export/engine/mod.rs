@@ -349,7 +349,12 @@ pub(super) fn choose(entries: &[Entry], format: &dyn Holds, requantize: bool) ->
         let module = info.name().strip_suffix(".weight").filter(|module| !module.is_empty());
         let Some(module) = module.filter(|_| info.shape().len() == 2 && !entry.transposed()) else {
             let what = if entry.transposed() { "is a Conv1D" } else { "is no matrix called *.weight" };
-            refused.push((format!("{} {what}, which {} has no layout for", info.name(), format.name()), false));
+            let what = format!("{} {what}, which {} has no layout for", info.name(), format.name());
+            if requantize {
+                notes.push(format!("decoded: {what}"))
+            } else {
+                refused.push(what)
+            }
             becomes.push(Become::Dense);
             continue;
         };
@@ -378,27 +383,24 @@ pub(super) fn choose(entries: &[Entry], format: &dyn Holds, requantize: bool) ->
                 ));
                 Become::Packed { module, layout: *codec.grouped()?, anew: Some(codec) }
             }
-            (Some(reason), anew) => {
-                refused.push((format!("{} ({}): {reason}", info.name(), entry.codec().id), anew.is_some()));
+            (Some(reason), None) if requantize => {
+                notes.push(format!("{}: decoded: {reason}", info.name()));
+                Become::Dense
+            }
+            (Some(reason), _) => {
+                refused.push(format!("{} ({}): {reason}", info.name(), entry.codec().id));
                 Become::Dense
             }
         });
     }
-    if let Some((first, _)) = refused.first() {
-        let remedy = format!(
-            "compress with --codec {}, or pass --allow-requantize to quantize them anew from their decoded weights",
-            format.codecs().join(" or ")
-        );
+    if let Some(first) = refused.first() {
         return Err(Error::invalid(format!(
-            "{} of {} tensors cannot be expressed exactly as {}, such as {first}; {}",
+            "{} of {} tensors cannot be expressed exactly as {}, such as {first}; compress with --codec {}, or pass \
+             --allow-requantize to quantize them anew from their decoded weights, or to leave them decoded where no codec fits",
             refused.len(),
             entries.len(),
             format.name(),
-            if refused.iter().all(|(_, remedied)| *remedied) {
-                &remedy
-            } else {
-                "use --to safetensors for the decoded weights"
-            }
+            format.codecs().join(" or ")
         )));
     }
     if decoded > 0 {
