@@ -1,7 +1,7 @@
 """Greedy tokens of llama.cpp on exported files, against transformers on the decoded weights.
 
-``python tests/engines.py`` needs ``pip install llama-cpp-python``, which compiles llama.cpp for minutes, so the everyday
-tests do without it.
+``python tests/engines.py`` needs ``pip install llama-cpp-python``, which compiles llama.cpp for minutes, so the
+everyday tests do without it.
 """
 
 from __future__ import annotations
