@@ -17,6 +17,7 @@ pub mod codec;
 pub mod codecs;
 pub mod coding;
 pub mod compress;
+pub mod difference;
 mod error;
 pub mod export;
 pub mod file;

@@ -1,6 +1,7 @@
 //! What the verbs report, as the JSON that the command line prints and Python returns; `cli/schema.json` documents it.
 
 pub mod devices;
+pub mod difference;
 
 use std::path::{Path, PathBuf};
 

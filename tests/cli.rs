@@ -139,7 +139,7 @@ fn the_name_of_the_output_says_which_form_is_written() {
         let message = shell.run(line, 2);
         assert!(message.contains(says), "{line}: {message}");
     }
-    assert!(shell.run("export hf --to gguf -o x", 2).contains("possible values: hf, tenpak"));
+    assert!(shell.run("export hf --to ggml -o x", 2).contains("possible values: hf, tenpak"));
     let mut bytes = shell.bytes("one/tokenizer.json");
     bytes[0] ^= 1;
     shell.0.write("one/tokenizer.json", bytes);
@@ -283,6 +283,69 @@ fn codecs_lists_the_registry_and_completions_know_every_verb() {
         }
     }
     assert!(shell.run("completions tcsh", 2).contains("possible values"));
+}
+
+#[test]
+fn diff_exits_with_0_where_nothing_differs_and_with_1_and_says_what() {
+    let shell = Shell::new();
+    let run = |line: &str, code| shell.json(line, code);
+    shell.run(&format!("compress {SAMPLE} -o a.tenpak --codec int4_g32_fp16_v1"), 0);
+    shell.run("export a.tenpak --to hf -o a-hf", 0);
+    assert!(shell.run("diff a.tenpak a-hf", 0).contains("38 of 38 tensors are the same"));
+    assert!(shell.run(&format!("diff {SAMPLE} {SAMPLE} --all"), 0).contains("model.norm.weight"));
+
+    // Against the source: the loss that compress reported.
+    let compressed = shell.json(&format!("compress {SAMPLE} -o b.tenpak --codec int4_g32_fp16_v1"), 0);
+    let report = run(&format!("diff {SAMPLE} a.tenpak"), 1);
+    let row = |report: &serde_json::Value, name: &str| {
+        report["tensors"].as_array().unwrap().iter().find(|t| t["name"] == name).unwrap().clone()
+    };
+    let name = "model.layers.2.mlp.down_proj.weight";
+    assert_eq!(row(&report, name)["loss"], row(&compressed, name)["loss"]);
+    assert_eq!(row(&report, name)["second"]["codec"], "int4_g32_fp16_v1");
+    assert_eq!(row(&report, "model.norm.weight")["status"], "stored", "raw in the artifact, the same weights");
+
+    // Against another codec, and decoded.
+    shell.run(&format!("compress {SAMPLE} -o c.tenpak --codec int8_sym_v1"), 0);
+    let text = shell.run("diff a.tenpak c.tenpak", 1);
+    assert!(
+        text.contains("int4_g32_fp16_v1 > int8_sym_v1") && text.contains("10 of 38 tensors are the same"),
+        "{text}"
+    );
+    shell.run("decompress a.tenpak -o a.safetensors --dtype F32", 0);
+    let decoded = run("diff a.tenpak a.safetensors", 1);
+    assert_eq!(row(&decoded, name)["status"], "stored");
+
+    // Shapes, bytes, and tensors of one side.
+    let f32s = |shape: Vec<u64>, value: f32| {
+        let count = shape.iter().product::<u64>();
+        (DType::F32, shape, (0..count).flat_map(|_| value.to_le_bytes()).collect::<Vec<u8>>())
+    };
+    let save = |file: &str, tensors: &[(&str, (DType, Vec<u64>, Vec<u8>))]| {
+        let tensors: Vec<Tensor> = tensors
+            .iter()
+            .map(|(name, (dtype, shape, data))| Tensor {
+                name: (*name).into(),
+                dtype: *dtype,
+                shape: shape.clone(),
+                bytes: data.clone(),
+            })
+            .collect();
+        shell.0.checkpoint(file, &tensors);
+    };
+    let ids = |last: u8| (DType::U8, vec![2], vec![1, last]);
+    save(
+        "x.safetensors",
+        &[("a", f32s(vec![2, 3], 1.0)), ("b", f32s(vec![4], 1.0)), ("i", ids(1)), ("n", f32s(vec![1], f32::NAN))],
+    );
+    save(
+        "y.safetensors",
+        &[("a", f32s(vec![3, 2], 1.0)), ("c", f32s(vec![4], 1.0)), ("i", ids(2)), ("n", f32s(vec![1], f32::NAN))],
+    );
+    let report = run("diff x.safetensors y.safetensors", 1);
+    let status = |name: &str| row(&report, name)["status"].as_str().unwrap().to_owned();
+    assert_eq!(["a", "b", "c", "i", "n"].map(status), ["shape", "only_first", "only_second", "values", "same"]);
+    assert!(shell.run("diff x.safetensors none.safetensors", 2).contains("none.safetensors"));
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod compress;
 mod decompress;
 mod delta;
 mod devices;
+mod diff;
 mod export;
 mod inspect;
 mod materialize;
@@ -56,6 +57,7 @@ enum Verb {
     Verify(verify::Arguments),
     Bench(bench::Arguments),
     Delta(delta::Arguments),
+    Diff(diff::Arguments),
     Export(export::Arguments),
     Materialize(materialize::Arguments),
     Plan(plan::Arguments),
@@ -177,6 +179,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Verify(arguments) => verify::run(arguments, &mut context),
         Verb::Bench(arguments) => bench::run(arguments, &mut context),
         Verb::Delta(arguments) => delta::run(arguments, &mut context),
+        Verb::Diff(arguments) => diff::run(arguments, &mut context),
         Verb::Export(arguments) => export::run(arguments, &mut context),
         Verb::Materialize(arguments) => materialize::run(arguments, &mut context),
         Verb::Plan(arguments) => plan::run(arguments, &mut context),

@@ -21,6 +21,7 @@ VERBS = (
     "verify",
     "bench",
     "delta",
+    "diff",
     "export",
     "materialize",
     "plan",
@@ -250,6 +251,16 @@ def test_delta_and_materialize_print_what_the_schema_says(
     made = assert_valid(cli.json("materialize", "--base", artifact, "--delta", delta, "-o", out), "materialize")
     assert made["identity"] == report["result"] and made["tensors"] == len(source)
     assert made["file_bytes"] == out.stat().st_size
+
+
+def test_diff_prints_what_the_schema_says(cli: Cli, tmp_path: Path, sample_model: Path, artifact: Path) -> None:
+    assert not assert_valid(cli.json("diff", sample_model, artifact, code=1), "diff")["same"]
+    assert assert_valid(cli.json("diff", artifact, artifact), "diff")["same"]
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    write_safetensors(one, {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.int32)}, {"key": "text"})
+    write_safetensors(other, {"a": np.ones((3, 2), np.float32), "c": np.ones(4, np.int32)})
+    report = assert_valid(cli.json("diff", one, other, code=1), "diff")
+    assert report["metadata"] == ["key"]
 
 
 def test_export_and_a_directory_print_what_the_schema_says(cli: Cli, tmp_path: Path, artifact: Path) -> None:
