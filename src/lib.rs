@@ -10,6 +10,7 @@
 //! it back, [`export::decompress`] turns it into a checkpoint again and [`export::convert`] into its other form.
 
 pub mod artifact;
+pub mod attention;
 pub mod bench;
 #[cfg(feature = "cli")]
 pub mod cli;
