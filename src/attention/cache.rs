@@ -4,7 +4,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::format::{BLOCK, GROUP, KvFormat, KvPlane};
-use super::quantize::{MAX, code, pack, params, scale_offset, unpack};
+use super::quantize::{self, MAX, code, pack, scale_offset, unpack};
 use crate::error::{Error, Result};
 
 /// Keys and values of the tokens of one sequence, quantized.
@@ -133,70 +133,39 @@ impl KvCache {
 
     /// Puts tokens into a tail from its token `first` on.
     fn put(&mut self, plane: KvPlane, first: usize, numbers: &[f32]) {
-        let (format, dim, words) = (&self.format, self.format.head_dim(), self.format.tail_words());
-        let tails = self.planes[plane as usize].chunks_exact_mut(format.plane_words(plane));
-        for (head, tail) in tails.enumerate() {
-            let rows = tail.chunks_exact_mut(words).skip(first);
-            for (row, token) in rows.zip(numbers.chunks_exact(format.token())) {
-                for (word, pair) in row.iter_mut().zip(token[head * dim..][..dim].chunks(2)) {
-                    let half = |i: usize| pair.get(i).map_or(0, |&x| u32::from(f16::from_f32(x).to_bits()));
-                    *word = half(0) | half(1) << 16;
-                }
+        let words = self.format.tail_words();
+        let rows = self.planes[plane as usize].chunks_exact_mut(words).skip(first * self.format.heads());
+        for (row, numbers) in rows.zip(numbers.chunks_exact(self.format.head_dim())) {
+            for (word, pair) in row.iter_mut().zip(numbers.chunks(2)) {
+                let half = |i: usize| pair.get(i).map_or(0, |&x| u32::from(f16::from_f32(x).to_bits()));
+                *word = half(0) | half(1) << 16;
             }
         }
     }
 
-    /// Makes a block of the tail, which is full.
+    /// Makes a block of the tails, which are full.
     fn quantize(&mut self) {
-        let Self { format, planes: [key_codes, key_params, value_codes, value_params, key_tail, value_tail], .. } =
-            self;
-        let format = *format;
-        let quantize_head = |keys: &[u32], values: &[u32]| {
-            let [mut key_codes, mut key_params] = zeros(&format, [KvPlane::KeyCodes, KvPlane::KeyParams]);
-            let [mut value_codes, mut value_params] = zeros(&format, [KvPlane::ValueCodes, KvPlane::ValueParams]);
-            for (channel, word) in key_params.iter_mut().enumerate() {
-                let keys = keys.chunks_exact(format.tail_words()).map(|row| half_of(row, channel));
-                *word = params(keys.clone(), format.key_bits());
-                let (scale, offset) = scale_offset(*word);
-                for (codes, x) in key_codes.chunks_exact_mut(format.key_words()).zip(keys) {
-                    pack(codes, format.key_bits(), channel, code(x, scale, offset, format.key_bits()));
-                }
-            }
-            let rows = value_codes.chunks_exact_mut(format.value_words());
-            let rows = rows.zip(value_params.chunks_exact_mut(format.groups()));
-            for ((codes, params_of), values) in rows.zip(values.chunks_exact(format.tail_words())) {
-                for (group, word) in params_of.iter_mut().enumerate() {
-                    let channels = group * GROUP..((group + 1) * GROUP).min(format.head_dim());
-                    *word = params(channels.clone().map(|channel| half_of(values, channel)), format.value_bits());
-                    let (scale, offset) = scale_offset(*word);
-                    for channel in channels {
-                        let code = code(half_of(values, channel), scale, offset, format.value_bits());
-                        pack(codes, format.value_bits(), channel, code);
-                    }
-                }
-            }
-            [key_codes, key_params, value_codes, value_params]
-        };
-        let keys = key_tail.par_chunks_exact(format.plane_words(KvPlane::KeyTail));
-        let values = value_tail.par_chunks_exact(format.plane_words(KvPlane::ValueTail));
-        let heads: Vec<_> = keys.zip(values).with_min_len(4).map(|(k, v)| quantize_head(k, v)).collect();
-        for head in heads {
-            for (plane, words) in [&mut *key_codes, key_params, value_codes, value_params].into_iter().zip(head) {
-                plane.extend(words);
-            }
+        let Self { format, planes: [key_codes, key_params, value_codes, value_params, keys, values], .. } = self;
+        let heads = (0..format.heads()).into_par_iter().with_min_len(4);
+        let made: Vec<_> =
+            heads.map(|head| (quantize_keys(format, keys, head), quantize_values(format, values, head))).collect();
+        for ([codes_of_keys, params_of_keys], [codes_of_values, params_of_values]) in made {
+            key_codes.extend(codes_of_keys);
+            key_params.extend(params_of_keys);
+            value_codes.extend(codes_of_values);
+            value_params.extend(params_of_values);
         }
     }
 
-    /// The words of a block and head of a plane, of all blocks or of the tail.
+    /// The words of a block and head of a plane that is no tail.
     fn words(&self, plane: KvPlane, block: usize, head: usize) -> &[u32] {
-        let block = if plane.is_tail() { 0 } else { block };
         let size = self.format.plane_words(plane);
         &self.plane(plane)[(block * self.format.heads() + head) * size..][..size]
     }
 
-    /// A block of the tail of a head, `[BLOCK, head_dim]`, as far as there are tokens.
+    /// The tokens of a tail, of a head, `[BLOCK, head_dim]`, as far as there are any.
     fn tail(&self, plane: KvPlane, head: usize, out: &mut [f32]) {
-        let rows = self.words(plane, 0, head).chunks_exact(self.format.tail_words()).take(self.len % BLOCK);
+        let rows = rows_of_tail(&self.format, self.plane(plane), head).take(self.len % BLOCK);
         for (out, row) in out.chunks_exact_mut(self.format.head_dim()).zip(rows) {
             for (channel, out) in out.iter_mut().enumerate() {
                 *out = half_of(row, channel);
@@ -263,9 +232,43 @@ impl KvCache {
     }
 }
 
-/// Planes of one block and head.
-fn zeros<const N: usize>(format: &KvFormat, planes: [KvPlane; N]) -> [Vec<u32>; N] {
-    planes.map(|plane| vec![0; format.plane_words(plane)])
+/// Codes and parameters of the keys of a full tail.
+fn quantize_keys(format: &KvFormat, tail: &[u32], head: usize) -> [Vec<u32>; 2] {
+    let [mut codes, mut params] =
+        [KvPlane::KeyCodes, KvPlane::KeyParams].map(|plane| vec![0; format.plane_words(plane)]);
+    for (channel, word) in params.iter_mut().enumerate() {
+        let keys = rows_of_tail(format, tail, head).map(|row| half_of(row, channel));
+        *word = quantize::params(keys.clone(), format.key_bits());
+        let (scale, offset) = scale_offset(*word);
+        for (row, x) in codes.chunks_exact_mut(format.key_words()).zip(keys) {
+            pack(row, format.key_bits(), channel, code(x, scale, offset, format.key_bits()));
+        }
+    }
+    [codes, params]
+}
+
+/// Codes and parameters of the values of a full tail.
+fn quantize_values(format: &KvFormat, tail: &[u32], head: usize) -> [Vec<u32>; 2] {
+    let planes = [KvPlane::ValueCodes, KvPlane::ValueParams];
+    let [mut codes, mut params] = planes.map(|plane| vec![0; format.plane_words(plane)]);
+    let rows = codes.chunks_exact_mut(format.value_words()).zip(params.chunks_exact_mut(format.groups()));
+    for ((codes, params), row) in rows.zip(rows_of_tail(format, tail, head)) {
+        for (group, word) in params.iter_mut().enumerate() {
+            let channels = group * GROUP..((group + 1) * GROUP).min(format.head_dim());
+            *word = quantize::params(channels.clone().map(|channel| half_of(row, channel)), format.value_bits());
+            let (scale, offset) = scale_offset(*word);
+            for channel in channels {
+                let code = code(half_of(row, channel), scale, offset, format.value_bits());
+                pack(codes, format.value_bits(), channel, code);
+            }
+        }
+    }
+    [codes, params]
+}
+
+/// The rows of a head in a tail.
+fn rows_of_tail<'a>(format: &KvFormat, tail: &'a [u32], head: usize) -> impl Iterator<Item = &'a [u32]> + Clone {
+    tail.chunks_exact(format.tail_words()).skip(head).step_by(format.heads())
 }
 
 /// A number of a row of a tail.

@@ -43,7 +43,7 @@ pub fn read(cache: &KvCache, keys: bool, token: usize, head: usize, channel: usi
     if token / BLOCK == cache.len() / BLOCK {
         let tail = cache.plane(if keys { KvPlane::KeyTail } else { KvPlane::ValueTail });
         let words = dim.div_ceil(2);
-        let word = tail[(head * BLOCK + row) * words + channel / 2];
+        let word = tail[(row * format.heads() + head) * words + channel / 2];
         return Parts { product: half(word, channel % 2 == 1), offset: 0.0, scale: 0.0 };
     }
     let block = token / BLOCK * format.heads() + head;
