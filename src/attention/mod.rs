@@ -44,12 +44,12 @@
 //!
 //! | form, 4 bits | bits a number | keys | values | both |
 //! |---|---|---|---|---|
-//! | keys and values by token, groups of 32 | 5.0 | 7.7e-3 | 4.5e-3 | 1.2e-2 |
-//! | the same, the last keys in f16 until 32 are there | 5.0 | @RECENT@ | 4.5e-3 | @RECENTBOTH@ |
-//! | keys by channel of 32 tokens (KIVI), the last ones in f16 | 5.0 | 3.5e-4 | 4.5e-3 | 4.9e-3 |
-//! | **the same, the last values in f16 too** | 5.0 | 3.5e-4 | 7.6e-4 | 1.1e-3 |
-//! | the same with blocks of 64 tokens | 4.75 | 2.7e-4 | 3.9e-4 | 6.6e-4 |
-//! | values by channel as well, blocks of 32 | 5.0 | 3.5e-4 | @COLV@ | @COLB@ |
+//! | keys and values by token, groups of 32 (`token 32`) | 5.0 | 7.7e-3 | 4.5e-3 | 1.2e-2 |
+//! | the same, the last keys in f16 until 32 are there (`recent 32`) | 5.0 | 1.5e-3 | 4.5e-3 | 6.1e-3 |
+//! | keys by channel of 32 tokens (KIVI), the last ones in f16 (`channel 32`) | 5.0 | 3.6e-4 | 4.5e-3 | 4.9e-3 |
+//! | **the same, the last values in f16 too** (`tail 32`) | 5.0 | 3.6e-4 | 7.8e-4 | 1.1e-3 |
+//! | the same with blocks of 64 tokens (`tail 64`) | 4.75 | 2.8e-4 | 4.1e-4 | 6.8e-4 |
+//! | values by channel as well, blocks of 32 (`columns 32`) | 5.0 | 3.6e-4 | 4.9e-4 | 8.5e-4 |
 //!
 //! Keys want their channels apart, and what was said last is looked at most, so the f16 of the tail are worth more
 //! than they cost. Part of the gain of longer blocks is their longer tail, which in windows of 256 tokens is a large

@@ -3,7 +3,7 @@
 use half::f16;
 use tenpak::attention::{Attend, BLOCK, GROUP, KvCache, KvFormat, KvPlane};
 
-use crate::stream::Stream;
+use super::Stream;
 
 /// Keys and values of tokens: channels of very different magnitudes and means, as keys have them.
 pub fn tokens(format: &KvFormat, count: usize, stream: &mut Stream) -> [Vec<f32>; 2] {

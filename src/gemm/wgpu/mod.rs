@@ -10,6 +10,7 @@
 //! | `decode.wgsl` | – | bit for bit the specification, but for subnormal numbers, which drivers may take for zero |
 //! | `gemv.wgsl` | 1 to 8 | every weight is read once; sums by subgroups where there are any, of whatever size |
 //! | `gemm.wgsl` | more | tiles of 32 x 64 results, 4 x 4 for each thread |
+//! | `attend.wgsl` | queries | attention over a quantized [cache](crate::attention), runs of tokens at once, which `attention_merge.wgsl` merges |
 //!
 //! Products are within the bounds of [`Act`](super::Act), with one difference: subnormal numbers may count as zero.
 //! Column scales and outliers are applied on the processor, before and after. Sums are added up in the same order
@@ -19,6 +20,7 @@
 //! [`DeviceError::Lost`](crate::DeviceError), and the next one opens the device anew, also for matrices that were taken before.
 
 mod adapter;
+mod cache;
 mod device;
 mod flight;
 mod g8;
@@ -34,12 +36,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Backend, Matrix, Weights};
+use crate::attention::KvCache;
 use crate::codec::Encoded;
 use crate::error::{Error, Result};
 use device::Device;
 use matrix::Source;
 
 pub use adapter::{Adapter, adapters};
+pub use cache::LoadedCache;
 pub use g8::{G8GemmContext, G8Number};
 pub use matrix::{Batch, Loaded, Pending};
 pub use pool::Usage;
@@ -134,7 +138,15 @@ impl Wgpu {
         Loaded::new(self, Source::Owned(encoded))
     }
 
-    /// Products that are submitted together.
+    /// Takes a cache of keys and values, which may be empty: its planes are uploaded, and later its new tokens.
+    ///
+    /// # Errors
+    /// As [`LoadedCache::attend`].
+    pub fn upload_cache(&self, cache: KvCache) -> Result<LoadedCache> {
+        LoadedCache::new(self, cache)
+    }
+
+    /// Products, and attention, that are submitted together.
     ///
     /// # Errors
     /// [`Error::Device`].
