@@ -30,7 +30,6 @@ pub fn filled(format: KvFormat, len: usize, stream: &mut Stream) -> KvCache {
 pub struct Parts {
     pub product: f32,
     pub offset: f32,
-    pub scale: f32,
 }
 
 /// Number `channel` of `token` and `head`, of keys or of values, read by the table of the format.
@@ -44,7 +43,7 @@ pub fn read(cache: &KvCache, keys: bool, token: usize, head: usize, channel: usi
         let tail = cache.plane(if keys { KvPlane::KeyTail } else { KvPlane::ValueTail });
         let words = dim.div_ceil(2);
         let word = tail[(row * format.heads() + head) * words + channel / 2];
-        return Parts { product: half(word, channel % 2 == 1), offset: 0.0, scale: 0.0 };
+        return Parts { product: half(word, channel % 2 == 1), offset: 0.0 };
     }
     let block = token / BLOCK * format.heads() + head;
     let (bits, codes) = match keys {
@@ -58,8 +57,7 @@ pub fn read(cache: &KvCache, keys: bool, token: usize, head: usize, channel: usi
         true => cache.plane(KvPlane::KeyParams)[block * dim + channel],
         false => cache.plane(KvPlane::ValueParams)[(block * BLOCK + row) * dim.div_ceil(GROUP) + channel / GROUP],
     };
-    let scale = half(params, false);
-    Parts { product: f32::from(u8::try_from(code).unwrap()) * scale, offset: half(params, true), scale }
+    Parts { product: f32::from(u8::try_from(code).unwrap()) * half(params, false), offset: half(params, true) }
 }
 
 /// Exact results of attention, and how far each may be off.

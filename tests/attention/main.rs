@@ -1,7 +1,7 @@
 //! Promises of attention over quantized keys and values on the CPU.
 
 use tenpak::Error;
-use tenpak::attention::{Attend, BLOCK, KvCache, KvFormat, KvPlane, attend};
+use tenpak::attention::{Attend, BLOCK, GROUP, KvCache, KvFormat, KvPlane, attend};
 
 mod expected;
 #[path = "../stream/mod.rs"]
@@ -65,13 +65,25 @@ fn decoded_numbers_are_those_of_the_table_and_within_a_step_of_the_tokens() {
             let decoded = cache.decode();
             for (keys, decoded, given) in [(true, &decoded.0, &given[0]), (false, &decoded.1, &given[1])] {
                 let levels = if if keys { key_bits } else { value_bits } == 4 { 15.0 } else { 255.0f32 };
+                let number = |token: usize, head: usize, channel: usize| given[(token * 2 + head) * dim + channel];
                 for (at, (&decoded, &given)) in decoded.iter().zip(given).enumerate() {
                     let (token, head, channel) = (at / (2 * dim), at / dim % 2, at % dim);
                     let parts = read(&cache, keys, token, head, channel);
                     assert_eq!(decoded.to_bits(), (parts.product + parts.offset).to_bits());
-                    // Half a step, what the scale lost to f16 at the greatest level, and what the number lost to f16.
-                    let step = parts.scale * (0.5 + levels / 2048.0) + levels / 33_554_432.0;
-                    let bound = step + given.abs() / 2048.0 + 1e-6;
+                    // Those that share a scale: a channel of a block of keys, or a group of a token's values.
+                    let first = token / BLOCK * BLOCK;
+                    let group: Vec<f32> = match keys {
+                        _ if first == 70 / BLOCK * BLOCK => vec![],
+                        true => (first..first + BLOCK).map(|token| number(token, head, channel)).collect(),
+                        false => (channel / GROUP * GROUP..dim.min((channel / GROUP + 1) * GROUP))
+                            .map(|channel| number(token, head, channel))
+                            .collect(),
+                    };
+                    let (least, greatest) = group.iter().fold((0.0f32, 0.0f32), |(a, b), &x| (a.min(x), b.max(x)));
+                    // Half a step, what the scale loses to f16 at the greatest level, and what the numbers lose to it.
+                    let step = (greatest - least) / levels;
+                    let bound =
+                        step * (0.5 + levels / 2048.0) * 1.01 + (greatest - least + given.abs()) / 1024.0 + 1e-6;
                     assert!((decoded - given).abs() <= bound, "{dim}: {decoded} is not {given} ± {bound}");
                 }
             }

@@ -6,7 +6,7 @@ use tenpak::gemm::wgpu::Options;
 use tenpak::gemm::{Act, Backend, Matrix};
 
 use crate::decode::{decoded, reference_decode};
-use crate::expected::{Expected, by_subgroups, by_workgroups, check, kinds, open, paths, product};
+use crate::expected::{Expected, by_subgroups, by_units, by_workgroups, check, kinds, open, paths, product};
 use crate::matrices::{HARD, Owned, Stream, bits, extreme, layouts, ordinary, random, seed};
 
 #[test]
@@ -33,6 +33,29 @@ fn products_stay_within_the_bound_for_every_layout_and_shape() {
             let x = random(33 * k, &mut stream);
             check("workgroup memory", by_workgroups(), &owned, seed, &x, &[1, 7, 8, 33], Act::F32);
         }
+    }
+}
+
+#[test]
+fn products_on_matrix_units_stay_within_the_bound_for_every_kind_of_layout() {
+    let seed = seed();
+    let mut stream = Stream(seed);
+    for (number, layout) in kinds().into_iter().enumerate() {
+        // A tile, less than one and more than one of either side, with a last column that fills no quad or fragment.
+        for (n, k, ms) in [(67, 100, &[9, 33][..]), (5, 37, &[32])] {
+            let owned = Owned::new(layout, n, k, &mut stream, ordinary);
+            let x = random(33 * k, &mut stream);
+            let size = [8, 16][number % 2];
+            for act in [Act::F32, Act::F16] {
+                check(&format!("units of {size}"), by_units(size), &owned, seed, &x, ms, act);
+            }
+        }
+    }
+    // Several tiles of both sides.
+    let owned = Owned::new(codecs::get("int4_g32_fp16_v1").unwrap().layout, 140, 129, &mut stream, ordinary);
+    let x = random(70 * 129, &mut stream);
+    for size in [8, 16] {
+        check(&format!("units of {size}"), by_units(size), &owned, seed, &x, &[70], Act::F16);
     }
 }
 

@@ -12,6 +12,7 @@ use wgpu::{
 use super::adapter::WORKGROUPS;
 use super::device::Device;
 use super::store::Store;
+use super::units::{self, Units};
 use crate::error::Result;
 
 /// Most rows of activations for which every weight is read once.
@@ -31,6 +32,8 @@ pub(super) enum Kernel {
     Few(u32),
     /// Products with any number of rows.
     Many,
+    /// The same on matrix units of a size, or on loops in their place.
+    Units { size: u32, native: bool },
     /// Attention, so many queries at once: 1, 4 or 8.
     Attend(u32),
     /// One result of those of several runs of attention.
@@ -38,13 +41,13 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
-    /// The kernel for products with `m` rows of activations.
-    pub fn of(m: usize) -> Self {
+    /// The kernel for products with `m` rows of activations, as halves or not.
+    pub fn of(m: usize, units: &Units, half: bool) -> Self {
         match m {
             0 | 1 => Self::Few(1),
             2..=4 => Self::Few(4),
             5..=FEW => Self::Few(8),
-            _ => Self::Many,
+            _ => units.size(half).map_or(Self::Many, |size| Self::Units { size, native: units.native }),
         }
     }
 }
@@ -57,9 +60,6 @@ struct Key {
     constants: Vec<(&'static str, u32)>,
 }
 
-/// The text of a shader, and whether halves are f16.
-type Text = (Vec<&'static str>, bool);
-
 /// The kernels of a device.
 #[derive(Debug)]
 pub(super) struct Kernels {
@@ -70,13 +70,15 @@ pub(super) struct Kernels {
     attention: PipelineLayout,
     /// The greatest number of threads of a subgroup, where kernels may use subgroups.
     subgroup: Option<u32>,
-    modules: Mutex<HashMap<Text, ShaderModule>>,
+    /// By their text.
+    modules: Mutex<HashMap<String, ShaderModule>>,
     pipelines: Mutex<HashMap<Key, Arc<ComputePipeline>>>,
     store: Option<Store>,
 }
 
 const WEIGHTS: &str = include_str!("shaders/weights.wgsl");
 const DECODE: &str = include_str!("shaders/decode.wgsl");
+const QUADS: &str = include_str!("shaders/quads.wgsl");
 const MANY: &str = include_str!("shaders/gemm.wgsl");
 const GEMV: &str = include_str!("shaders/gemv.wgsl");
 const GEMV_BY: [&str; 2] =
@@ -143,7 +145,7 @@ impl Kernels {
         let number = match kernel {
             Kernel::Decode => (m * quads).div_ceil(64),
             Kernel::Few(_) => rows.div_ceil(2).div_ceil((THREADS / self.lanes()) as usize),
-            Kernel::Many => return [count(rows.div_ceil(64)), count(m.div_ceil(32)), 1],
+            Kernel::Many | Kernel::Units { .. } => return [count(rows.div_ceil(64)), count(m.div_ceil(32)), 1],
             Kernel::Attend(tile) => return [count(quads), count(m.div_ceil(tile as usize)), count(rows)],
             Kernel::Merge => m,
         };
@@ -165,7 +167,7 @@ impl Kernels {
         match kernel {
             Kernel::Few(tile) => constants.extend([("M_TILE", tile), ("LANES", self.lanes())]),
             Kernel::Attend(tile) => constants.push(("ROWS", tile)),
-            Kernel::Decode | Kernel::Many | Kernel::Merge => {}
+            Kernel::Decode | Kernel::Many | Kernel::Units { .. } | Kernel::Merge => {}
         }
         let key = Key { kernel, half, constants };
         // Who needs the same one meanwhile waits, which is shorter than to compile it as well.
@@ -180,7 +182,7 @@ impl Kernels {
                 label: Some("product"),
                 layout: Some(match kernel {
                     Kernel::Attend(_) | Kernel::Merge => &self.attention,
-                    Kernel::Decode | Kernel::Few(_) | Kernel::Many => &self.products,
+                    Kernel::Decode | Kernel::Few(_) | Kernel::Many | Kernel::Units { .. } => &self.products,
                 }),
                 module: &module,
                 entry_point: Some("main"),
@@ -201,29 +203,37 @@ impl Kernels {
     }
 
     fn module(&self, device: &Device, kernel: Kernel, half: bool) -> ShaderModule {
-        let by = usize::from(self.subgroup.is_some());
-        let text = match kernel {
-            Kernel::Decode => vec![WEIGHTS, DECODE],
-            Kernel::Few(_) => vec![WEIGHTS, GEMV, GEMV_BY[by]],
-            Kernel::Many => vec![WEIGHTS, MANY],
-            Kernel::Attend(_) => vec![CACHE, ATTEND, ATTEND_BY[by]],
-            Kernel::Merge => vec![CACHE, MERGE],
-        };
-        let source = || {
-            let head = if half { "enable f16;\nalias half = f16;\n" } else { "alias half = f32;\n" };
-            [head, &text.concat()].concat()
-        };
+        let source = source(kernel, half, self.subgroup.is_some());
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = modules.get(&(text.clone(), half)) {
+        if let Some(found) = modules.get(&source) {
             return found.clone();
         }
         let module = device.raw().create_shader_module(ShaderModuleDescriptor {
             label: Some("product"),
-            source: ShaderSource::Wgsl(source().into()),
+            source: ShaderSource::Wgsl(source.as_str().into()),
         });
-        modules.insert((text, half), module.clone());
+        modules.insert(source, module.clone());
         module
     }
+}
+
+/// The text of a kernel.
+pub(super) fn source(kernel: Kernel, half: bool, subgroups: bool) -> String {
+    let by = usize::from(subgroups);
+    let native = matches!(kernel, Kernel::Units { native: true, .. });
+    let units = if native { "enable wgpu_cooperative_matrix;\n" } else { "" };
+    let half = if half { "enable f16;\nalias half = f16;\n" } else { "alias half = f32;\n" };
+    let text = match kernel {
+        Kernel::Decode => vec![WEIGHTS, DECODE],
+        Kernel::Few(_) => vec![WEIGHTS, GEMV, GEMV_BY[by]],
+        Kernel::Many => vec![WEIGHTS, QUADS, MANY],
+        Kernel::Units { size, native } => {
+            return [units, half, WEIGHTS, QUADS, &units::text(size, native)].concat();
+        }
+        Kernel::Attend(_) => vec![CACHE, ATTEND, ATTEND_BY[by]],
+        Kernel::Merge => vec![CACHE, MERGE],
+    };
+    [half, &text.concat()].concat()
 }
 
 /// A number of workgroups; those of any part of a matrix fit.

@@ -43,13 +43,13 @@ impl Recording {
     pub fn multiply(&mut self, matrix: &Uploaded, x: &[f32], m: usize, half: bool) -> Result<()> {
         let (rows, cols) = (matrix.rows, matrix.cols);
         let at_once = self.fitting(m, |m| {
-            let x = x_len(Kernel::of(m), m, cols).saturating_mul(number_bytes(half));
+            let x = x_len(Kernel::of(m, &self.device.units, half), m, cols).saturating_mul(number_bytes(half));
             x.max(m.saturating_mul(rows).saturating_mul(4))
         })?;
         let at_once = at_once.min(MOST);
         for x in x.chunks(at_once * cols) {
             let m = x.len() / cols;
-            let kernel = Kernel::of(m);
+            let kernel = Kernel::of(m, &self.device.units, half);
             let arranged = arrange(kernel, x, m, cols);
             let bytes = if half {
                 let mut halves = vec![0; 2 * arranged.len()];
