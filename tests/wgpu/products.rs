@@ -37,6 +37,20 @@ fn products_stay_within_the_bound_for_every_layout_and_shape() {
 }
 
 #[test]
+fn few_long_rows_shared_by_more_threads_are_no_exception() {
+    let seed = seed();
+    let mut stream = Stream(seed);
+    for (number, layout) in kinds().into_iter().enumerate() {
+        let (n, k) = [(3, 1100), (2, 2050), (5, 4100)][number % 3];
+        let owned = Owned::new(layout, n, k, &mut stream, ordinary);
+        let x = random(8 * k, &mut stream);
+        for (path, device) in paths() {
+            check(path, device, &owned, seed, &x, &[1, 3, 8], Act::F32);
+        }
+    }
+}
+
+#[test]
 fn products_on_matrix_units_stay_within_the_bound_for_every_kind_of_layout() {
     let seed = seed();
     let mut stream = Stream(seed);
@@ -44,7 +58,7 @@ fn products_on_matrix_units_stay_within_the_bound_for_every_kind_of_layout() {
         // A tile, less than one and more than one of either side, with a last column that fills no quad or fragment.
         for (n, k, ms) in [(67, 100, &[9, 33][..]), (5, 37, &[32])] {
             let owned = Owned::new(layout, n, k, &mut stream, ordinary);
-            let x = random(33 * k, &mut stream);
+            let x = random(ms[ms.len() - 1] * k, &mut stream);
             let size = [8, 16][number % 2];
             for act in [Act::F32, Act::F16] {
                 check(&format!("units of {size}"), by_units(size), &owned, seed, &x, ms, act);
@@ -146,7 +160,7 @@ fn matrices_larger_than_a_binding_give_the_bits_of_whole_ones() {
     let mut stream = Stream(seed());
     let small = open(Options { binding_bytes: Some(5_000), ..Options::default() });
     for layout in kinds().into_iter().step_by(3) {
-        for (n, k) in [(300, 200), (37, 1000), (7, 72)] {
+        for (n, k) in [(300, 200), (37, 1100), (7, 72)] {
             let owned = Owned::new(layout, n, k, &mut stream, ordinary);
             let weights = owned.weights();
             let (divided, whole) = (small.upload(&weights).unwrap(), by_subgroups().upload(&weights).unwrap());

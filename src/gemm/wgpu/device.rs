@@ -42,7 +42,6 @@ pub(super) struct Device {
     faults: Arc<Faults>,
     binding_bytes: u64,
     half: bool,
-    pub(super) units: Units,
     pub(super) kernels: Kernels,
     pub(super) pool: Pool,
     waiter: OnceLock<Waiter>,
@@ -101,11 +100,11 @@ impl Device {
             .filter(|_| features.contains(Features::PIPELINE_CACHE))
             .and_then(|folder| store::Store::open(&device, &adapter.get_info(), folder));
         let subgroups = described.subgroups.filter(|_| features.contains(Features::SUBGROUP));
-        let kernels = Kernels::new(&device, subgroups.map(|(_, most)| most), kept);
-        let half = features.contains(Features::SHADER_F16);
         let units = Units::new(options.units, features, described, adapter);
+        let kernels = Kernels::new(&device, subgroups.map(|(_, most)| most), units, kept);
+        let half = features.contains(Features::SHADER_F16);
         let (pool, waiter) = (Pool::default(), OnceLock::new());
-        let opened = Self { name, device, queue, faults, binding_bytes, half, units, kernels, pool, waiter };
+        let opened = Self { name, device, queue, faults, binding_bytes, half, kernels, pool, waiter };
         opened.check()?;
         Ok(Arc::new(opened))
     }
