@@ -1,10 +1,9 @@
 //! A cache in memory: tokens are quantized as they come.
 
-use half::f16;
 use rayon::prelude::*;
 
 use super::format::{BLOCK, GROUP, KvFormat, KvPlane};
-use super::quantize::{self, MAX, code, pack, scale_offset, unpack};
+use super::quantize::{self, MAX, code, narrow, pack, scale_offset, unpack, widen};
 use crate::error::{Error, Result};
 
 /// Keys and values of the tokens of one sequence, quantized.
@@ -136,10 +135,7 @@ impl KvCache {
         let words = self.format.tail_words();
         let rows = self.planes[plane as usize].chunks_exact_mut(words).skip(first * self.format.heads());
         for (row, numbers) in rows.zip(numbers.chunks_exact(self.format.head_dim())) {
-            for (word, pair) in row.iter_mut().zip(numbers.chunks(2)) {
-                let half = |i: usize| pair.get(i).map_or(0, |&x| u32::from(f16::from_f32(x).to_bits()));
-                *word = half(0) | half(1) << 16;
-            }
+            narrow(numbers, row);
         }
     }
 
@@ -167,9 +163,7 @@ impl KvCache {
     fn tail(&self, plane: KvPlane, head: usize, out: &mut [f32]) {
         let rows = rows_of_tail(&self.format, self.plane(plane), head).take(self.len % BLOCK);
         for (out, row) in out.chunks_exact_mut(self.format.head_dim()).zip(rows) {
-            for (channel, out) in out.iter_mut().enumerate() {
-                *out = half_of(row, channel);
-            }
+            widen(row, out);
         }
     }
 
@@ -234,14 +228,24 @@ impl KvCache {
 
 /// Codes and parameters of the keys of a full tail.
 fn quantize_keys(format: &KvFormat, tail: &[u32], head: usize) -> [Vec<u32>; 2] {
+    let (dim, bits) = (format.head_dim(), format.key_bits());
     let [mut codes, mut params] =
         [KvPlane::KeyCodes, KvPlane::KeyParams].map(|plane| vec![0; format.plane_words(plane)]);
-    for (channel, word) in params.iter_mut().enumerate() {
-        let keys = rows_of_tail(format, tail, head).map(|row| half_of(row, channel));
-        *word = quantize::params(keys.clone(), format.key_bits());
-        let (scale, offset) = scale_offset(*word);
-        for (row, x) in codes.chunks_exact_mut(format.key_words()).zip(keys) {
-            pack(row, format.key_bits(), channel, code(x, scale, offset, format.key_bits()));
+    let keys = numbers_of_tail(format, tail, head);
+    let (mut least, mut greatest) = (vec![f32::INFINITY; dim], vec![f32::NEG_INFINITY; dim]);
+    for key in keys.chunks_exact(dim) {
+        for ((least, greatest), &x) in least.iter_mut().zip(&mut greatest).zip(key) {
+            *least = if x < *least { x } else { *least };
+            *greatest = if x > *greatest { x } else { *greatest };
+        }
+    }
+    for ((word, &least), &greatest) in params.iter_mut().zip(&least).zip(&greatest) {
+        *word = quantize::params(least, greatest, bits);
+    }
+    let scaling: Vec<(f32, f32)> = params.iter().map(|&word| scale_offset(word)).collect();
+    for (row, key) in codes.chunks_exact_mut(format.key_words()).zip(keys.chunks_exact(dim)) {
+        for ((channel, &x), &(scale, offset)) in key.iter().enumerate().zip(&scaling) {
+            pack(row, bits, channel, code(x, scale, offset, bits));
         }
     }
     [codes, params]
@@ -249,17 +253,18 @@ fn quantize_keys(format: &KvFormat, tail: &[u32], head: usize) -> [Vec<u32>; 2] 
 
 /// Codes and parameters of the values of a full tail.
 fn quantize_values(format: &KvFormat, tail: &[u32], head: usize) -> [Vec<u32>; 2] {
+    let (dim, bits) = (format.head_dim(), format.value_bits());
     let planes = [KvPlane::ValueCodes, KvPlane::ValueParams];
     let [mut codes, mut params] = planes.map(|plane| vec![0; format.plane_words(plane)]);
     let rows = codes.chunks_exact_mut(format.value_words()).zip(params.chunks_exact_mut(format.groups()));
-    for ((codes, params), row) in rows.zip(rows_of_tail(format, tail, head)) {
-        for (group, word) in params.iter_mut().enumerate() {
-            let channels = group * GROUP..((group + 1) * GROUP).min(format.head_dim());
-            *word = quantize::params(channels.clone().map(|channel| half_of(row, channel)), format.value_bits());
+    for ((codes, params), value) in rows.zip(numbers_of_tail(format, tail, head).chunks_exact(dim)) {
+        for ((number, group), word) in value.chunks(GROUP).enumerate().zip(params) {
+            let least = group.iter().fold(f32::INFINITY, |least, &x| if x < least { x } else { least });
+            let greatest = group.iter().fold(f32::NEG_INFINITY, |greatest, &x| if x > greatest { x } else { greatest });
+            *word = quantize::params(least, greatest, bits);
             let (scale, offset) = scale_offset(*word);
-            for channel in channels {
-                let code = code(half_of(row, channel), scale, offset, format.value_bits());
-                pack(codes, format.value_bits(), channel, code);
+            for (i, &x) in group.iter().enumerate() {
+                pack(codes, bits, number * GROUP + i, code(x, scale, offset, bits));
             }
         }
     }
@@ -267,12 +272,14 @@ fn quantize_values(format: &KvFormat, tail: &[u32], head: usize) -> [Vec<u32>; 2
 }
 
 /// The rows of a head in a tail.
-fn rows_of_tail<'a>(format: &KvFormat, tail: &'a [u32], head: usize) -> impl Iterator<Item = &'a [u32]> + Clone {
+fn rows_of_tail<'a>(format: &KvFormat, tail: &'a [u32], head: usize) -> impl Iterator<Item = &'a [u32]> {
     tail.chunks_exact(format.tail_words()).skip(head).step_by(format.heads())
 }
 
-/// A number of a row of a tail.
-fn half_of(row: &[u32], channel: usize) -> f32 {
-    let [a, b, c, d] = row[channel / 2].to_le_bytes();
-    f16::from_le_bytes(if channel.is_multiple_of(2) { [a, b] } else { [c, d] }).to_f32()
+/// The numbers of a head in a full tail, `[BLOCK, head_dim]`.
+fn numbers_of_tail(format: &KvFormat, tail: &[u32], head: usize) -> Vec<f32> {
+    let mut numbers = vec![0.0; BLOCK * format.head_dim()];
+    let rows = rows_of_tail(format, tail, head);
+    numbers.chunks_exact_mut(format.head_dim()).zip(rows).for_each(|(out, row)| widen(row, out));
+    numbers
 }

@@ -1,23 +1,17 @@
 //! Numbers that share a scale and an offset: the rule that makes codes of them, and back.
 
-use half::f16;
-
 /// The greatest magnitude of a key or a value: that of an f16.
 pub const MAX: f32 = 65_504.0;
 
-/// Scale and offset of f16 numbers as a word: two f16, the scale in the low half.
-pub(super) fn params(numbers: impl Iterator<Item = f32> + Clone, bits: u32) -> u32 {
-    let least = numbers.clone().fold(f32::INFINITY, |least, x| if x < least { x } else { least }) + 0.0;
-    let greatest = numbers.fold(f32::NEG_INFINITY, |greatest, x| if x > greatest { x } else { greatest });
-    let offset = f16::from_f32(least);
-    let scale = f16::from_f32((greatest - offset.to_f32()) / top(bits));
-    u32::from(scale.to_bits()) | u32::from(offset.to_bits()) << 16
+/// Scale and offset of numbers of this range as a word: two f16, the scale in the low half. Both ends are f16 already.
+pub(super) fn params(least: f32, greatest: f32, bits: u32) -> u32 {
+    // A negative zero is zero, so that the order of numbers never shows.
+    half((greatest - least) / top(bits)) | half(least + 0.0) << 16
 }
 
 /// Scale and offset of a word.
 pub(super) fn scale_offset(word: u32) -> (f32, f32) {
-    let [a, b, c, d] = word.to_le_bytes();
-    (f16::from_le_bytes([a, b]).to_f32(), f16::from_le_bytes([c, d]).to_f32())
+    (single(word & 0xffff), single(word >> 16))
 }
 
 /// The code of a number: the level nearest to it, ties to the even one.
@@ -43,29 +37,103 @@ pub(super) fn pack(row: &mut [u32], bits: u32, channel: usize, code: u32) {
 }
 
 /// The codes of a row as numbers, as many as `out` holds.
+///
+/// Codes become numbers where they stand in their half of a word, and then move down by a power of two: what is the same
+/// for four neighbours is one instruction on any machine, which shifts by different distances are not.
 pub(super) fn unpack(row: &[u32], bits: u32, out: &mut [f32]) {
-    /// Both codes of a byte.
-    const PAIRS: [[f32; 2]; 256] = {
-        let mut pairs = [[0.0; 2]; 256];
-        let mut byte = 0;
-        while byte < 256 {
-            pairs[byte] = [(byte % 16) as f32, (byte / 16) as f32];
-            byte += 1;
-        }
-        pairs
-    };
     if bits == 8 {
         for (out, word) in out.chunks_mut(4).zip(row) {
-            let codes = word.to_le_bytes().map(f32::from);
-            out.copy_from_slice(&codes[..out.len()]);
+            let codes = [word & 0xff, word & 0xff00, word >> 16 & 0xff, word >> 16 & 0xff00];
+            put(&moved(codes, [1.0, 1.0 / 256.0, 1.0, 1.0 / 256.0]), out);
         }
         return;
     }
     for (out, word) in out.chunks_mut(8).zip(row) {
         let mut codes = [0.0; 8];
-        for (to, byte) in codes.chunks_exact_mut(2).zip(word.to_le_bytes()) {
-            to.copy_from_slice(&PAIRS[usize::from(byte)]);
+        for (to, half) in codes.chunks_exact_mut(4).zip([word & 0xffff, word >> 16]) {
+            let nibbles = [half & 0xf, half & 0xf0, half & 0xf00, half & 0xf000];
+            to.copy_from_slice(&moved(nibbles, [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0]));
         }
-        out.copy_from_slice(&codes[..out.len()]);
+        put(&codes, out);
+    }
+}
+
+/// Numbers below 2^16 times powers of two.
+#[inline]
+fn moved(numbers: [u32; 4], powers: [f32; 4]) -> [f32; 4] {
+    let mut moved = [0.0; 4];
+    for ((to, number), power) in moved.iter_mut().zip(numbers).zip(powers) {
+        *to = number as f32 * power;
+    }
+    moved
+}
+
+/// Copies as many numbers as there is room for.
+#[inline]
+fn put<const N: usize>(numbers: &[f32; N], out: &mut [f32]) {
+    match <&mut [f32; N]>::try_from(&mut *out) {
+        Ok(out) => *out = *numbers,
+        Err(_) => out.copy_from_slice(&numbers[..out.len()]),
+    }
+}
+
+/// Finite numbers that f16 holds as words of two f16, the first one in the low half; ties to even.
+pub(super) fn narrow(numbers: &[f32], words: &mut [u32]) {
+    for (word, pair) in words.iter_mut().zip(numbers.chunks(2)) {
+        *word = half(pair[0]) | half(pair.get(1).copied().unwrap_or(0.0)) << 16;
+    }
+}
+
+/// The bits of the f16 nearest to a number that is not beyond them, without branches, so that many are made at once.
+fn half(x: f32) -> u32 {
+    let (bits, sign) = (x.to_bits() & 0x7fff_ffff, x.to_bits() >> 16 & 0x8000);
+    // Half a unit of the last place, but for those that are as near to an even one; then the smaller exponent.
+    let normal = (bits + 0xfff + (bits >> 13 & 1)).wrapping_sub(112 << 23) >> 13;
+    // Below 2^-14 units are 2^-24, which is what the last place of 0.5 is worth.
+    let small = (f32::from_bits(bits) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    sign | if bits < 113 << 23 { small } else { normal }
+}
+
+/// Words of two f16 as numbers, as many as `out` holds.
+pub(super) fn widen(words: &[u32], out: &mut [f32]) {
+    for (out, word) in out.chunks_mut(2).zip(words) {
+        out[0] = single(word & 0xffff);
+        if let Some(out) = out.get_mut(1) {
+            *out = single(word >> 16);
+        }
+    }
+}
+
+/// A finite f16 as f32.
+fn single(half: u32) -> f32 {
+    let magnitude = half & 0x7fff;
+    let normal = f32::from_bits((magnitude << 13) + (112 << 23));
+    // As many units of 2^-24: the last place of 0.5, again.
+    let small = f32::from_bits(magnitude + 0.5f32.to_bits()) - 0.5;
+    let positive = if magnitude < 0x400 { small } else { normal };
+    f32::from_bits(positive.to_bits() | (half & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::{MAX, half, single};
+
+    #[test]
+    fn halves_are_those_of_the_standard() {
+        for bits in 0..=u16::MAX {
+            let half = f16::from_bits(bits);
+            if half.is_finite() {
+                assert_eq!(single(u32::from(bits)).to_bits(), half.to_f32().to_bits(), "{bits:#x}");
+            }
+        }
+        for bits in (0..=MAX.to_bits()).step_by(1_009).chain((0..0x8000).map(|n| (n << 13) + (1 << 12))) {
+            for x in [f32::from_bits(bits), -f32::from_bits(bits)] {
+                if x.abs() <= MAX {
+                    assert_eq!(half(x), u32::from(f16::from_f32(x).to_bits()), "{x:e}");
+                }
+            }
+        }
     }
 }
