@@ -18,20 +18,18 @@ use crate::error::Result;
 /// Most rows of activations for which every weight is read once.
 pub(super) const FEW: usize = 8;
 
-/// Threads of a workgroup of `Kernel::Few`.
+/// Threads of a workgroup of [`Kernel::Few`].
 const THREADS: u32 = 256;
 /// Least number of threads that share a pair of rows there.
 const LANES: u32 = 32;
-/// Workgroups that keep any device busy, as far as there are rows for them.
-const BUSY: usize = 256;
 
 /// A kernel, as far as its text and its shape go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     /// Weights as f32.
     Decode,
-    /// Products with so many rows of activations at most: 1, 4 or 8; so many threads share a pair of rows of weights.
-    Few { tile: u32, lanes: u32 },
+    /// Products with so many rows of activations at most: 1, 4 or 8.
+    Few(u32),
     /// Products with any number of rows.
     Many,
     /// The same on matrix units of a size, or on loops in their place.
@@ -125,13 +123,12 @@ impl Kernels {
         &self.cache
     }
 
-    /// The kernel for products of a matrix with `m` rows of activations, as halves or not.
-    pub fn product(&self, m: usize, rows: usize, cols: usize, half: bool) -> Kernel {
-        let few = |tile| Kernel::Few { tile, lanes: self.lanes(rows, cols) };
+    /// The kernel for products with `m` rows of activations, as halves or not.
+    pub fn product(&self, m: usize, half: bool) -> Kernel {
         match m {
-            0 | 1 => few(1),
-            2..=4 => few(4),
-            5..=FEW => few(8),
+            0 | 1 => Kernel::Few(1),
+            2..=4 => Kernel::Few(4),
+            5..=FEW => Kernel::Few(8),
             _ => match self.units.size(half) {
                 Some(size) => Kernel::Units { size, native: self.units.native },
                 None => Kernel::Many,
@@ -139,17 +136,9 @@ impl Kernels {
         }
     }
 
-    /// Threads that share a pair of rows: a multiple of every number that a subgroup may have, and more of them where few
-    /// rows would leave a device idle, as long as each has two octets of columns.
-    ///
-    /// It is the whole matrix that decides, so that one that is divided gives the same bits.
-    fn lanes(&self, rows: usize, cols: usize) -> u32 {
-        let mut lanes = self.subgroup.unwrap_or(LANES).clamp(LANES, THREADS);
-        let idle = |lanes: u32| rows.div_ceil(2) * (lanes as usize) < BUSY * THREADS as usize;
-        while lanes < THREADS && idle(lanes) && cols >= 8 * 2 * 2 * lanes as usize {
-            lanes *= 2;
-        }
-        lanes
+    /// Threads that share a pair of rows: a multiple of every number that a subgroup may have.
+    fn lanes(&self) -> u32 {
+        self.subgroup.unwrap_or(LANES).clamp(LANES, THREADS)
     }
 
     /// Workgroups that a kernel needs for a part of a matrix, along each dimension; for attention `rows` are heads of keys
@@ -157,7 +146,7 @@ impl Kernels {
     pub fn workgroups(&self, kernel: Kernel, rows: usize, quads: usize, m: usize) -> [u32; 3] {
         let number = match kernel {
             Kernel::Decode => (m * quads).div_ceil(64),
-            Kernel::Few { lanes, .. } => rows.div_ceil(2).div_ceil((THREADS / lanes) as usize),
+            Kernel::Few(_) => rows.div_ceil(2).div_ceil((THREADS / self.lanes()) as usize),
             Kernel::Many | Kernel::Units { .. } => return [count(rows.div_ceil(64)), count(m.div_ceil(32)), 1],
             Kernel::Attend(tile) => return [count(quads), count(m.div_ceil(tile as usize)), count(rows)],
             Kernel::Merge => m,
@@ -178,7 +167,7 @@ impl Kernels {
         mut constants: Vec<(&'static str, u32)>,
     ) -> Result<Arc<ComputePipeline>> {
         match kernel {
-            Kernel::Few { tile, lanes } => constants.extend([("M_TILE", tile), ("LANES", lanes)]),
+            Kernel::Few(tile) => constants.extend([("M_TILE", tile), ("LANES", self.lanes())]),
             Kernel::Attend(tile) => constants.push(("ROWS", tile)),
             Kernel::Decode | Kernel::Many | Kernel::Units { .. } | Kernel::Merge => {}
         }
@@ -195,7 +184,7 @@ impl Kernels {
                 label: Some("product"),
                 layout: Some(match kernel {
                     Kernel::Attend(_) | Kernel::Merge => &self.attention,
-                    Kernel::Decode | Kernel::Few { .. } | Kernel::Many | Kernel::Units { .. } => &self.products,
+                    Kernel::Decode | Kernel::Few(_) | Kernel::Many | Kernel::Units { .. } => &self.products,
                 }),
                 module: &module,
                 entry_point: Some("main"),
@@ -238,7 +227,7 @@ pub(super) fn source(kernel: Kernel, half: bool, subgroups: bool) -> String {
     let half = if half { "enable f16;\nalias half = f16;\n" } else { "alias half = f32;\n" };
     let text = match kernel {
         Kernel::Decode => vec![WEIGHTS, DECODE],
-        Kernel::Few { .. } => vec![WEIGHTS, GEMV, GEMV_BY[by]],
+        Kernel::Few(_) => vec![WEIGHTS, GEMV, GEMV_BY[by]],
         Kernel::Many => vec![WEIGHTS, QUADS, MANY],
         Kernel::Units { size, native } => {
             return [units, half, WEIGHTS, QUADS, &units::text(size, native)].concat();

@@ -43,13 +43,13 @@ impl Recording {
     pub fn multiply(&mut self, matrix: &Uploaded, x: &[f32], m: usize, half: bool) -> Result<()> {
         let (rows, cols) = (matrix.rows, matrix.cols);
         let at_once = self.fitting(m, |m| {
-            let x = x_len(self.device.kernels.product(m, rows, cols, half), m, cols).saturating_mul(number_bytes(half));
+            let x = x_len(self.device.kernels.product(m, half), m, cols).saturating_mul(number_bytes(half));
             x.max(m.saturating_mul(rows).saturating_mul(4))
         })?;
         let at_once = at_once.min(MOST);
         for x in x.chunks(at_once * cols) {
             let m = x.len() / cols;
-            let kernel = self.device.kernels.product(m, rows, cols, half);
+            let kernel = self.device.kernels.product(m, half);
             let arranged = arrange(kernel, x, m, cols);
             let bytes = if half {
                 let mut halves = vec![0; 2 * arranged.len()];
@@ -174,7 +174,7 @@ fn number_bytes(half: bool) -> usize {
 
 /// Numbers of activations as a kernel reads them.
 fn x_len(kernel: Kernel, m: usize, cols: usize) -> usize {
-    let rows = if let Kernel::Few { tile, .. } = kernel { tile as usize } else { m };
+    let rows = if let Kernel::Few(tile) = kernel { tile as usize } else { m };
     rows.saturating_mul(cols.next_multiple_of(OCTET))
 }
 
@@ -183,7 +183,7 @@ fn x_len(kernel: Kernel, m: usize, cols: usize) -> usize {
 fn arrange(kernel: Kernel, x: &[f32], m: usize, cols: usize) -> Cow<'_, [f32]> {
     let wide = cols.next_multiple_of(OCTET);
     match kernel {
-        Kernel::Few { tile, .. } if tile > 1 => {
+        Kernel::Few(tile) if tile > 1 => {
             let tile = tile as usize;
             let mut arranged = vec![0.0; tile * wide];
             for (i, row) in x.chunks_exact(cols).enumerate() {
