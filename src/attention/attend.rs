@@ -50,7 +50,7 @@ impl Attend {
     pub(crate) fn check(&self, cache: &KvCache, q: usize, m: usize, out: usize) -> Result<usize> {
         let token = cache.format().token();
         let dim = cache.format().head_dim();
-        if q != out || m.checked_mul(token).is_none_or(|least| least == 0 && q > 0 || least > 0 && q % least > 0) {
+        if q != out || m.checked_mul(token).is_none_or(|least| !q.is_multiple_of(least)) {
             return Err(Error::invalid(format!(
                 "{q} numbers of queries and {out} of results for {m} tokens, expected as many of both, and for each token a \
                  multiple of {} heads of {dim} channels",
@@ -71,7 +71,7 @@ impl Attend {
         if !self.scale(dim).is_finite() {
             return Err(Error::invalid(format!("a scale of scores of {}, expected a finite number", self.scale(dim))));
         }
-        Ok(if m == 0 { 0 } else { q / m / dim })
+        Ok(q.checked_div(m).map_or(0, |of_token| of_token / dim))
     }
 }
 
