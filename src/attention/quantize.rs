@@ -19,10 +19,8 @@ pub(super) fn code(x: f32, scale: f32, offset: f32, bits: u32) -> u32 {
     if scale == 0.0 {
         return 0;
     }
-    let level = ((x - offset) / scale).round_ties_even().clamp(0.0, top(bits));
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to the codes above")]
-    let code = level as u32;
-    code
+    // Adding 2^23 rounds what is less to an integer, ties to even, and leaves it in the low bits.
+    (((x - offset) / scale).clamp(0.0, top(bits)) + 8_388_608.0).to_bits() & 0xff
 }
 
 /// The greatest level.
@@ -41,20 +39,34 @@ pub(super) fn pack(row: &mut [u32], bits: u32, channel: usize, code: u32) {
 /// Codes become numbers where they stand in their half of a word, and then move down by a power of two: what is the same
 /// for four neighbours is one instruction on any machine, which shifts by different distances are not.
 pub(super) fn unpack(row: &[u32], bits: u32, out: &mut [f32]) {
-    if bits == 8 {
-        for (out, word) in out.chunks_mut(4).zip(row) {
+    match bits {
+        8 => unpack_words(row, out, |word| {
             let codes = [word & 0xff, word & 0xff00, word >> 16 & 0xff, word >> 16 & 0xff00];
-            put(&moved(codes, [1.0, 1.0 / 256.0, 1.0, 1.0 / 256.0]), out);
-        }
-        return;
+            moved(codes, [1.0, 1.0 / 256.0, 1.0, 1.0 / 256.0])
+        }),
+        _ => unpack_words(row, out, |word| {
+            let nibbles = |half: u32| {
+                let codes = [half & 0xf, half & 0xf0, half & 0xf00, half & 0xf000];
+                moved(codes, [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0])
+            };
+            let ([a, b, c, d], [e, f, g, h]) = (nibbles(word & 0xffff), nibbles(word >> 16));
+            [a, b, c, d, e, f, g, h]
+        }),
     }
-    for (out, word) in out.chunks_mut(8).zip(row) {
-        let mut codes = [0.0; 8];
-        for (to, half) in codes.chunks_exact_mut(4).zip([word & 0xffff, word >> 16]) {
-            let nibbles = [half & 0xf, half & 0xf0, half & 0xf00, half & 0xf000];
-            to.copy_from_slice(&moved(nibbles, [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0]));
+}
+
+/// The numbers of words, of the last one as many as are left.
+#[inline]
+fn unpack_words<const N: usize>(row: &[u32], out: &mut [f32], numbers: impl Fn(u32) -> [f32; N]) {
+    let mut words = row.iter();
+    let mut whole = out.chunks_exact_mut(N);
+    for (out, &word) in (&mut whole).zip(&mut words) {
+        if let Ok(out) = <&mut [f32; N]>::try_from(out) {
+            *out = numbers(word);
         }
-        put(&codes, out);
+    }
+    if let (rest @ [_, ..], Some(&word)) = (whole.into_remainder(), words.next()) {
+        rest.copy_from_slice(&numbers(word)[..rest.len()]);
     }
 }
 
@@ -66,15 +78,6 @@ fn moved(numbers: [u32; 4], powers: [f32; 4]) -> [f32; 4] {
         *to = number as f32 * power;
     }
     moved
-}
-
-/// Copies as many numbers as there is room for.
-#[inline]
-fn put<const N: usize>(numbers: &[f32; N], out: &mut [f32]) {
-    match <&mut [f32; N]>::try_from(&mut *out) {
-        Ok(out) => *out = *numbers,
-        Err(_) => out.copy_from_slice(&numbers[..out.len()]),
-    }
 }
 
 /// Finite numbers that f16 holds as words of two f16, the first one in the low half; ties to even.

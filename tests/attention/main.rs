@@ -1,5 +1,6 @@
 //! Promises of attention over quantized keys and values on the CPU.
 
+use half::f16;
 use tenpak::Error;
 use tenpak::attention::{Attend, BLOCK, GROUP, KvCache, KvFormat, KvPlane, attend};
 
@@ -50,6 +51,64 @@ fn the_bytes_are_the_same_for_tokens_one_by_one_or_all_at_once() {
         parts.clear();
         parts.append(&keys, &values).unwrap();
         assert!(whole.decode() == parts.decode(), "after it was cleared");
+    }
+}
+
+/// Scale, offset and codes of numbers that share them, by the rule of the format and nothing else.
+fn quantized(numbers: &[f16], bits: u32) -> (u32, Vec<u32>) {
+    let levels = if bits == 4 { 15.0 } else { 255.0f32 };
+    let numbers: Vec<f32> = numbers.iter().map(|x| x.to_f32()).collect();
+    let least = numbers.iter().copied().fold(f32::INFINITY, f32::min);
+    let greatest = numbers.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (scale, offset) = (f16::from_f32((greatest - least) / levels), f16::from_f32(least + 0.0));
+    let code = |x: &f32| match scale.to_f32() {
+        0.0 => 0,
+        step => {
+            (0..256u16).find(|&code| ((x - offset.to_f32()) / step).round_ties_even() <= f32::from(code)).unwrap_or(255)
+        }
+    };
+    let codes = numbers.iter().map(|x| u32::from(code(x)).min(if bits == 4 { 15 } else { 255 })).collect();
+    (u32::from(scale.to_bits()) | u32::from(offset.to_bits()) << 16, codes)
+}
+
+#[test]
+fn the_bytes_are_those_of_the_rule() {
+    let mut stream = Stream(8);
+    for (heads, dim, key_bits, value_bits) in [(2, 40, 4, 8), (1, 7, 8, 4), (3, 64, 4, 4)] {
+        let format = KvFormat::new(heads, dim, key_bits, value_bits).unwrap();
+        let [keys, values] = tokens(&format, 2 * BLOCK + 5, &mut stream);
+        let mut cache = KvCache::new(format);
+        cache.append(&keys, &values).unwrap();
+        let number =
+            |of: &[f32], token: usize, head: usize, c: usize| f16::from_f32(of[(token * heads + head) * dim + c]);
+        let mut planes = KvPlane::ALL.map(|plane| vec![0u32; cache.plane(plane).len()]);
+        let mut put = |plane: usize, row: usize, words: usize, bits: u32, channel: usize, code: u32| {
+            let bit = channel * bits as usize;
+            planes[plane][row * words + bit / 32] |= code << (bit % 32);
+        };
+        for (block, head) in (0..2).flat_map(|block| (0..heads).map(move |head| (block, head))) {
+            let (unit, first) = (block * heads + head, block * BLOCK);
+            for c in 0..dim {
+                let column: Vec<f16> = (0..BLOCK).map(|t| number(&keys, first + t, head, c)).collect();
+                let (params, codes) = quantized(&column, key_bits);
+                put(1, unit, dim, 32, c, params);
+                for (t, code) in codes.into_iter().enumerate() {
+                    put(0, unit * BLOCK + t, format.key_words(), key_bits, c, code);
+                }
+            }
+            for (t, g) in (0..BLOCK).flat_map(|t| (0..dim.div_ceil(GROUP)).map(move |g| (t, g))) {
+                let channels = g * GROUP..dim.min((g + 1) * GROUP);
+                let group: Vec<f16> = channels.clone().map(|c| number(&values, first + t, head, c)).collect();
+                let (params, codes) = quantized(&group, value_bits);
+                put(3, unit * BLOCK + t, format.groups(), 32, g, params);
+                for (c, code) in channels.zip(codes) {
+                    put(2, unit * BLOCK + t, format.value_words(), value_bits, c, code);
+                }
+            }
+        }
+        for (plane, want) in KvPlane::ALL.into_iter().zip(&planes).take(4) {
+            assert!(cache.plane(plane) == want, "{plane:?} of {format:?}");
+        }
     }
 }
 
