@@ -5,6 +5,9 @@
 //! results in memory; `batch` is one of many in a submission, which is what the device itself takes. The CPU multiplies in
 //! the same run, with all threads, in turns with the device, and the best of each is taken.
 //!
+//! A second table is attention over a quantized cache: 8 heads of keys and values of 128 channels, four heads of queries to
+//! each, one token; `GB/s` are bytes of the cache, `--tokens=1024,16384` their number.
+//!
 //! `--megabytes=N` are the weights of a matrix, `--m=1,8,64,512` the rows of activations, `--device=N` one device instead
 //! of all, `--act=float16` another arithmetic, `--no-subgroups` sums through workgroup memory, `--quick` small matrices; a
 //! word that is no flag selects the codecs whose id contains it. Where there is no device, the table says so.
@@ -14,6 +17,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use tenpak::attention::{Attend, KvCache, KvFormat, attend};
 use tenpak::codec::Codec;
 use tenpak::gemm::wgpu::{Options, Wgpu, adapters};
 use tenpak::gemm::{Act, Matrix, Weights, cpu};
@@ -121,6 +125,45 @@ fn row(plan: &Plan, device: &Wgpu, bandwidth: f64, codec: &'static Codec, one: &
     );
 }
 
+/// Attention of one token over a cache, on the device and on the processor.
+fn attention(plan: &Plan, device: &Wgpu, bandwidth: f64, bits: u32, tokens: usize) {
+    let format = KvFormat::new(8, 128, bits, bits).expect("a format");
+    let mut cache = KvCache::new(format);
+    let numbers = weights(tokens * format.token());
+    cache.append(&numbers, &numbers).expect("ordinary numbers");
+    let q = weights(4 * format.token());
+    let (mut out, mut theirs) = (vec![0.0; q.len()], vec![0.0; q.len()]);
+    let loaded = device.upload_cache(cache).expect("the device has room");
+    let (mut call, mut batch, mut on_cpu) = (f64::INFINITY, f64::INFINITY, f64::INFINITY);
+    let times = if device.adapter().kind == "cpu" { 2 } else { 20 };
+    for _ in 0..plan.repeats {
+        let options = Attend::default();
+        call = call.min(seconds(|| loaded.attend(black_box(&q), 1, options, &mut out).expect("sizes match")));
+        let mut many = device.batch().expect("the device works");
+        for _ in 0..times {
+            many.attend(&loaded, &q, 1, options).expect("sizes match");
+        }
+        let time = seconds(|| {
+            black_box(many.submit().and_then(|pending| pending.wait()).expect("the device works"));
+        });
+        batch = batch.min(time / f64::from(times));
+        on_cpu = on_cpu.min(seconds(|| {
+            attend(loaded.tokens(), black_box(&q), 1, options, &mut theirs).expect("sizes match");
+        }));
+    }
+    let rate = loaded.tokens().bytes() as f64 / batch;
+    println!(
+        "{:<20} {tokens:>7} {:>10.3} {:>10.3} {:>8.2} {:>6.3} {:>10.3} {:>7.3}",
+        format!("{bits} bits"),
+        call * 1e3,
+        batch * 1e3,
+        rate / 1e9,
+        rate / bandwidth,
+        on_cpu * 1e3,
+        on_cpu / batch,
+    );
+}
+
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let flag = |name: &str| args.iter().any(|arg| arg == name);
@@ -135,6 +178,8 @@ fn main() {
         ms: ms.split(',').map(|n| n.parse().expect("numbers")).collect(),
         repeats: if quick { 2 } else { 5 },
     };
+    let tokens = value("--tokens=").unwrap_or(if quick { "100" } else { "1024,16384" });
+    let tokens: Vec<usize> = tokens.split(',').map(|n| n.parse().expect("numbers")).collect();
     let words: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
     let chosen = |codec: &&Codec| match &words[..] {
         [] => USUAL[..if quick { 2 } else { USUAL.len() }].contains(&codec.id),
@@ -174,6 +219,12 @@ fn main() {
             let one = codec.encode(&weights(COLS), 1, COLS).expect("ordinary weights");
             for &m in &plan.ms {
                 row(&plan, &device, bandwidth, codec, &one, m);
+            }
+        }
+        println!("\nattention             tokens    call ms   batch ms     GB/s  ratio     CPU ms   x CPU");
+        for bits in [4, 8] {
+            for &count in &tokens {
+                attention(&plan, &device, bandwidth, bits, count);
             }
         }
     }

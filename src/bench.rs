@@ -4,16 +4,21 @@
 //! norms do not blur what a codec costs. A tensor goes by in blocks, each read and widened once and then encoded and
 //! decoded by every codec; only encoding and decoding are timed. A codec whose size is open is measured at its usual rate,
 //! with the bytes that it takes on disk.
+//!
+//! On a device the same blocks are taken there, and then decoded and multiplied with one row of activations; each is
+//! called once before it is timed, because a device compiles what it is first asked for. Timed is a whole call, from
+//! activations in memory to results in memory.
 
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use crate::codec::Codec;
+use crate::codec::{Codec, Encoded};
 use crate::coding;
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::fit::{Fit, Rate, entropy};
+use crate::gemm::{Act, Backend, Weights};
 use crate::measure::Distance;
 use crate::recipe::{Reason, Recipe};
 use crate::source::Source;
@@ -38,17 +43,32 @@ pub struct Row {
     pub encode: Duration,
     /// Time spent decoding to f32.
     pub decode: Duration,
+    /// What a device did with the same weights, where one was asked for.
+    pub device: Option<OnDevice>,
 }
 
-/// Measures `codecs` on the linear weights of a source, with `choose` narrowing which tensors count.
+/// How a device did on the weights of a row.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OnDevice {
+    /// Bytes of the planes in memory, which a product reads.
+    pub bytes: u64,
+    /// Time spent decoding to f32.
+    pub decode: Duration,
+    /// Time spent multiplying with one row of activations.
+    pub product: Duration,
+}
+
+/// Measures `codecs` on the linear weights of a source, with `choose` narrowing which tensors count, and on `device` as
+/// well where there is one.
 ///
 /// # Errors
 /// [`Error::Invalid`] for the raw codec or when no tensor counts, [`Error::Nonfinite`], whatever is wrong with the
-/// source, and whatever `on_progress` returns.
+/// source or the device, and whatever `on_progress` returns.
 pub fn bench(
     source: &Source,
     codecs: &[&'static Codec],
     choose: impl Fn(Recipe) -> Result<Recipe>,
+    device: Option<&dyn Backend>,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Vec<Row>> {
     let new_row = |&codec: &&'static Codec| Row {
@@ -60,6 +80,7 @@ pub fn bench(
         distance: Distance::default(),
         encode: Duration::ZERO,
         decode: Duration::ZERO,
+        device: device.map(|_| OnDevice::default()),
     };
     let mut rows: Vec<Row> = codecs.iter().map(new_row).collect();
     let recipes = codecs.iter().map(|codec| choose(Recipe::new(codec))).collect::<Result<Vec<_>>>()?;
@@ -77,7 +98,7 @@ pub fn bench(
             }
         }
         if !counting.is_empty() {
-            measure(source, index, &counting, &mut rows)?;
+            measure(source, index, &counting, device, &mut rows)?;
         }
         done += tensor.info().bytes();
         on_progress(Progress { done, total, tensor: name })?;
@@ -91,7 +112,13 @@ pub fn bench(
 }
 
 /// Runs one tensor through the codecs numbered in `counting`.
-fn measure(source: &Source, index: usize, counting: &[usize], rows: &mut [Row]) -> Result<()> {
+fn measure(
+    source: &Source,
+    index: usize,
+    counting: &[usize],
+    device: Option<&dyn Backend>,
+    rows: &mut [Row],
+) -> Result<()> {
     let tensor = &source.tensors()[index];
     let (height, cols) = tensor.matrix();
     let dtype = tensor.info().dtype();
@@ -125,6 +152,7 @@ fn measure(source: &Source, index: usize, counting: &[usize], rows: &mut [Row]) 
             let end = Instant::now();
             let bytes = encoded.planes().map(|(_, plane)| plane.len() as u64).sum();
             rows[i].take(bytes, [middle - start, end - middle], &weights, &decoded);
+            rows[i].run(device, &encoded, &mut decoded)?;
         }
         first += count as u64;
     }
@@ -153,6 +181,16 @@ fn measure(source: &Source, index: usize, counting: &[usize], rows: &mut [Row]) 
         let end = Instant::now();
         let bytes = quantized.stream.len() + quantized.scales_stream.len();
         rows[i].take(bytes as u64, [middle - start, end - middle], &whole, &decoded);
+        if device.is_some() {
+            let stride = rows[i].codec.grouped()?.code_stride(width);
+            let mut plane = vec![0; height * stride];
+            for (to, from) in plane.chunks_exact_mut(stride.max(1)).zip(codes.chunks_exact(width.max(1))) {
+                to[..width].copy_from_slice(from);
+            }
+            let scales = quantized.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+            let encoded = Encoded::from_planes(rows[i].codec, height, width, vec![plane, scales])?;
+            rows[i].run(device, &encoded, &mut vec![0.0; whole.len()])?;
+        }
         rows[i].count(tensor.info().elements());
     }
     for &i in &counting {
@@ -171,6 +209,24 @@ impl Row {
         let parts: Vec<_> =
             weights.par_chunks(part).zip(decoded.par_chunks(part)).map(|(w, d)| Distance::between(w, d)).collect();
         parts.iter().for_each(|d| self.distance.merge(d));
+    }
+
+    /// Has a device decode and multiply what was encoded.
+    fn run(&mut self, device: Option<&dyn Backend>, encoded: &Encoded, decoded: &mut [f32]) -> Result<()> {
+        let (Some(device), Some(done)) = (device, &mut self.device) else { return Ok(()) };
+        let weights = Weights::from(encoded);
+        let matrix = device.load(&weights)?;
+        let (x, mut y) = (vec![1.0; weights.cols()], vec![0.0; weights.rows()]);
+        let time = |work: &mut dyn FnMut() -> Result<()>| -> Result<Duration> {
+            work()?;
+            let start = Instant::now();
+            work()?;
+            Ok(start.elapsed())
+        };
+        done.bytes += weights.bytes() as u64;
+        done.decode += time(&mut || matrix.decode(decoded))?;
+        done.product += time(&mut || matrix.multiply(&x, 1, Act::F32, &mut y))?;
+        Ok(())
     }
 
     /// Adds a tensor of so many weights.

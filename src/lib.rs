@@ -8,8 +8,10 @@
 //!
 //! [`source::open`] reads a checkpoint, [`compress::compress`] writes an [`artifact`], [`artifact::ArtifactFile`] reads
 //! it back, [`export::decompress`] turns it into a checkpoint again and [`export::convert`] into its other form.
+//! [`gemm`] multiplies with planes as they are, and [`attention`] is over keys and values that are quantized as they come.
 
 pub mod artifact;
+pub mod attention;
 pub mod bench;
 #[cfg(feature = "cli")]
 pub mod cli;

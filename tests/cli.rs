@@ -107,6 +107,7 @@ fn every_verb_prints_json_of_its_schema() {
         ("inspect hf", "tenpak.inspect/1"),
         ("compress m.safetensors -o direct", "tenpak.compress/1"),
         ("bench m.safetensors --codec int8_sym_v1", "tenpak.bench/1"),
+        ("bench m.safetensors --codec int8_sym_v1 --device cpu", "tenpak.bench/1"),
     ] {
         assert_eq!(shell.json(line, 0)["schema"], schema, "{line}");
     }
@@ -372,16 +373,41 @@ fn devices_lists_the_processor_and_says_whether_this_build_knows_graphics_device
     }
 }
 
+#[test]
+fn bench_measures_a_device_where_one_is_named_and_refuses_unknown_ones() {
+    let shell = Shell::new();
+    shell.0.checkpoint("m.safetensors", &weights());
+    let bench = |device: &str| format!("bench m.safetensors --codec int4_g8_v1 --codec ecu_v1 --device {device}");
+    let table = shell.run(&bench("cpu"), 0);
+    assert!(table.contains("x · w") && table.contains("GB/s that cpu decodes"), "{table}");
+    assert!(!shell.run("bench m.safetensors --codec int4_g8_v1", 0).contains("x · w"));
+    for name in ["gpu", "wgpu0", "CPU"] {
+        assert!(shell.run(&bench(name), 2).contains("expected cpu, wgpu or wgpu:N"), "{name}");
+    }
+    let said = text(&shell.output(&bench("wgpu:99")).stderr);
+    if cfg!(feature = "wgpu") {
+        // What there is instead, or how to get one.
+        assert!(said.contains("wgpu:99") && said.contains("wgpu:0") || said.contains("mesa-vulkan-drivers"), "{said}");
+    } else {
+        assert!(said.contains("--features wgpu"), "{said}");
+    }
+}
+
 /// The variables are those of the loader of Vulkan drivers.
 #[test]
 #[cfg(all(feature = "wgpu", target_os = "linux"))]
 fn devices_says_how_to_get_one_where_there_is_none() {
-    let none = |line: &str| {
+    let run = |line: &str| {
         let hidden = [("VK_DRIVER_FILES", "/nonexistent"), ("VK_ICD_FILENAMES", "/nonexistent")];
-        let output = tenpak().envs(hidden).args(line.split(' ')).output().unwrap();
+        tenpak().envs(hidden).args(line.split(' ')).output().unwrap()
+    };
+    let none = |line: &str| {
+        let output = run(line);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         text(&output.stdout)
     };
+    let refused = run("bench m.safetensors --device wgpu");
+    assert!(refused.status.code() == Some(2) && text(&refused.stderr).contains("mesa-vulkan-drivers"));
     assert!(none("devices").contains("mesa-vulkan-drivers"));
     let report: serde_json::Value = serde_json::from_str(&none("devices --format json")).unwrap();
     assert_eq!(report["wgpu"], serde_json::json!([]));

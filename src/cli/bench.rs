@@ -9,6 +9,7 @@ use super::{Context, Input, Outcome};
 use crate::bench::{Row, bench};
 use crate::codecs;
 use crate::error::Result;
+use crate::gemm;
 use crate::layout::Layout;
 use crate::report::{Loss, Sizes};
 
@@ -26,6 +27,9 @@ pub(super) struct Arguments {
     /// Leave tensors out that match
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<String>,
+    /// Have a device decode and multiply the same weights: cpu, wgpu or wgpu:N, see `tenpak devices`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -33,6 +37,8 @@ struct Json {
     schema: &'static str,
     input: String,
     threads: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
     codecs: Vec<RowJson>,
 }
 
@@ -47,10 +53,21 @@ struct RowJson {
     encode_gb_per_s: f64,
     decode_seconds: f64,
     decode_gb_per_s: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<DeviceJson>,
+}
+
+#[derive(Serialize)]
+struct DeviceJson {
+    decode_seconds: f64,
+    decode_gb_per_s: f64,
+    product_seconds: f64,
+    product_gb_per_s: f64,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
+    let device = arguments.device.as_deref().map(gemm::backend).transpose()?;
     let source = context.source(input)?;
     let measured = if arguments.codecs.is_empty() {
         codecs::all().iter().filter(|c| c.layout != Layout::Raw).collect()
@@ -60,7 +77,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let narrow = |recipe: crate::recipe::Recipe| recipe.narrow(&arguments.include, &arguments.exclude);
     let rows = {
         let bar = Bar::new(context.common, context.signals);
-        bench(&source, &measured, narrow, &mut |p| bar.step(p))?
+        bench(&source, &measured, narrow, device.as_deref(), &mut |p| bar.step(p))?
     };
     let threads = rayon::current_num_threads();
     if context.json() {
@@ -68,11 +85,12 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             schema: "tenpak.bench/1",
             input: input.display().to_string(),
             threads,
+            device: arguments.device.clone(),
             codecs: rows.iter().map(json).collect(),
         });
         return Ok(Outcome::Done);
     }
-    let head = [
+    let mut head = vec![
         "codec",
         "tensors",
         "bpw",
@@ -84,10 +102,13 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         "encode GB/s",
         "decode GB/s",
     ];
+    if device.is_some() {
+        head.extend(["on device", "x · w"]);
+    }
     let body = rows.iter().map(|row| {
         let json = json(row);
         let [nmse, snr, max] = loss(Some(&row.distance));
-        vec![
+        let mut cells = vec![
             row.codec.id.to_owned(),
             row.tensors.to_string(),
             format!("{:.3}", json.size.bits_per_weight),
@@ -98,7 +119,11 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             max,
             format!("{:.2}", json.encode_gb_per_s),
             format!("{:.2}", json.decode_gb_per_s),
-        ]
+        ];
+        if let Some(device) = &json.device {
+            cells.extend([device.decode_gb_per_s, device.product_gb_per_s].map(|rate| format!("{rate:.2}")));
+        }
+        cells
     });
     context.line(table(&head, body, 1));
     context.line("");
@@ -112,6 +137,12 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     }
     context
         .line(format!("{threads} threads; bpw are those of the planes; GB/s are of f32 weights, in and out of memory"));
+    if let Some(name) = &arguments.device {
+        context.line(format!(
+            "on device: GB/s that {name} decodes, counted in the same way; x · w: GB/s of planes as it multiplies one row of \
+             activations with them, in memory before and after"
+        ));
+    }
     Ok(Outcome::Done)
 }
 
@@ -129,5 +160,14 @@ fn json(row: &Row) -> RowJson {
         encode_gb_per_s: rate(encode),
         decode_seconds: decode,
         decode_gb_per_s: rate(decode),
+        device: row.device.map(|done| {
+            let (decode, product) = (done.decode.as_secs_f64(), done.product.as_secs_f64());
+            DeviceJson {
+                decode_seconds: decode,
+                decode_gb_per_s: rate(decode),
+                product_seconds: product,
+                product_gb_per_s: done.bytes as f64 / 1e9 / product.max(1e-9),
+            }
+        }),
     }
 }

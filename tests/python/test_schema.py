@@ -231,6 +231,9 @@ def test_bench_prints_what_the_schema_says(cli: Cli, sample_model: Path, codec_i
     assert [row["codec"] for row in report["codecs"]] == codec_ids
     few = assert_valid(cli.json("bench", sample_model, "--codec", "int8_sym_v1", "--threads", "1"), "bench")
     assert [row["codec"] for row in few["codecs"]] == ["int8_sym_v1"] and few["threads"] == 1
+    assert "device" not in few and "device" not in few["codecs"][0]
+    few = assert_valid(cli.json("bench", sample_model, "--codec", "int8_sym_v1", "--device", "cpu"), "bench")
+    assert few["device"] == "cpu" and few["codecs"][0]["device"]["product_gb_per_s"] > 0
 
 
 def test_delta_and_materialize_print_what_the_schema_says(

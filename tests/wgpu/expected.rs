@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use tenpak::gemm::cpu::reference;
-use tenpak::gemm::wgpu::{Options, Wgpu};
+use tenpak::gemm::wgpu::{MatrixUnits, Options, Wgpu};
 use tenpak::gemm::{Act, Matrix};
 use tenpak::layout::{Layout, ROW};
 
@@ -24,6 +24,13 @@ pub fn by_subgroups() -> &'static Wgpu {
 pub fn by_workgroups() -> &'static Wgpu {
     static DEVICE: OnceLock<Wgpu> = OnceLock::new();
     DEVICE.get_or_init(|| open(Options { subgroups: false, half: false, ..Options::default() }))
+}
+
+/// The device as if it had matrix units of a size: loops in their place.
+pub fn by_units(size: u32) -> &'static Wgpu {
+    static DEVICES: [OnceLock<Wgpu>; 2] = [OnceLock::new(), OnceLock::new()];
+    let units = MatrixUnits::Emulated(size);
+    DEVICES[usize::from(size == 16)].get_or_init(|| open(Options { units, ..Options::default() }))
 }
 
 /// Both, with what they are there for.

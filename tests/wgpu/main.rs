@@ -5,6 +5,9 @@
 //! software driver will do. A driver's complaint about a call is an error of that call, so that any of them fails a test.
 
 mod arrays;
+mod attention;
+#[path = "../attention/expected.rs"]
+mod cached;
 mod calls;
 mod decode;
 mod devices;
@@ -13,3 +16,5 @@ mod extras;
 #[path = "../matrices/mod.rs"]
 mod matrices;
 mod products;
+
+use matrices::Stream;

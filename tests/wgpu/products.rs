@@ -6,7 +6,7 @@ use tenpak::gemm::wgpu::Options;
 use tenpak::gemm::{Act, Backend, Matrix};
 
 use crate::decode::{decoded, reference_decode};
-use crate::expected::{Expected, by_subgroups, by_workgroups, check, kinds, open, paths, product};
+use crate::expected::{Expected, by_subgroups, by_units, by_workgroups, check, kinds, open, paths, product};
 use crate::matrices::{HARD, Owned, Stream, bits, extreme, layouts, ordinary, random, seed};
 
 #[test]
@@ -33,6 +33,28 @@ fn products_stay_within_the_bound_for_every_layout_and_shape() {
             let x = random(33 * k, &mut stream);
             check("workgroup memory", by_workgroups(), &owned, seed, &x, &[1, 7, 8, 33], Act::F32);
         }
+    }
+}
+
+#[test]
+fn products_on_matrix_units_stay_within_the_bound() {
+    let seed = seed();
+    let mut stream = Stream(seed);
+    // What reads weights is the same text for all kernels; compiling loops for every kind would take a minute.
+    for (number, layout) in kinds().into_iter().step_by(3).enumerate() {
+        // A tile, less than one and more than one of either side, with a last column that fills no quad or fragment.
+        for (n, k, ms) in [(67, 100, &[9, 33][..]), (5, 37, &[32])] {
+            let owned = Owned::new(layout, n, k, &mut stream, ordinary);
+            let x = random(ms[ms.len() - 1] * k, &mut stream);
+            let (size, act) = ([8, 16][number % 2], [Act::F32, Act::F16][number / 2 % 2]);
+            check(&format!("units of {size}"), by_units(size), &owned, seed, &x, ms, act);
+        }
+    }
+    // Several tiles of both sides.
+    let owned = Owned::new(codecs::get("int4_g32_fp16_v1").unwrap().layout, 140, 129, &mut stream, ordinary);
+    let x = random(70 * 129, &mut stream);
+    for size in [8, 16] {
+        check(&format!("units of {size}"), by_units(size), &owned, seed, &x, &[70], Act::F16);
     }
 }
 
@@ -123,7 +145,7 @@ fn matrices_larger_than_a_binding_give_the_bits_of_whole_ones() {
     let mut stream = Stream(seed());
     let small = open(Options { binding_bytes: Some(5_000), ..Options::default() });
     for layout in kinds().into_iter().step_by(3) {
-        for (n, k) in [(300, 200), (37, 1000), (7, 72)] {
+        for (n, k) in [(300, 200), (37, 1100), (7, 72)] {
             let owned = Owned::new(layout, n, k, &mut stream, ordinary);
             let weights = owned.weights();
             let (divided, whole) = (small.upload(&weights).unwrap(), by_subgroups().upload(&weights).unwrap());

@@ -5,14 +5,17 @@
 //! reported by the next one. A device that is lost stays lost: whoever holds it gets an error, and the next call
 //! opens another.
 
+#![expect(unsafe_code, reason = "wgpu wants it said that experiments are used")]
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use wgpu::{DeviceDescriptor, ErrorFilter, Features, MemoryHints, SubmissionIndex};
+use wgpu::{DeviceDescriptor, ErrorFilter, ExperimentalFeatures, Features, MemoryHints, SubmissionIndex};
 
 use super::adapter::Adapter;
 use super::kernel::Kernels;
 use super::pool::Pool;
+use super::units::{self, MatrixUnits, Units};
 use super::wait::{self, Waiter, block_on};
 use super::{Options, store};
 use crate::error::{DeviceError, Error, Result};
@@ -50,7 +53,9 @@ impl Device {
     /// # Errors
     /// [`Error::Device`] when the driver refuses.
     pub fn open(adapter: &wgpu::Adapter, described: &Adapter, options: &Options) -> Result<Arc<Self>> {
+        let native = options.subgroups && options.units == MatrixUnits::Native;
         let wanted = [
+            (native, units::FEATURES),
             (options.half, Features::SHADER_F16),
             (options.subgroups, Features::SUBGROUP),
             (options.pipelines.is_some(), Features::PIPELINE_CACHE),
@@ -58,11 +63,18 @@ impl Device {
         let wanted =
             wanted.into_iter().filter(|(wanted, _)| *wanted).fold(Features::empty(), |all, (_, one)| all | one);
         let features = adapter.features() & wanted;
+        let experimental_features = if features.intersects(Features::all_experimental_mask()) {
+            // SAFETY: the kernel for matrix units, the only one that needs an experiment, stays within its tiles and buffers.
+            unsafe { ExperimentalFeatures::enabled() }
+        } else {
+            ExperimentalFeatures::disabled()
+        };
         let name = described.name.clone();
         let opened = block_on(adapter.request_device(&DeviceDescriptor {
             label: Some("tenpak"),
             required_features: features,
             required_limits: adapter.limits(),
+            experimental_features,
             memory_hints: MemoryHints::Performance,
             ..DeviceDescriptor::default()
         }));
@@ -88,10 +100,11 @@ impl Device {
             .filter(|_| features.contains(Features::PIPELINE_CACHE))
             .and_then(|folder| store::Store::open(&device, &adapter.get_info(), folder));
         let subgroups = described.subgroups.filter(|_| features.contains(Features::SUBGROUP));
-        let kernels = Kernels::new(&device, subgroups.map(|(_, most)| most), kept);
+        let units = Units::new(options.units, features, described, adapter);
+        let kernels = Kernels::new(&device, subgroups.map(|(_, most)| most), units, kept);
         let half = features.contains(Features::SHADER_F16);
-        let pool = Pool::default();
-        let opened = Self { name, device, queue, faults, binding_bytes, half, kernels, pool, waiter: OnceLock::new() };
+        let (pool, waiter) = (Pool::default(), OnceLock::new());
+        let opened = Self { name, device, queue, faults, binding_bytes, half, kernels, pool, waiter };
         opened.check()?;
         Ok(Arc::new(opened))
     }

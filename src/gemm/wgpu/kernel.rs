@@ -12,8 +12,8 @@ use wgpu::{
 use super::adapter::WORKGROUPS;
 use super::device::Device;
 use super::store::Store;
+use super::units::{self, Units};
 use crate::error::Result;
-use crate::layout::{Grouped, Layout};
 
 /// Most rows of activations for which every weight is read once.
 pub(super) const FEW: usize = 8;
@@ -32,18 +32,12 @@ pub(super) enum Kernel {
     Few(u32),
     /// Products with any number of rows.
     Many,
-}
-
-impl Kernel {
-    /// The kernel for products with `m` rows of activations.
-    pub fn of(m: usize) -> Self {
-        match m {
-            0 | 1 => Self::Few(1),
-            2..=4 => Self::Few(4),
-            5..=FEW => Self::Few(8),
-            _ => Self::Many,
-        }
-    }
+    /// The same on matrix units of a size, or on loops in their place.
+    Units { size: u32, native: bool },
+    /// Attention, so many queries at once: 1, 4 or 8.
+    Attend(u32),
+    /// One result of those of several runs of attention.
+    Merge,
 }
 
 /// What tells one pipeline from another.
@@ -54,30 +48,38 @@ struct Key {
     constants: Vec<(&'static str, u32)>,
 }
 
-/// The text of a shader, and whether halves are f16.
-type Text = (&'static [&'static str], bool);
-
 /// The kernels of a device.
 #[derive(Debug)]
 pub(super) struct Kernels {
     matrix: BindGroupLayout,
     call: BindGroupLayout,
-    layout: PipelineLayout,
+    cache: BindGroupLayout,
+    products: PipelineLayout,
+    attention: PipelineLayout,
     /// The greatest number of threads of a subgroup, where kernels may use subgroups.
     subgroup: Option<u32>,
-    modules: Mutex<HashMap<Text, ShaderModule>>,
+    units: Units,
+    /// By their text.
+    modules: Mutex<HashMap<String, ShaderModule>>,
     pipelines: Mutex<HashMap<Key, Arc<ComputePipeline>>>,
     store: Option<Store>,
 }
 
 const WEIGHTS: &str = include_str!("shaders/weights.wgsl");
-const DECODE: &[&str] = &[include_str!("shaders/decode.wgsl")];
-const MANY: &[&str] = &[include_str!("shaders/gemm.wgsl")];
-const FEW_BY_SUBGROUP: &[&str] = &[include_str!("shaders/gemv.wgsl"), include_str!("shaders/reduce_subgroup.wgsl")];
-const FEW_BY_WORKGROUP: &[&str] = &[include_str!("shaders/gemv.wgsl"), include_str!("shaders/reduce_workgroup.wgsl")];
+const DECODE: &str = include_str!("shaders/decode.wgsl");
+const QUADS: &str = include_str!("shaders/quads.wgsl");
+const MANY: &str = include_str!("shaders/gemm.wgsl");
+const GEMV: &str = include_str!("shaders/gemv.wgsl");
+const GEMV_BY: [&str; 2] =
+    [include_str!("shaders/reduce_workgroup.wgsl"), include_str!("shaders/reduce_subgroup.wgsl")];
+const CACHE: &str = include_str!("shaders/attention.wgsl");
+const ATTEND: &str = include_str!("shaders/attend.wgsl");
+const ATTEND_BY: [&str; 2] =
+    [include_str!("shaders/attend_workgroup.wgsl"), include_str!("shaders/attend_subgroup.wgsl")];
+const MERGE: &str = include_str!("shaders/attention_merge.wgsl");
 
 impl Kernels {
-    pub fn new(device: &wgpu::Device, subgroup: Option<u32>, store: Option<Store>) -> Self {
+    pub fn new(device: &wgpu::Device, subgroup: Option<u32>, units: Units, store: Option<Store>) -> Self {
         let buffer = |binding, ty| BindGroupLayoutEntry {
             binding,
             visibility: ShaderStages::COMPUTE,
@@ -93,13 +95,17 @@ impl Kernels {
             device.create_bind_group_layout(&BindGroupLayoutDescriptor { label: Some(label), entries })
         };
         let (matrix, call) = (bindings("matrix", &of_matrix), bindings("call", &of_call));
-        let layout = device.create_pipeline_layout(&PipelineLayoutDescriptor {
-            label: Some("products"),
-            bind_group_layouts: &[Some(&matrix), Some(&call)],
-            immediate_size: 0,
-        });
+        let cache = bindings("cache", &of_matrix[..6]);
+        let pipelines = |label, first: &BindGroupLayout| {
+            device.create_pipeline_layout(&PipelineLayoutDescriptor {
+                label: Some(label),
+                bind_group_layouts: &[Some(first), Some(&call)],
+                immediate_size: 0,
+            })
+        };
+        let (products, attention) = (pipelines("products", &matrix), pipelines("attention", &cache));
         let (modules, pipelines) = (Mutex::default(), Mutex::default());
-        Self { matrix, call, layout, subgroup, modules, pipelines, store }
+        Self { matrix, call, cache, products, attention, subgroup, units, modules, pipelines, store }
     }
 
     /// The bindings of a matrix.
@@ -112,23 +118,44 @@ impl Kernels {
         &self.call
     }
 
+    /// The bindings of a cache of keys and values.
+    pub fn cache(&self) -> &BindGroupLayout {
+        &self.cache
+    }
+
+    /// The kernel for products with `m` rows of activations, as halves or not.
+    pub fn product(&self, m: usize, half: bool) -> Kernel {
+        match m {
+            0 | 1 => Kernel::Few(1),
+            2..=4 => Kernel::Few(4),
+            5..=FEW => Kernel::Few(8),
+            _ => match self.units.size(half) {
+                Some(size) => Kernel::Units { size, native: self.units.native },
+                None => Kernel::Many,
+            },
+        }
+    }
+
     /// Threads that share a pair of rows: a multiple of every number that a subgroup may have.
     fn lanes(&self) -> u32 {
         self.subgroup.unwrap_or(LANES).clamp(LANES, THREADS)
     }
 
-    /// Workgroups that a kernel needs for a part of a matrix, along each dimension.
+    /// Workgroups that a kernel needs for a part of a matrix, along each dimension; for attention `rows` are heads of keys
+    /// and values, `quads` runs of tokens, and `m` queries of a head, or of all heads where runs are merged.
     pub fn workgroups(&self, kernel: Kernel, rows: usize, quads: usize, m: usize) -> [u32; 3] {
         let number = match kernel {
             Kernel::Decode => (m * quads).div_ceil(64),
             Kernel::Few(_) => rows.div_ceil(2).div_ceil((THREADS / self.lanes()) as usize),
-            Kernel::Many => return [count(rows.div_ceil(64)), count(m.div_ceil(32)), 1],
+            Kernel::Many | Kernel::Units { .. } => return [count(rows.div_ceil(64)), count(m.div_ceil(32)), 1],
+            Kernel::Attend(tile) => return [count(quads), count(m.div_ceil(tile as usize)), count(rows)],
+            Kernel::Merge => m,
         };
         let number = count(number);
         [number.min(WORKGROUPS), number.div_ceil(WORKGROUPS), 1]
     }
 
-    /// The pipeline of a kernel for a layout.
+    /// The pipeline of a kernel for a layout, or the format of a cache, that has these constants.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when the driver cannot compile it.
@@ -137,11 +164,12 @@ impl Kernels {
         device: &Device,
         kernel: Kernel,
         half: bool,
-        layout: &Grouped,
+        mut constants: Vec<(&'static str, u32)>,
     ) -> Result<Arc<ComputePipeline>> {
-        let mut constants = Layout::Grouped(*layout).constants();
-        if let Kernel::Few(tile) = kernel {
-            constants.extend([("M_TILE", tile), ("LANES", self.lanes())]);
+        match kernel {
+            Kernel::Few(tile) => constants.extend([("M_TILE", tile), ("LANES", self.lanes())]),
+            Kernel::Attend(tile) => constants.push(("ROWS", tile)),
+            Kernel::Decode | Kernel::Many | Kernel::Units { .. } | Kernel::Merge => {}
         }
         let key = Key { kernel, half, constants };
         // Who needs the same one meanwhile waits, which is shorter than to compile it as well.
@@ -154,7 +182,10 @@ impl Kernels {
             let constants: Vec<_> = key.constants.iter().map(|&(name, value)| (name, f64::from(value))).collect();
             Ok(device.raw().create_compute_pipeline(&ComputePipelineDescriptor {
                 label: Some("product"),
-                layout: Some(&self.layout),
+                layout: Some(match kernel {
+                    Kernel::Attend(_) | Kernel::Merge => &self.attention,
+                    Kernel::Decode | Kernel::Few(_) | Kernel::Many | Kernel::Units { .. } => &self.products,
+                }),
                 module: &module,
                 entry_point: Some("main"),
                 compilation_options: PipelineCompilationOptions {
@@ -174,23 +205,37 @@ impl Kernels {
     }
 
     fn module(&self, device: &Device, kernel: Kernel, half: bool) -> ShaderModule {
-        let text = match kernel {
-            Kernel::Decode => DECODE,
-            Kernel::Few(_) if self.subgroup.is_some() => FEW_BY_SUBGROUP,
-            Kernel::Few(_) => FEW_BY_WORKGROUP,
-            Kernel::Many => MANY,
-        };
+        let source = source(kernel, half, self.subgroup.is_some());
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let make = || {
-            let head = if half { "enable f16;\nalias half = f16;\n" } else { "alias half = f32;\n" };
-            let source = [&[head, WEIGHTS], text].concat().concat();
-            device.raw().create_shader_module(ShaderModuleDescriptor {
-                label: Some("product"),
-                source: ShaderSource::Wgsl(source.into()),
-            })
-        };
-        modules.entry((text, half)).or_insert_with(make).clone()
+        if let Some(found) = modules.get(&source) {
+            return found.clone();
+        }
+        let module = device.raw().create_shader_module(ShaderModuleDescriptor {
+            label: Some("product"),
+            source: ShaderSource::Wgsl(source.as_str().into()),
+        });
+        modules.insert(source, module.clone());
+        module
     }
+}
+
+/// The text of a kernel.
+pub(super) fn source(kernel: Kernel, half: bool, subgroups: bool) -> String {
+    let by = usize::from(subgroups);
+    let native = matches!(kernel, Kernel::Units { native: true, .. });
+    let units = if native { "enable wgpu_cooperative_matrix;\n" } else { "" };
+    let half = if half { "enable f16;\nalias half = f16;\n" } else { "alias half = f32;\n" };
+    let text = match kernel {
+        Kernel::Decode => vec![WEIGHTS, DECODE],
+        Kernel::Few(_) => vec![WEIGHTS, GEMV, GEMV_BY[by]],
+        Kernel::Many => vec![WEIGHTS, QUADS, MANY],
+        Kernel::Units { size, native } => {
+            return [units, half, WEIGHTS, QUADS, &units::text(size, native)].concat();
+        }
+        Kernel::Attend(_) => vec![CACHE, ATTEND, ATTEND_BY[by]],
+        Kernel::Merge => vec![CACHE, MERGE],
+    };
+    [half, &text.concat()].concat()
 }
 
 /// A number of workgroups; those of any part of a matrix fit.

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use super::Wgpu;
+use super::cache::LoadedCache;
 use super::device::Device;
 use super::flight::Flight;
 use super::planes::Uploaded;
 use super::record::Recording;
+use crate::attention::Attend;
 use crate::codec::Encoded;
 use crate::error::{Error, Result};
 use crate::gemm::cpu::{self, extra, reference};
@@ -133,16 +135,30 @@ impl Matrix for Loaded<'_> {
     }
 }
 
-/// One product of a [`Batch`], with what is left to do when its results are there.
+/// One part of a [`Batch`], with what is left to do when its results are there.
 #[derive(Debug)]
-struct Job<'a> {
-    source: Source<'a>,
-    m: usize,
-    /// The activations, where extra planes need them again.
-    x: Vec<f32>,
+enum Job<'a> {
+    /// A product with `m` rows of activations, which are there where extra planes need them again.
+    Product { source: Source<'a>, m: usize, x: Vec<f32> },
+    /// Attention with so many results.
+    Attention(usize),
 }
 
-/// Products that are submitted together: the device is asked once for all of them.
+impl Job<'_> {
+    /// How many results there are, and how many of them come from the device.
+    fn results(&self) -> (usize, usize) {
+        match self {
+            Self::Product { source, m, .. } => {
+                let weights = source.weights();
+                let all = m * weights.rows();
+                (all, if is_empty(&weights, *m) { 0 } else { all })
+            }
+            Self::Attention(all) => (*all, *all),
+        }
+    }
+}
+
+/// Products and attention that are submitted together: the device is asked once for all of them.
 #[derive(Debug)]
 pub struct Batch<'a> {
     backend: Wgpu,
@@ -178,7 +194,24 @@ impl<'a> Batch<'a> {
             device.watched("a product", bytes, || matrix.record(recording, device, x, m, act))?;
         }
         let x = if weights.extra().has_outliers() { x.to_vec() } else { Vec::new() };
-        self.jobs.push(Job { source: matrix.source.clone(), m, x });
+        self.jobs.push(Job::Product { source: matrix.source.clone(), m, x });
+        Ok(self.jobs.len() - 1)
+    }
+
+    /// Adds attention over a cache as it is, see [`LoadedCache::attend`]; its number is how many there were.
+    ///
+    /// # Errors
+    /// As [`LoadedCache::attend`], and [`Error::Invalid`] when the cache is another backend's.
+    pub fn attend(&mut self, cache: &'a LoadedCache, q: &[f32], m: usize, options: Attend) -> Result<usize> {
+        options.check(cache.tokens(), q.len(), m, q.len())?;
+        if !cache.is_of(&self.backend) {
+            return Err(Error::invalid("the cache was taken by another backend than the batch, expected the same one"));
+        }
+        if !q.is_empty() {
+            let Self { device, recording, .. } = self;
+            device.watched("attention", 8 * q.len() as u64, || cache.record(recording, device, q, m, options))?;
+        }
+        self.jobs.push(Job::Attention(q.len()));
         Ok(self.jobs.len() - 1)
     }
 
@@ -203,7 +236,7 @@ pub struct Pending<'a> {
 }
 
 impl Pending<'_> {
-    /// Waits for the results of all products, in their order.
+    /// Waits for the results of all parts of the batch, in their order.
     ///
     /// # Errors
     /// [`Error::Device`] when the device is lost, [`Error::Invalid`] for an outlier beyond its row.
@@ -214,16 +247,15 @@ impl Pending<'_> {
 
     fn results(&mut self) -> Result<Vec<Vec<f32>>> {
         let jobs = std::mem::take(&mut self.jobs);
-        let all: Vec<Weights<'_>> = jobs.iter().map(|job| job.source.weights()).collect();
-        let mut results: Vec<_> =
-            jobs.iter().zip(&all).map(|(job, weights)| vec![0.0; job.m * weights.rows()]).collect();
+        let mut results: Vec<_> = jobs.iter().map(|job| vec![0.0; job.results().0]).collect();
         if let Some(flight) = self.flight.take() {
-            let sides = jobs.iter().zip(&all).zip(&mut results);
-            let filled = sides.filter(|((job, weights), _)| !is_empty(weights, job.m));
+            let filled = jobs.iter().zip(&mut results).filter(|(job, _)| job.results().1 > 0);
             flight.read(filled.map(|(_, y)| y.as_mut_slice()))?;
         }
-        for ((job, weights), y) in jobs.iter().zip(&all).zip(&mut results) {
-            finish(weights, &job.x, job.m, y)?;
+        for (job, y) in jobs.iter().zip(&mut results) {
+            if let Job::Product { source, m, x } = job {
+                finish(&source.weights(), x, *m, y)?;
+            }
         }
         Ok(results)
     }

@@ -10,6 +10,8 @@
 //! | `decode.wgsl` | – | bit for bit the specification, but for subnormal numbers, which drivers may take for zero |
 //! | `gemv.wgsl` | 1 to 8 | every weight is read once; sums by subgroups where there are any, of whatever size |
 //! | `gemm.wgsl` | more | tiles of 32 x 64 results, 4 x 4 for each thread |
+//! | `units.wgsl` | more | the same tiles on matrix units, where the device has some; not yet run on hardware |
+//! | `attend.wgsl` | queries | attention over a quantized [cache](crate::attention), runs of tokens at once, which `attention_merge.wgsl` merges |
 //!
 //! Products are within the bounds of [`Act`](super::Act), with one difference: subnormal numbers may count as zero.
 //! Column scales and outliers are applied on the processor, before and after. Sums are added up in the same order
@@ -19,6 +21,7 @@
 //! [`DeviceError::Lost`](crate::DeviceError), and the next one opens the device anew, also for matrices that were taken before.
 
 mod adapter;
+mod cache;
 mod device;
 mod flight;
 mod g8;
@@ -28,21 +31,25 @@ mod planes;
 mod pool;
 mod record;
 mod store;
+mod units;
 mod wait;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Backend, Matrix, Weights};
+use crate::attention::KvCache;
 use crate::codec::Encoded;
 use crate::error::{Error, Result};
 use device::Device;
 use matrix::Source;
 
 pub use adapter::{Adapter, adapters};
+pub use cache::LoadedCache;
 pub use g8::{G8GemmContext, G8Number};
 pub use matrix::{Batch, Loaded, Pending};
 pub use pool::Usage;
+pub use units::MatrixUnits;
 
 /// How a device is used; the default uses all that it has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +58,8 @@ pub struct Options {
     pub subgroups: bool,
     /// Whether kernels compute with halves where that is asked for by [`Act::F16`](super::Act::F16) and the device can.
     pub half: bool,
+    /// How products with many rows of activations use matrix units.
+    pub units: MatrixUnits,
     /// The largest part of a buffer that a kernel sees, in bytes; nothing for what the device can.
     pub binding_bytes: Option<u64>,
     /// The folder where compiled kernels are kept; nothing for none. By default `tenpak` in the user's folder for caches.
@@ -59,7 +68,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { subgroups: true, half: true, binding_bytes: None, pipelines: store::usual_folder() }
+        Self {
+            subgroups: true,
+            half: true,
+            units: MatrixUnits::default(),
+            binding_bytes: None,
+            pipelines: store::usual_folder(),
+        }
     }
 }
 
@@ -134,7 +149,15 @@ impl Wgpu {
         Loaded::new(self, Source::Owned(encoded))
     }
 
-    /// Products that are submitted together.
+    /// Takes a cache of keys and values, which may be empty: its planes are uploaded, and later its new tokens.
+    ///
+    /// # Errors
+    /// As [`LoadedCache::attend`].
+    pub fn upload_cache(&self, cache: KvCache) -> Result<LoadedCache> {
+        LoadedCache::new(self, cache)
+    }
+
+    /// Products, and attention, that are submitted together.
     ///
     /// # Errors
     /// [`Error::Device`].

@@ -12,10 +12,10 @@ use super::device::Device;
 use crate::codec::Planes;
 use crate::error::{Error, Result};
 use crate::gemm::Weights;
-use crate::layout::{Grouped, LEVELS, Levels};
+use crate::layout::{Grouped, LEVELS, Layout, Levels};
 
 /// Bytes that are handed to the driver at once: it holds them a second time until they are on the device.
-const PIECE: usize = 32 << 20;
+pub(super) const PIECE: usize = 32 << 20;
 
 /// Rows of a part at most: workgroups of [`super::kernel::Kernel::Many`] take 64 of them.
 const ROWS: usize = WORKGROUPS as usize * 64;
@@ -65,6 +65,11 @@ impl Uploaded {
             })?;
         }
         Ok(Self { device: Arc::clone(device), layout, rows, cols, parts })
+    }
+
+    /// The layout as kernels are told about it.
+    pub fn constants(&self) -> Vec<(&'static str, u32)> {
+        Layout::Grouped(self.layout).constants()
     }
 }
 

@@ -16,8 +16,8 @@ const IDLE_BYTES: u64 = 256 << 20;
 /// The least size of a buffer.
 const LEAST: u64 = 256;
 
-/// Bytes of the parameters of a call: four numbers of 32 bits.
-const CALL: u64 = 16;
+/// Bytes of the parameters of a call: up to eight numbers of 32 bits.
+const CALL: u64 = 32;
 
 /// What calls hold and have held of the memory of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -3,14 +3,16 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use wgpu::{CommandEncoder, CommandEncoderDescriptor, ComputePassDescriptor};
+use wgpu::{BindGroup, CommandEncoder, CommandEncoderDescriptor, ComputePassDescriptor};
 
 use super::adapter::WORKGROUPS;
+use super::cache::Call;
 use super::device::Device;
 use super::flight::{Flight, Run};
 use super::kernel::Kernel;
 use super::planes::{Part, Uploaded, words};
 use super::pool::Lease;
+use crate::attention::KvFormat;
 use crate::codec::isa;
 use crate::error::{Error, Result};
 
@@ -41,13 +43,13 @@ impl Recording {
     pub fn multiply(&mut self, matrix: &Uploaded, x: &[f32], m: usize, half: bool) -> Result<()> {
         let (rows, cols) = (matrix.rows, matrix.cols);
         let at_once = self.fitting(m, |m| {
-            let x = x_len(Kernel::of(m), m, cols).saturating_mul(number_bytes(half));
+            let x = x_len(self.device.kernels.product(m, half), m, cols).saturating_mul(number_bytes(half));
             x.max(m.saturating_mul(rows).saturating_mul(4))
         })?;
         let at_once = at_once.min(MOST);
         for x in x.chunks(at_once * cols) {
             let m = x.len() / cols;
-            let kernel = Kernel::of(m);
+            let kernel = self.device.kernels.product(m, half);
             let arranged = arrange(kernel, x, m, cols);
             let bytes = if half {
                 let mut halves = vec![0; 2 * arranged.len()];
@@ -58,7 +60,7 @@ impl Recording {
             };
             let stride = cols.next_multiple_of(OCTET) / 4;
             let lease = self.lease(&bytes, m * rows, &[m, stride, 0, 0])?;
-            let pipeline = self.device.kernels.pipeline(&self.device, kernel, half, &matrix.layout)?;
+            let pipeline = self.device.kernels.pipeline(&self.device, kernel, half, matrix.constants())?;
             let mut pass = self.encoder.begin_compute_pass(&ComputePassDescriptor::default());
             pass.set_pipeline(&pipeline);
             pass.set_bind_group(1, &lease.slot().group, &[]);
@@ -90,7 +92,7 @@ impl Recording {
     fn decode_rows(&mut self, matrix: &Uploaded, part: &Part, first: usize, rows: usize) -> Result<()> {
         let lease = self.lease(&[], rows * matrix.cols, &[rows, 0, first, 0])?;
         let kernel = Kernel::Decode;
-        let pipeline = self.device.kernels.pipeline(&self.device, kernel, false, &matrix.layout)?;
+        let pipeline = self.device.kernels.pipeline(&self.device, kernel, false, matrix.constants())?;
         let mut pass = self.encoder.begin_compute_pass(&ComputePassDescriptor::default());
         pass.set_pipeline(&pipeline);
         pass.set_bind_group(0, &part.group, &[]);
@@ -99,6 +101,31 @@ impl Recording {
         pass.dispatch_workgroups(a, b, c);
         drop(pass);
         self.read_back(lease, rows * matrix.cols);
+        Ok(())
+    }
+
+    /// Records attention over the cache with these bindings.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Device`].
+    pub fn attend(&mut self, cache: &BindGroup, format: &KvFormat, call: &Call) -> Result<()> {
+        let lease = self.lease(bytemuck::cast_slice(&call.x), call.numbers(format), &call.words)?;
+        let kernel = Kernel::Attend(call.tile);
+        let mut stages = vec![(kernel, format.heads(), call.runs, call.rows)];
+        if call.runs > 1 {
+            stages.push((Kernel::Merge, 0, 0, call.queries));
+        }
+        for (kernel, heads, runs, queries) in stages {
+            let pipeline = self.device.kernels.pipeline(&self.device, kernel, false, format.constants())?;
+            // A pass of its own, so that results of runs are there when they are merged.
+            let mut pass = self.encoder.begin_compute_pass(&ComputePassDescriptor::default());
+            pass.set_pipeline(&pipeline);
+            pass.set_bind_group(0, cache, &[]);
+            pass.set_bind_group(1, &lease.slot().group, &[]);
+            let [a, b, c] = self.device.kernels.workgroups(kernel, heads, runs, queries);
+            pass.dispatch_workgroups(a, b, c);
+        }
+        self.read_back(lease, call.results);
         Ok(())
     }
 
