@@ -1,0 +1,52 @@
+// The kernels for one layout, run on a processor: what `tests/python/test_cuda.py` calls.
+#include "decode.cu"
+#include "exact.cu"
+#include "prepare.cu"
+#if HAS_PAIRS
+#include "gemv.cu"
+#undef ROWS
+#undef WARPS
+#define WARPS GEMM_WARPS
+#include "gemm.cu"
+#endif
+
+extern "C" {
+
+void decode(const Planes *planes, const float *column_scales, const long long *ids, u32 first, u32 count, void *out) {
+    u32 octets = (planes->cols + 7) / 8 * count;
+    host::launch({(octets + 255) / 256, 1, 1}, 256, 0, [=] { tenpak_decode(*planes, column_scales, ids, first, count, out); });
+}
+
+void exact(const Planes *planes, const float *column_scales, const void *x, void *y, u32 m, dim3 *grid) {
+    host::launch(*grid, 256, 0, [=] { tenpak_exact(*planes, column_scales, x, y, m); });
+}
+
+void prepare(
+    const void *x, const float *column_scales, const int *ends, u32 experts, u32 m, u32 cols, u32 tile, void *fragments,
+    float *inverses, dim3 *grid
+) {
+    host::launch(*grid, 256, 0, [=] {
+        tenpak_prepare(x, column_scales, ends, experts, m, cols, tile, (uint4 *)fragments, inverses);
+    });
+}
+
+#if HAS_PAIRS
+void gemv(
+    const Planes *planes, const float *column_scales, const void *x, const float *inverses, void *y, float *partial,
+    u32 *counters, u32 m, dim3 *grid, u32 shared
+) {
+    host::launch(*grid, 256, shared, [=] {
+        tenpak_gemv(*planes, column_scales, x, inverses, y, partial, counters, m);
+    });
+}
+
+void gemm(
+    const Planes *planes, const void *x, const float *inverses, const int *ends, u32 experts, void *y, float *partial,
+    u32 *counters, u32 m, dim3 *grid, u32 shared
+) {
+    host::launch(*grid, 32 * GEMM_WARPS, shared, [=] {
+        tenpak_gemm(*planes, (const uint4 *)x, inverses, ends, experts, y, partial, counters, m);
+    });
+}
+#endif
+}
