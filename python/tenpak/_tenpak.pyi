@@ -90,6 +90,47 @@ class Matrix:
     def decode_into(self, dtype: str, out: npt.NDArray[Any]) -> None: ...
 
 @final
+@final
+class CudaDevice:
+    """An NVIDIA device, which multiplies with addresses of its memory."""
+
+    def __init__(self, index: int) -> None: ...
+    def prepare(
+        self,
+        codec: str,
+        shape: tuple[int, int, int],
+        planes: list[int],
+        column_scales: int,
+        m: int,
+        dtype: str,
+        exact: bool,
+        x: int,
+    ) -> int: ...
+    def multiply(
+        self,
+        codec: str,
+        shape: tuple[int, int, int],
+        planes: list[int],
+        column_scales: int,
+        m: int,
+        dtype: str,
+        exact: bool,
+        places: tuple[int, int, int, int],
+        stream: int,
+    ) -> None: ...
+    def decode(
+        self,
+        codec: str,
+        shape: tuple[int, int, int],
+        planes: list[int],
+        column_scales: int,
+        ids: int,
+        count: int,
+        dtype: str,
+        out: int,
+        stream: int,
+    ) -> None: ...
+
 class DeviceMatrix:
     """A matrix that a backend of another device has taken."""
 
@@ -195,3 +236,16 @@ def decode_rows(
     dtype: str,
 ) -> None: ...
 def use_openmp(parallel: int, max_threads: int) -> None: ...
+def cuda_use_compiler(path: str) -> None: ...
+def cuda_compile(name: str, text: str, architecture: str, options: list[str]) -> tuple[bytes, str]: ...
+def cuda_plan(
+    codec: str,
+    shape: tuple[int, int, int],
+    m: int,
+    dtype: str,
+    exact: bool,
+    aligned: bool,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> str: ...
+def cuda_devices() -> str: ...

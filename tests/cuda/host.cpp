@@ -17,8 +17,10 @@ void decode(const Planes *planes, const float *column_scales, const long long *i
     host::launch({(octets + 255) / 256, 1, 1}, 256, 0, [=] { tenpak_decode(*planes, column_scales, ids, first, count, out); });
 }
 
-void exact(const Planes *planes, const float *column_scales, const void *x, void *y, u32 m, dim3 *grid) {
-    host::launch(*grid, 256, 0, [=] { tenpak_exact(*planes, column_scales, x, y, m); });
+void exact(
+    const Planes *planes, const float *column_scales, const void *x, const int *ends, u32 experts, void *y, u32 m, dim3 *grid
+) {
+    host::launch(*grid, 256, 0, [=] { tenpak_exact(*planes, column_scales, x, ends, experts, y, m); });
 }
 
 void prepare(

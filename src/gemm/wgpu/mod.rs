@@ -59,7 +59,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { subgroups: true, half: true, binding_bytes: None, pipelines: store::usual_folder() }
+        Self { subgroups: true, half: true, binding_bytes: None, pipelines: super::kept::usual_folder() }
     }
 }
 
