@@ -90,7 +90,6 @@ class Matrix:
     def decode_into(self, dtype: str, out: npt.NDArray[Any]) -> None: ...
 
 @final
-@final
 class CudaDevice:
     """An NVIDIA device, which multiplies with addresses of its memory."""
 
@@ -131,6 +130,7 @@ class CudaDevice:
         stream: int,
     ) -> None: ...
 
+@final
 class DeviceMatrix:
     """A matrix that a backend of another device has taken."""
 

@@ -12,6 +12,16 @@
 
 extern "C" {
 
+// All weights, by what every kernel reads them with.
+void weights(const Planes *planes, float *out) {
+    for (u32 row = 0; row < planes->rows; row++)
+        for (u32 octet = 0; octet * 8 < planes->cols; octet++) {
+            float eight[8];
+            read_weights(*planes, row, octet, eight);
+            for (u32 i = 0; i < 8 && octet * 8 + i < planes->cols; i++) out[(size_t)row * planes->cols + octet * 8 + i] = eight[i];
+        }
+}
+
 void decode(const Planes *planes, const float *column_scales, const long long *ids, u32 first, u32 count, void *out) {
     u32 octets = (planes->cols + 7) / 8 * count;
     host::launch({(octets + 255) / 256, 1, 1}, 256, 0, [=] { tenpak_decode(*planes, column_scales, ids, first, count, out); });

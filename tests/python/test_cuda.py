@@ -1,0 +1,304 @@
+"""CUDA kernels without a GPU: they compile, and their source, run on a processor, computes what it should."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import blake3
+import cuda_host as host
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tenpak
+from conftest import ROOT
+from tenpak import _tenpak
+
+LISTED = [codec for codec in tenpak.codecs() if codec["id"] != "raw_v1"]
+CODECS = [codec["id"] for codec in LISTED]
+#: Codecs with scales of groups in 32 bits: tensor cores have no kernel for them.
+WIDE = [codec["id"] for codec in LISTED if codec["scale"] == "F32" and codec["group"] and codec["levels"] != "bank"]
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+#: With `all`, every kernel of every layout for every architecture.
+EVERYTHING = os.environ.get("TENPAK_CUDA") == "all"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+def case(codec: str) -> dict[str, Any]:
+    """What is tried with a codec: sizes, types and devices take turns, so that all codecs together try all of them."""
+    i = CODECS.index(codec)
+    aligned = i % 2 == 0
+    return {
+        "dtype": ("F16", "BF16", "F32")[i % 3],
+        "aligned": aligned,
+        "n": (33, 70, 17, 131)[i % 4],
+        "k": (416, 160, 1056, 288)[i // 2 % 4] if aligned else (300, 8, 1001, 129)[i // 2 % 4],
+        # Kernels of one library have the same constants, and here both sizes have the same kernel.
+        "few": 11 if codec in WIDE else (1, 11, 3, 16, 5)[i % 5],
+        "many": (17, 33, 70)[i // 3 % 3],
+        "multiprocessors": (1, 4, 60)[i // 2 % 3],
+        # Too little for activations: they are put in order by a kernel of their own.
+        "shared_bytes": (100 << 10, 17 << 10)[i // 5 % 2],
+        "scaled": i % 7 == 0,
+        "experts": 5 if i % 4 == 1 else 1,
+    }
+
+
+def tried(codec: str, kind: str) -> dict[str, Any]:
+    """The plan of a case: `few`, `many`, or `exact`."""
+    how = case(codec)
+    experts = how["experts"] if kind != "few" else 1
+    device = {"multiprocessors": how["multiprocessors"], "shared_bytes": how["shared_bytes"]}
+    if kind == "many":
+        # Stages of activations have to fit.
+        device["shared_bytes"] = 100 << 10
+    m = how["few" if kind == "few" else "many"]
+    exact = kind == "exact"
+    return host.plan(
+        codec, how["n"], how["k"], m, experts=experts, dtype=how["dtype"], exact=exact, aligned=how["aligned"], **device
+    )
+
+
+@pytest.fixture(scope="module")
+def libraries(folder: Path) -> dict[str, ctypes.CDLL]:
+    return {}
+
+
+def library(codec: str, folder: Path, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
+    if codec not in libraries:
+        plans = [tried(codec, kind) for kind in ("exact", "few", "many")]
+        libraries[codec] = host.build(host.definitions(*plans), folder)
+    return libraries[codec]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_reading_a_weight_decodes_every_golden_file_bit_for_bit(
+    codec: str, folder: Path, libraries: dict[str, ctypes.CDLL]
+) -> None:
+    lines = dict(line.split(" ", 1) for line in (ROOT / f"tests/golden/{codec}.txt").read_text().splitlines())
+    wanted = lines.pop("weights")
+    planes = {name: np.frombuffer(bytes.fromhex(text), np.uint8) for name, text in lines.items()}
+    rows, cols = 3, 172
+    matrix = host.Matrix(planes, rows, cols)
+    weights = np.empty(rows * cols, np.float32)
+    library(codec, folder, libraries).weights(matrix.by_reference, host.at(weights))
+    found = weights.tobytes()
+    text = f"{found[:64].hex()} .. {found[-64:].hex()} blake3 {blake3.blake3(found).hexdigest()}"
+    assert text == wanted
+
+
+def random_planes(codec: str, rows: int, cols: int, rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
+    """Planes of ordinary weights with rows of very different sizes, and the weights in f64."""
+    weights = rng.standard_normal((rows, cols)) * 0.05 * np.exp(rng.standard_normal((rows, 1)))
+    encoded = tenpak.encode(weights.astype(np.float32), codec)
+    return dict(encoded.planes), encoded.decode().astype(np.float64)
+
+
+def random_activations(
+    m: int, cols: int, dtype: str, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
+    """Bytes of activations, and what they are; rows of f32 and bfloats are of sizes that halves do not have."""
+    spread = 4.0 if dtype == "F16" else 30.0
+    x = rng.standard_normal((m, cols)) * np.exp(rng.uniform(-spread, spread / 4, (m, 1)))
+    kind = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+    stored = x.astype(kind)
+    return host.aligned(stored.view(np.uint8)), stored.astype(np.float64)
+
+
+def numbers(y: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
+    kind = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+    return y.view(kind).astype(np.float64)
+
+
+def assert_product(
+    y: npt.NDArray[np.float64], x: npt.NDArray[np.float64], w: npt.NDArray[np.float64], dtype: str, *,
+    halves: bool, rounded: bool, spread: float, what: str,
+) -> None:  # fmt: skip
+    """Results are within what roundings can do.
+
+    `halves`: weights become halves, off by 2^-11 of themselves and 2^-25 of the row's scale; `rounded`: activations do
+    as well, 2^-11. Sums in f32 add 2^-24 of what is added up for each of the columns and a few. The result is rounded.
+    """
+    k = x.shape[1]
+    magnitude = np.abs(x) @ np.abs(w).T
+    relative = (2.0**-11 if halves else 0.0) * (1 + rounded) * 1.01 + (k + 16) * 2.0**-24
+    # Offsets cancel in weights but not in the sums of f32.
+    bound = relative * magnitude + (k + 16) * 2.0**-24 * np.abs(x).sum(1)[:, None] * spread
+    if halves:
+        bound += np.abs(x).sum(1)[:, None] * max(spread, 1.0) * 2.0**-24
+        bound += np.abs(x).max(1)[:, None] * np.abs(w).sum(1) * 2.0**-38
+    want = x @ w.T
+    last = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-9}[dtype]
+    bound += last * (np.abs(want) + bound) + (2.0**-25 if dtype == "F16" else 2.0**-140)
+    inside = np.abs(y - want) <= bound
+    assert inside.all(), f"{what}: {y[~inside][:4]} is not {want[~inside][:4]} ± {bound[~inside][:4]}"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_kernels_compute_products_within_their_roundings(
+    codec: str, folder: Path, libraries: dict[str, ctypes.CDLL], rng: np.random.Generator
+) -> None:
+    how = case(codec)
+    dtype, n, k = how["dtype"], how["n"], how["k"]
+    offset = 0 if how["aligned"] else 4
+    kernels = library(codec, folder, libraries)
+    for kind in ("exact", "few", "many"):
+        experts = how["experts"] if kind != "few" else 1
+        m = how["few" if kind == "few" else "many"]
+        found = tried(codec, kind)
+        planes, w = random_planes(codec, n * experts, k, rng)
+        matrix = host.Matrix(planes, n * experts, k, offset)
+        stored, x = random_activations(m, k, dtype, rng)
+        scales = None
+        if how["scaled"]:
+            values = rng.uniform(0.5, 2.0, k).astype(np.float32)
+            scales = host.aligned(values)
+            x = x * values
+        halves = found["multiply"]["kernel"] != "exact"
+        assert halves == (kind != "exact" and codec not in WIDE)
+        sizes: list[int] = [m]
+        ends = None
+        if experts > 1:
+            # Experts without rows at the beginning, in the middle and at the end.
+            cuts = np.sort(rng.integers(0, m + 1, experts - 3))
+            sizes = [0, *np.diff([0, *cuts, m]), 0]
+            sizes.insert(2, 0)
+            ends = host.aligned(np.cumsum(sizes).astype(np.int32))
+        y = host.multiply(
+            kernels, found, matrix, stored, m, dtype, column_scales=scales, ends=ends, experts=experts
+        )  # fmt: skip
+        results = numbers(y, dtype).reshape(m, n)
+        first = 0
+        for expert, size in enumerate(sizes):
+            rows, own = slice(first, first + size), slice(expert * n, (expert + 1) * n)
+            assert_product(
+                results[rows], x[rows], w[own], dtype, halves=halves, rounded=dtype == "F32" or how["scaled"],
+                spread=float(np.abs(w).max()), what=f"{codec} {kind} {how} expert {expert}",
+            )  # fmt: skip
+            first += size
+        assert first == m
+
+
+def test_what_is_not_finite_stays_in_its_own_row(folder: Path, rng: np.random.Generator) -> None:
+    codec, n, k = "int4_g32_fp16_v1", 40, 160
+    plans = {m: host.plan(codec, n, k, m, dtype="BF16") for m in (5, 20)}
+    kernels = host.build(host.definitions(*plans.values()), folder)
+    planes, _ = random_planes(codec, n, k, rng)
+    matrix = host.Matrix(planes, n, k)
+    for m, bad in ((5, 2), (20, 9)):
+        good = rng.standard_normal((m, k)).astype(ml_dtypes.bfloat16)
+        want = numbers(host.multiply(kernels, plans[m], matrix, host.aligned(good.view(np.uint8)), m, "BF16"), "BF16")
+        for value in (np.nan, np.inf, -np.inf):
+            broken = good.copy()
+            broken[bad, 77] = value
+            got = host.multiply(kernels, plans[m], matrix, host.aligned(broken.view(np.uint8)), m, "BF16")
+            rows = numbers(got, "BF16").reshape(m, n)
+            assert not np.isfinite(rows[bad]).any()
+            others = np.arange(m) != bad
+            assert np.array_equal(rows[others], want.reshape(m, n)[others])
+
+
+def test_decoding_rounds_once_and_finds_rows_by_number(folder: Path, rng: np.random.Generator) -> None:
+    for codec, dtype, k, aligned in (("int5_k16_v1", "BF16", 96, True), ("int4_g8_fp16_v1", "F16", 101, False)):
+        n = 9
+        found = host.plan(codec, n, k, 1, dtype=dtype, aligned=aligned)
+        kernels = host.build(host.definitions(found), folder)
+        planes, w = random_planes(codec, n, k, rng)
+        matrix = host.Matrix(planes, n, k)
+        kind = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+        out = host.poisoned(n * k * 2)
+        kernels.decode(matrix.by_reference, host.at(None), host.at(None), 0, n, host.at(out))
+        assert np.array_equal(out.view(kind).reshape(n, k), w.astype(np.float32).astype(kind))
+        ids = np.array([3, 8, 3, 0, n, -1])
+        out = host.poisoned(len(ids) * k * 2)
+        kernels.decode(matrix.by_reference, host.at(None), host.at(ids), 0, len(ids), host.at(out))
+        rows = out.view(kind).reshape(len(ids), k)
+        assert np.array_equal(rows[:4], w[ids[:4]].astype(np.float32).astype(kind))
+        assert np.isnan(rows[4:].astype(np.float32)).all(), "a row that is not there is seen"
+
+
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """The machine code of a file of the format ELF, by section."""
+    (offset,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, offset + i * size) for i in range(count)]
+    start = headers[names][4]
+    out = {}
+    for header in headers:
+        name = cubin[start + header[0] : cubin.index(b"\0", start + header[0])].decode()
+        out[name] = cubin[header[4] : header[4] + header[5]] if header[1] != 8 else b""
+    return out
+
+
+#: The last 12 bits of an instruction say what it is; these multiply matrices of halves in tensor cores.
+HMMA = 0x23C
+
+
+def tensor_instructions(cubin: bytes, entry: str) -> int:
+    code = sections(cubin)[f".text.{entry}"]
+    return sum(struct.unpack_from("<Q", code, i)[0] & 0xFFF == HMMA for i in range(0, len(code), 16))
+
+
+def use_nvrtc() -> None:
+    """Tell tenpak where the compiler is: with PyTorch, which the tests require."""
+    from tenpak._nvrtc import find
+
+    found = find()
+    assert found, "NVRTC was not found beside PyTorch; pip install nvidia-cuda-nvrtc"
+    _tenpak.cuda_use_compiler(str(found))
+
+
+def assert_compiles(step: dict[str, Any], architecture: str) -> None:
+    """A kernel compiles, keeps all it has in registers, and multiplies in tensor cores where it is meant to."""
+    name, defined = step["kernel"], step["definitions"]
+    cubin, log = _tenpak.cuda_compile(name, step["text"], architecture, ["--ptxas-options=-v"])
+    what = f"{name} for sm_{architecture} with {defined}:\n{log}"
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert frames == [("0", "0", "0")], what
+    assert not re.search(r"\(\d+\): (warning|error)", log), what
+    wanted = {
+        "gemv": lambda: 8 * int(defined["ROW_TILES"]) * int(defined["M_TILES"]),
+        "gemm": lambda: 16 * int(defined["M_BLOCK"]) // 8,
+    }.get(name, lambda: 0)()
+    assert tensor_instructions(cubin, f"tenpak_{name}") == wanted, what
+
+
+def steps(codec: str, sizes: tuple[tuple[int, bool], ...], dtype: str = "BF16") -> list[dict[str, Any]]:
+    """The kernels of products with so many rows of activations, each once."""
+    out: dict[str, dict[str, Any]] = {}
+    for m, exact in sizes:
+        found = host.plan(codec, 4096, 4096, m, dtype=dtype, exact=exact, multiprocessors=132, shared_bytes=227 << 10)
+        for step in (found["decode"], found["prepare"], found["multiply"]):
+            if step:
+                out[step["text"]] = step
+    return list(out.values())
+
+
+EVERY_SIZE = tuple((m, False) for m in (1, 4, 8, 16, 17, 32, 64)) + tuple((m, True) for m in (1, 4, 8))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_for_every_architecture_without_local_memory(architecture: str) -> None:
+    use_nvrtc()
+    for codec in CODECS if EVERYTHING else ["int4_g8_fp16_v1"]:
+        for dtype in ("BF16", "F16", "F32") if EVERYTHING else ("BF16",):
+            for step in steps(codec, EVERY_SIZE if EVERYTHING else ((1, False), (16, False), (64, False), (8, True)), dtype):
+                assert_compiles(step, architecture)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_layout_compiles_without_local_memory(codec: str) -> None:
+    use_nvrtc()
+    architecture = ARCHITECTURES[CODECS.index(codec) % len(ARCHITECTURES)]
+    dtype = ("F16", "BF16")[CODECS.index(codec) % 2]
+    for step in steps(codec, ((1, False), (64, False)), dtype):
+        assert_compiles(step, architecture)
