@@ -25,15 +25,19 @@ NUMBERS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 class Planes(ctypes.Structure):
+    """`Planes` of `dequant.cuh`."""
+
     _fields_ = [("at", ctypes.c_void_p * 5), ("rows", ctypes.c_uint), ("cols", ctypes.c_uint)]
 
 
 class Grid(ctypes.Structure):
+    """`dim3`."""
+
     _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
 
 
 def compiler() -> str:
-    """The C++ compiler; its absence is a failure, because nothing else runs the kernels without a GPU."""
+    """Find the C++ compiler; its absence is a failure, because nothing else runs the kernels without a GPU."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     assert found, "no C++ compiler to run CUDA kernels with; on Debian: apt-get install g++"
     return found
@@ -52,7 +56,7 @@ def plan(
     multiprocessors: int = 4,
     shared_bytes: int = 100 << 10,
 ) -> dict[str, Any]:
-    """How the backend would compute a product."""
+    """Return how the backend would compute a product."""
     shape = (rows * experts, cols, experts)
     text = _tenpak.cuda_plan(codec, shape, m, dtype, exact, aligned, multiprocessors, shared_bytes)
     out: dict[str, Any] = json.loads(text)
@@ -60,7 +64,7 @@ def plan(
 
 
 def definitions(*plans: Mapping[str, Any]) -> dict[str, str]:
-    """What to compile all kernels of some plans with, at once; they must not contradict each other."""
+    """Return what to compile all kernels of some plans with, at once; they must not contradict each other."""
     out: dict[str, str] = {"M_TILE": "1", "ROW_TILES": "1", "M_TILES": "1", "FUSED": "1"}
     out |= {"M_BLOCK": "16", "GEMM_WARPS": "4", "STAGES": "3"}
     seen: dict[str, str] = {}
@@ -87,7 +91,7 @@ def build(defined: Mapping[str, str], folder: Path) -> ctypes.CDLL:
 
 
 def aligned(array: npt.ArrayLike, offset: int = 0) -> npt.NDArray[np.uint8]:
-    """A copy of the bytes of an array at a multiple of 64 plus `offset`, as a device has them, and a few behind."""
+    """Copy the bytes of an array to a multiple of 64 plus `offset`, as a device has them, and a few behind."""
     source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     memory = np.empty(source.size + 192, np.uint8)
     start = -memory.ctypes.data % 64 + offset
@@ -97,7 +101,7 @@ def aligned(array: npt.ArrayLike, offset: int = 0) -> npt.NDArray[np.uint8]:
 
 
 def poisoned(size: int) -> npt.NDArray[np.uint8]:
-    """Memory whose numbers are all NaN."""
+    """Return memory whose numbers are all NaN."""
     return aligned(np.full(size, 0xFF, np.uint8))
 
 
@@ -117,12 +121,12 @@ class Matrix:
 
 
 def at(array: Array | None) -> ctypes.c_void_p:
-    """The address of an array, null for none."""
+    """Return the address of an array, null for none."""
     return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
 def grid_of(step: Mapping[str, Any]) -> Any:
-    """The blocks of a step."""
+    """Return the blocks of a step."""
     return ctypes.byref(Grid(*step["grid"]))
 
 

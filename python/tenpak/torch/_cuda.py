@@ -1,10 +1,11 @@
 """The operators on CUDA tensors: kernels of tenpak on PyTorch's context, memory and current stream.
 
-A product is launched with addresses and nothing else: no copy, no synchronisation, and its workspace comes from PyTorch's
-allocator, so that CUDA graphs record it. Planes are multiplied with as they are stored; there is no second copy of them.
+A product is launched with addresses and nothing else: no copy, no synchronisation, and its workspace comes from
+PyTorch's allocator, so that CUDA graphs record it. Planes are multiplied with as they are stored; there is no second
+copy of them.
 
-Where there is no driver, no compiler or too old a device, the first call says what to install; nothing is computed slowly
-instead. What compiles kernels is NVRTC, which PyTorch brings along.
+Where there is no driver, no compiler or too old a device, the first call says what to install; nothing is computed
+slowly instead. What compiles kernels is NVRTC, which PyTorch brings along.
 """
 
 import math
@@ -42,8 +43,8 @@ def _addresses(first: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> list[in
     for plane in planes:
         if plane.device != first.device:
             raise InvalidError(
-                f"activations are on {first.device} and planes on {plane.device}, expected one device; move both to the "
-                "same one with .to()"
+                f"activations are on {first.device} and planes on {plane.device}, expected one device; move both to "
+                "the same one with .to()"
             )
         if not plane.is_contiguous():
             raise InvalidError(
@@ -57,8 +58,8 @@ def _column_scales(extra: list[torch.Tensor], first: torch.Tensor) -> int:
     """Return the address of the column scales, 0 where there are none; outliers are refused."""
     if len(extra) > 1:
         raise UnsupportedError(
-            "a matrix with outliers has no kernel on a CUDA device; compress without outliers, or move the module to the "
-            'CPU with .to("cpu")'
+            "a matrix with outliers has no kernel on a CUDA device; compress without outliers, or move the module to "
+            'the CPU with .to("cpu")'
         )
     return _addresses(first, tuple(extra))[0] if extra else 0
 
@@ -79,7 +80,7 @@ def _product(
     if y.numel() == 0 or cols == 0:
         return y.zero_()
     shape = (rows, cols, 1 if ends is None else ends.shape[0])
-    # Only what is asked to be f32 throughout is; 8 bits for activations are for processors, and anything else is nearer.
+    # Only what is asked to be f32 throughout is. Activations of 8 bits are for processors: halves are nearer.
     exact = act == "float32" or (act == "int8" and x.dtype is torch.float32)
     with torch.cuda.device(x.device):
         on = device(x.device.index)
@@ -175,9 +176,7 @@ def _decode(ids: torch.Tensor | None, count: int, matrix: tuple[Any, ...], out: 
         on = device(out.device.index)
         place = 0 if ids is None else ids.data_ptr()
         name = _weights(out.dtype)
-        on.decode(
-            codec, (rows, cols, 1), planes, column_scales, place, count, name, out.data_ptr(), _stream(out)
-        )
+        on.decode(codec, (rows, cols, 1), planes, column_scales, place, count, name, out.data_ptr(), _stream(out))
     return out
 
 
