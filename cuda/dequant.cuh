@@ -294,9 +294,8 @@ DEVICE void octet_levels(const Run &run, int w, const PairGroup &group, const u3
     u32 lane = threadIdx.x % 32;
     u32 base = LEVELS == BANKED ? group.mark >> 1 & (64 - (1u << BITS)) : 0;
     const u32 *own = levels + base * 32 + lane;
-    u32 high = 0;
 #if HIGH_BITS > 0
-    high = run.high[w * HIGH_BITS / 4] >> w * 8 * HIGH_BITS % 32;
+    u32 high = run.high[w * HIGH_BITS / 4] >> w * 8 * HIGH_BITS % 32;
 #endif
 #pragma unroll
     for (int i = 0; i < 4; i++) {

@@ -14,6 +14,8 @@
 
 #define WARPS 8
 #define ROWS (16 * ROW_TILES)
+// Blocks that a multiprocessor should have registers for: as many as keep the same number of loads on their way.
+#define RESIDENT (ROW_TILES == 1 ? 3 : ROW_TILES == 2 ? 2 : 1)
 
 // Puts the activations of blocks of columns `begin` ... `end` in order, and the inverse factors of rows.
 DEVICE void arrange(
@@ -48,7 +50,7 @@ DEVICE void arrange(
 }
 
 // Shared memory holds the activations, and later the sums of all warps.
-KERNEL void __launch_bounds__(32 * WARPS) tenpak_gemv(
+KERNEL void __launch_bounds__(32 * WARPS, RESIDENT) tenpak_gemv(
     Planes planes, const float *column_scales, const void *x, const float *inverses, void *y, float *partial, u32 *counters,
     u32 m
 ) {
