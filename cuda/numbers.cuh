@@ -44,6 +44,11 @@ DEVICE void store_number(void *numbers, size_t at, float x) {
         ((u16 *)numbers)[at] = (u16)bits_of_number(x);
 }
 
+// A number that a kernel has written.
+DEVICE float stored_number(const void *numbers, size_t at) {
+    return NUMBERS == F32 ? ((const float *)numbers)[at] : number_of_bits(((const u16 *)numbers)[at]);
+}
+
 // Eight activations of a row of `cols`, multiplied by column scales where there are any, zeros beyond the row. ALIGNED
 // says that rows are whole octets at multiples of 16 bytes.
 DEVICE void load_activations(const void *x, const float *column_scales, u32 row, u32 col, u32 cols, float eight[8]) {

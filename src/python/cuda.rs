@@ -16,18 +16,22 @@ use crate::codecs;
 use crate::error::Result;
 use crate::gemm::cuda::plan::{Hardware, Problem, Product, Step};
 use crate::gemm::cuda::source::{Kernel, Variant};
-use crate::gemm::cuda::{Arguments, Raw, nvrtc};
+use crate::gemm::cuda::{Arguments, Extra, Raw, nvrtc};
 use crate::tensor::DType;
 
 /// Rows, columns and matrices of a stack.
 type Shape = (usize, usize, usize);
+/// Addresses on a device; 0 for what there is not.
+type Places = (u64, u64, u64, u64);
 
 /// A device of NVIDIA's, which multiplies with addresses of its memory.
 #[pyclass(frozen, name = "CudaDevice", module = "tenpak._tenpak")]
 pub(super) struct CudaDevice(Raw);
 
-fn arguments<'a>(codec: &'a str, (rows, cols, experts): Shape, planes: &'a [u64], column_scales: u64) -> Arguments<'a> {
-    Arguments { codec, rows, cols, experts, planes, column_scales }
+fn arguments<'a>(codec: &'a str, (rows, cols, experts): Shape, planes: &'a [u64], extra: Places) -> Arguments<'a> {
+    let (column_scales, counts, columns, values) = extra;
+    let extra = Extra { column_scales, counts, columns, values };
+    Arguments { codec, rows, cols, experts, planes, extra }
 }
 
 #[pymethods]
@@ -51,7 +55,7 @@ impl CudaDevice {
         codec: &str,
         shape: Shape,
         planes: Vec<u64>,
-        column_scales: u64,
+        extra: Places,
         m: usize,
         dtype: &str,
         exact: bool,
@@ -59,7 +63,7 @@ impl CudaDevice {
     ) -> PyResult<usize> {
         let mut bytes = 0;
         computed(py, true, || {
-            let of = arguments(codec, shape, &planes, column_scales);
+            let of = arguments(codec, shape, &planes, extra);
             bytes = self.0.product(&of, m, dtype.parse()?, exact, x)?.workspace_bytes();
             Ok(())
         })?;
@@ -74,16 +78,16 @@ impl CudaDevice {
         codec: &str,
         shape: Shape,
         planes: Vec<u64>,
-        column_scales: u64,
+        extra: Places,
         m: usize,
         dtype: &str,
         exact: bool,
-        places: (u64, u64, u64, u64),
+        places: Places,
         stream: u64,
     ) -> PyResult<()> {
         let (x, ends, y, workspace) = places;
         computed(py, true, || {
-            let of = arguments(codec, shape, &planes, column_scales);
+            let of = arguments(codec, shape, &planes, extra);
             let product = self.0.product(&of, m, dtype.parse()?, exact, x)?;
             // SAFETY: the caller holds tensors at these addresses until the stream has come past.
             unsafe { self.0.launch(&product, x, ends, y, workspace, stream) }
@@ -98,7 +102,7 @@ impl CudaDevice {
         codec: &str,
         shape: Shape,
         planes: Vec<u64>,
-        column_scales: u64,
+        extra: Places,
         ids: u64,
         count: usize,
         dtype: &str,
@@ -106,7 +110,7 @@ impl CudaDevice {
         stream: u64,
     ) -> PyResult<()> {
         computed(py, true, || {
-            let of = arguments(codec, shape, &planes, column_scales);
+            let of = arguments(codec, shape, &planes, extra);
             // SAFETY: the caller holds tensors at these addresses until the stream has come past.
             unsafe { self.0.decode(&of, ids, count, dtype.parse()?, out, stream) }
         })
@@ -149,6 +153,7 @@ pub(super) fn cuda_plan(
     dtype: &str,
     exact: bool,
     aligned: bool,
+    outliers: bool,
     multiprocessors: usize,
     shared_bytes: usize,
 ) -> PyResult<String> {
@@ -156,14 +161,24 @@ pub(super) fn cuda_plan(
     computed(py, true, || {
         let layout = *codecs::get(codec)?.grouped()?;
         let ((rows, cols, experts), numbers): (_, DType) = (shape, dtype.parse()?);
-        let problem =
-            Problem { layout, rows: rows / experts.max(1), cols, experts: experts.max(1), m, numbers, exact, aligned };
+        let problem = Problem {
+            layout,
+            rows: rows / experts.max(1),
+            cols,
+            experts: experts.max(1),
+            m,
+            numbers,
+            exact,
+            aligned,
+            outliers,
+        };
         let product = Product::new(&problem, Hardware { multiprocessors, shared_bytes })?;
         let decode = Variant::new(Kernel::Decode, &layout, numbers, aligned && cols.is_multiple_of(32), &[])?;
         let workspace = product.workspace;
         plan = json!({
             "prepare": product.prepare.as_ref().map(step_json),
             "multiply": step_json(&product.multiply),
+            "outliers": product.outliers.as_ref().map(step_json),
             "decode": variant_json(&decode),
             "tile_rows": product.tile_rows,
             "shares": product.shares(),
@@ -199,7 +214,8 @@ pub(super) fn cuda_devices(py: Python<'_>) -> PyResult<String> {
     let mut found = Value::Null;
     computed(py, true, || -> Result<()> {
         let devices = crate::gemm::cuda::devices()?;
-        found = devices.iter().map(|d| json!({ "name": d.name, "capability": [d.capability.0, d.capability.1] })).collect();
+        found =
+            devices.iter().map(|d| json!({ "name": d.name, "capability": [d.capability.0, d.capability.1] })).collect();
         Ok(())
     })?;
     Ok(found.to_string())

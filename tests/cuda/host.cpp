@@ -2,6 +2,8 @@
 #include "decode.cu"
 #include "exact.cu"
 #include "prepare.cu"
+#include "outliers.cu"
+#undef ROWS
 #if HAS_PAIRS
 #include "gemv.cu"
 #undef ROWS
@@ -39,6 +41,15 @@ void prepare(
 ) {
     host::launch(*grid, 256, 0, [=] {
         tenpak_prepare(x, column_scales, ends, experts, m, cols, tile, (uint4 *)fragments, inverses);
+    });
+}
+
+void outliers(
+    const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids, u32 experts,
+    void *y, u32 rows, u32 cols, u32 m, dim3 *grid
+) {
+    host::launch(*grid, 256, 0, [=] {
+        tenpak_outliers(counts, columns, values, x, ends, ids, experts, y, rows, cols, m);
     });
 }
 

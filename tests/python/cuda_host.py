@@ -53,12 +53,13 @@ def plan(
     dtype: str = "F16",
     exact: bool = False,
     aligned: bool = True,
+    outliers: bool = False,
     multiprocessors: int = 4,
     shared_bytes: int = 100 << 10,
 ) -> dict[str, Any]:
     """Return how the backend would compute a product."""
     shape = (rows * experts, cols, experts)
-    text = _tenpak.cuda_plan(codec, shape, m, dtype, exact, aligned, multiprocessors, shared_bytes)
+    text = _tenpak.cuda_plan(codec, shape, m, dtype, exact, aligned, outliers, multiprocessors, shared_bytes)
     out: dict[str, Any] = json.loads(text)
     return out
 
@@ -66,7 +67,7 @@ def plan(
 def definitions(*plans: Mapping[str, Any]) -> dict[str, str]:
     """Return what to compile all kernels of some plans with, at once; they must not contradict each other."""
     out: dict[str, str] = {"M_TILE": "1", "ROW_TILES": "1", "M_TILES": "1", "FUSED": "1"}
-    out |= {"M_BLOCK": "16", "GEMM_WARPS": "4", "STAGES": "3"}
+    out |= {"WIDE_COLUMNS": "0", "DECODED": "0", "M_BLOCK": "16", "GEMM_WARPS": "4", "STAGES": "3"}
     seen: dict[str, str] = {}
     for found in plans:
         for step in (found["decode"], found["multiply"]):

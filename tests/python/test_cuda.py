@@ -23,6 +23,16 @@ LISTED = [codec for codec in tenpak.codecs() if codec["id"] != "raw_v1"]
 CODECS = [codec["id"] for codec in LISTED]
 #: Codecs with scales of groups in 32 bits: tensor cores have no kernel for them.
 WIDE = [codec["id"] for codec in LISTED if codec["scale"] == "F32" and codec["group"] and codec["levels"] != "bank"]
+#: The first codec with the layout of each: what kernels are compiled for.
+SAME = {
+    codec["id"]: next(
+        other["id"]
+        for other in LISTED
+        if all(other[field] == codec[field] for field in ("levels", "bits", "group", "scale", "offset"))
+    )
+    for codec in LISTED
+}
+LAYOUTS = sorted(set(SAME.values()), key=CODECS.index)
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 #: With `all`, every kernel of every layout for every architecture.
 EVERYTHING = os.environ.get("TENPAK_CUDA") == "all"
@@ -35,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def case(codec: str) -> dict[str, Any]:
     """What is tried with a codec: sizes, types and devices take turns, so that all codecs together try all of them."""
-    i = CODECS.index(codec)
+    i = CODECS.index(SAME[codec])
     aligned = i % 2 == 0
     return {
         "dtype": ("F16", "BF16", "F32")[i % 3],
@@ -74,10 +84,11 @@ def libraries(folder: Path) -> dict[str, ctypes.CDLL]:
 
 
 def library(codec: str, folder: Path, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
-    if codec not in libraries:
-        plans = [tried(codec, kind) for kind in ("exact", "few", "many")]
-        libraries[codec] = host.build(host.definitions(*plans), folder)
-    return libraries[codec]
+    layout = SAME[codec]
+    if layout not in libraries:
+        plans = [tried(layout, kind) for kind in ("exact", "few", "many")]
+        libraries[layout] = host.build(host.definitions(*plans), folder)
+    return libraries[layout]
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -143,7 +154,7 @@ def assert_product(
     assert inside.all(), f"{what}: {y[~inside][:4]} is not {want[~inside][:4]} ± {bound[~inside][:4]}"
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", LAYOUTS)
 def test_kernels_compute_products_within_their_roundings(
     codec: str, folder: Path, libraries: dict[str, ctypes.CDLL], rng: np.random.Generator
 ) -> None:
@@ -226,6 +237,52 @@ def test_decoding_rounds_once_and_finds_rows_by_number(folder: Path, rng: np.ran
         assert np.isnan(rows[4:].astype(np.float32)).all(), "a row that is not there is seen"
 
 
+@pytest.mark.parametrize("experts", [1, 3])
+def test_outliers_are_added_where_they_stand(experts: int, folder: Path, rng: np.random.Generator) -> None:
+    n, k, m = 45, 200, 11
+    rows = n * experts
+    found = host.plan("int4_g32_fp16_v1", n, k, m, experts=experts, dtype="F32", exact=True, outliers=True)
+    step = found["outliers"]
+    dense = rng.standard_normal((rows, k)) * (rng.random((rows, k)) < 0.05) * (np.arange(rows) % 5 != 2)[:, None]
+    dense = dense.astype(np.float16).astype(np.float64)
+    counts, (_, columns) = (dense != 0).sum(1).astype(np.uint32), np.nonzero(dense)
+    planes = [
+        host.aligned(counts),
+        host.aligned(columns.astype(np.uint16)),
+        host.aligned(dense[dense != 0].astype("<f2")),
+    ]
+    places = [host.at(plane) for plane in planes]
+    kernels = host.build(host.definitions(found) | step["definitions"], folder)
+    x, before = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
+    sizes = [m] if experts == 1 else [4, 0, 7]
+    ends = None if experts == 1 else host.aligned(np.cumsum(sizes).astype(np.int32))
+    y = host.aligned(before)
+    stored = host.aligned(x)
+    kernels.outliers(
+        *places, host.at(stored), host.at(ends), host.at(None), experts, host.at(y), rows, k, m, host.grid_of(step)
+    )
+    first = 0
+    for expert, size in enumerate(sizes):
+        part, own = slice(first, first + size), dense[expert * n : (expert + 1) * n]
+        want = before[part] + x[part].astype(np.float64) @ own.T
+        bound = 40 * 2.0**-24 * (np.abs(before[part]) + np.abs(x[part]) @ np.abs(own).T)
+        assert (np.abs(y.view(np.float32).reshape(m, n)[part] - want) <= bound).all()
+        first += size
+    decoded = host.build(host.definitions(found) | step["definitions"] | {"DECODED": "1"}, folder)
+    base = rng.standard_normal((rows, k)).astype(np.float32)
+    ids = np.array([7, rows - 1, 7, -1, rows])
+    for chosen in (None, ids):
+        numbers_of = np.arange(rows) if chosen is None else chosen
+        out = host.aligned(base[np.clip(numbers_of, 0, rows - 1)])
+        grid = host.ctypes.byref(host.Grid(len(numbers_of), 1, 1))
+        decoded.outliers(*places, host.at(None), host.at(None), host.at(chosen), 1, host.at(out), rows, k, 0, grid)
+        got = out.view(np.float32).reshape(-1, k)
+        for row, found_row in zip(numbers_of, got, strict=True):
+            there = 0 <= row < rows
+            want_row = base[np.clip(row, 0, rows - 1)] + (dense[row].astype(np.float32) if there else 0)
+            assert np.array_equal(found_row, want_row), f"row {row}"
+
+
 def sections(cubin: bytes) -> dict[str, bytes]:
     """The machine code of a file of the format ELF, by section."""
     (offset,) = struct.unpack_from("<Q", cubin, 0x28)
@@ -276,8 +333,10 @@ def steps(codec: str, sizes: tuple[tuple[int, bool], ...], dtype: str = "BF16") 
     """The kernels of products with so many rows of activations, each once."""
     out: dict[str, dict[str, Any]] = {}
     for m, exact in sizes:
-        found = host.plan(codec, 4096, 4096, m, dtype=dtype, exact=exact, multiprocessors=132, shared_bytes=227 << 10)
-        for step in (found["decode"], found["prepare"], found["multiply"]):
+        found = host.plan(
+            codec, 4096, 4096, m, dtype=dtype, exact=exact, outliers=exact, multiprocessors=132, shared_bytes=227 << 10
+        )
+        for step in (found["decode"], found["prepare"], found["multiply"], found["outliers"]):
             if step:
                 out[step["text"]] = step
     return list(out.values())
@@ -296,7 +355,7 @@ def test_every_kernel_compiles_for_every_architecture_without_local_memory(archi
                 assert_compiles(step, architecture)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", LAYOUTS)
 def test_every_layout_compiles_without_local_memory(codec: str) -> None:
     use_nvrtc()
     architecture = ARCHITECTURES[CODECS.index(codec) % len(ARCHITECTURES)]

@@ -86,14 +86,18 @@ def test_a_missing_driver_or_device_is_a_message_that_says_what_to_do() -> None:
     assert "multiply on the CPU" in str(caught.value) or "tenpak devices" in str(caught.value)
 
 
-def test_planes_elsewhere_and_outliers_are_refused_by_name() -> None:
+def test_planes_elsewhere_are_refused_by_name() -> None:
     plane = torch.empty(4, dtype=torch.uint8)
     with pytest.raises(tenpak.InvalidError, match=r"meta and planes on cpu.*\.to\(\)"):
         _cuda._addresses(torch.empty(1, device="meta"), (plane,))
     with pytest.raises(tenpak.InvalidError, match="contiguous"):
         _cuda._addresses(plane, (torch.empty(4, 4, dtype=torch.uint8).T,))
-    with pytest.raises(tenpak.UnsupportedError, match="outliers"):
-        _cuda._column_scales([plane, plane, plane], plane)
+    a, b, c, d = (torch.empty(1) for _ in range(4))
+    places = [tensor.data_ptr() for tensor in (a, b, c, d)]
+    assert _cuda._extra([], a) == (0, 0, 0, 0)
+    assert _cuda._extra([a], a) == (places[0], 0, 0, 0)
+    assert _cuda._extra([b, c, d], a) == (0, *places[1:])
+    assert _cuda._extra([a, b, c, d], a) == tuple(places)
 
 
 def test_the_compiler_that_belongs_to_pytorch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import _tenpak
-from .._errors import InvalidError, UnsupportedError
+from .._errors import InvalidError
 from .._nvrtc import find
 from ._ops import DTYPES, _check_ids, _library, _planes, _prepared, _weights
 
@@ -54,14 +54,12 @@ def _addresses(first: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> list[in
     return [plane.data_ptr() for plane in planes]
 
 
-def _column_scales(extra: list[torch.Tensor], first: torch.Tensor) -> int:
-    """Return the address of the column scales, 0 where there are none; outliers are refused."""
-    if len(extra) > 1:
-        raise UnsupportedError(
-            "a matrix with outliers has no kernel on a CUDA device; compress without outliers, or move the module to "
-            'the CPU with .to("cpu")'
-        )
-    return _addresses(first, tuple(extra))[0] if extra else 0
+def _extra(extra: list[torch.Tensor], first: torch.Tensor) -> tuple[int, int, int, int]:
+    """Return the addresses of column scales, and of counts, columns and values of outliers; 0 for what there is not."""
+    places = _addresses(first, tuple(extra))
+    scales = places[:1] if len(places) in (1, 4) else [0]
+    counts, columns, values = places[-3:] if len(places) >= 3 else (0, 0, 0)
+    return scales[0], counts, columns, values
 
 
 def _stream(first: torch.Tensor) -> int:
@@ -76,7 +74,7 @@ def _product(
     """Launch a product into ``y``."""
     codes, scales, addends, high_codes, extra, codec, rows, cols = matrix
     planes = _addresses(x, _planes(codes, scales, addends, high_codes, []))
-    column_scales = _column_scales(extra, x)
+    beside = _extra(extra, x)
     if y.numel() == 0 or cols == 0:
         return y.zero_()
     shape = (rows, cols, 1 if ends is None else ends.shape[0])
@@ -84,7 +82,7 @@ def _product(
     exact = act == "float32" or (act == "int8" and x.dtype is torch.float32)
     with torch.cuda.device(x.device):
         on = device(x.device.index)
-        call = (codec, shape, planes, column_scales, m, DTYPES[x.dtype], exact)
+        call = (codec, shape, planes, beside, m, DTYPES[x.dtype], exact)
         size = on.prepare(*call, x.data_ptr())
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         places = (x.data_ptr(), 0 if ends is None else ends.data_ptr(), y.data_ptr(), workspace.data_ptr())
@@ -169,15 +167,20 @@ def _decode(ids: torch.Tensor | None, count: int, matrix: tuple[Any, ...], out: 
     """Launch the decoding of rows into ``out``."""
     codes, scales, addends, high_codes, extra, codec, rows, cols = matrix
     planes = _addresses(out, _planes(codes, scales, addends, high_codes, []))
-    column_scales = _column_scales(extra, out)
+    beside = _extra(extra, out)
     if out.numel() == 0:
         return out
     with torch.cuda.device(out.device):
         on = device(out.device.index)
         place = 0 if ids is None else ids.data_ptr()
         name = _weights(out.dtype)
-        on.decode(codec, (rows, cols, 1), planes, column_scales, place, count, name, out.data_ptr(), _stream(out))
+        on.decode(codec, (rows, cols, 1), planes, beside, place, count, name, out.data_ptr(), _stream(out))
     return out
+
+
+def _decoded(dtype: torch.dtype, extra: list[torch.Tensor]) -> torch.dtype:
+    """Return the dtype that kernels decode to: outliers are added in f32, so that all is rounded once."""
+    return torch.float32 if dtype is torch.float64 or len(extra) >= 3 else dtype
 
 
 def dequantize(
@@ -192,8 +195,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the weights ``[rows, cols]`` in ``dtype``."""
-    kind = torch.float32 if dtype is torch.float64 else dtype
-    out = torch.empty((rows, cols), dtype=kind, device=codes.device)
+    out = torch.empty((rows, cols), dtype=_decoded(dtype, extra), device=codes.device)
     matrix = (codes, scales, addends, high_codes, extra, codec, rows, cols)
     return _decode(None, rows, matrix, out).to(dtype)
 
@@ -213,8 +215,7 @@ def embedding(
     """Return the rows ``ids`` of the matrix, ``[..., cols]`` in ``dtype``; NaN for an id that there is no row for."""
     _check_ids(ids)
     ids = ids.to(torch.int64).contiguous()
-    kind = torch.float32 if dtype is torch.float64 else dtype
-    out = torch.empty((*ids.shape, cols), dtype=kind, device=ids.device)
+    out = torch.empty((*ids.shape, cols), dtype=_decoded(dtype, extra), device=ids.device)
     matrix = (codes, scales, addends, high_codes, extra, codec, rows, cols)
     return _decode(ids, math.prod(ids.shape), matrix, out).to(dtype)
 

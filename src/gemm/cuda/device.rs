@@ -27,6 +27,7 @@ pub(super) struct ReadyProduct {
     pub plan: Product,
     pub prepare: Option<Ready>,
     pub multiply: Ready,
+    pub outliers: Option<Ready>,
 }
 
 /// A device that is in use.
@@ -71,7 +72,8 @@ impl Device {
         let plan = Product::new(problem, self.hardware())?;
         let prepare = plan.prepare.clone().map(|step| self.ready_step(step)).transpose()?;
         let multiply = self.ready_step(plan.multiply.clone())?;
-        Ok(ReadyProduct { plan, prepare, multiply })
+        let outliers = plan.outliers.clone().map(|step| self.ready_step(step)).transpose()?;
+        Ok(ReadyProduct { plan, prepare, multiply, outliers })
     }
 
     /// A step with its kernel.

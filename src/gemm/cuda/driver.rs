@@ -50,10 +50,7 @@ fn text(error: DriverError) -> String {
 fn checked<T>(answer: Result<T, DriverError>, device: &str, what: &str, bytes: u64) -> Result<T> {
     answer.map_err(|error| match error.0 {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { what: format!("{what} on device {device}"), bytes },
-        _ => Error::Device(DeviceError::Failed {
-            device: device.to_owned(),
-            what: format!("{what}: {}", text(error)),
-        }),
+        _ => Error::Device(DeviceError::Failed { device: device.to_owned(), what: format!("{what}: {}", text(error)) }),
     })
 }
 

@@ -62,13 +62,26 @@ impl Planes {
     }
 }
 
-/// What a product reads and writes; null where there are no column scales or ends.
+/// The planes beside a codec's own; null for what there is not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extra {
+    /// Multipliers of columns, F32.
+    pub column_scales: Address,
+    /// How many outliers each row has, U32.
+    pub counts: Address,
+    /// Their columns, U16 or U32.
+    pub columns: Address,
+    /// Their values, F16.
+    pub values: Address,
+}
+
+/// What a product reads and writes; null where there are no ends.
 #[derive(Debug, Clone, Copy)]
 pub struct Operands {
     /// The matrix, or the stack.
     pub planes: Planes,
-    /// Multipliers of columns, F32.
-    pub column_scales: Address,
+    /// What the matrix has beside.
+    pub extra: Extra,
     /// Where the rows of activations of each expert end, I32.
     pub ends: Address,
     /// Activations.
@@ -109,7 +122,7 @@ impl Device {
         let workspace = ready.plan.workspace;
         let at = |offset: usize| of.workspace + offset as Address;
         let mut planes = of.planes;
-        let (mut column_scales, mut ends, mut x, mut y) = (of.column_scales, of.ends, of.x, of.y);
+        let (mut column_scales, mut ends, mut x, mut y) = (of.extra.column_scales, of.ends, of.x, of.y);
         let (mut fragments, mut inverses) = (at(0), at(workspace.inverses));
         let (mut partial, mut counters) = (at(workspace.partial), at(workspace.counters));
         let too_many = |_| Error::invalid("more rows of activations than a launch can count");
@@ -148,7 +161,7 @@ impl Device {
                     parameter(&mut counters),
                     parameter(&mut m),
                 ];
-                self.run(multiply, stream, &mut parameters)
+                self.run(multiply, stream, &mut parameters)?;
             }
             Kernel::Gemv => {
                 // Activations that were put in order, or that the kernel puts in order.
@@ -163,7 +176,7 @@ impl Device {
                     parameter(&mut counters),
                     parameter(&mut m),
                 ];
-                self.run(multiply, stream, &mut parameters)
+                self.run(multiply, stream, &mut parameters)?;
             }
             _ => {
                 let mut parameters = [
@@ -175,12 +188,43 @@ impl Device {
                     parameter(&mut y),
                     parameter(&mut m),
                 ];
-                self.run(multiply, stream, &mut parameters)
+                self.run(multiply, stream, &mut parameters)?;
             }
         }
+        ready.outliers.as_ref().map_or(Ok(()), |ready| self.add_outliers(ready, of, 0, experts, m, stream))
     }
 
-    /// Launches decoding of `count` rows: those with the numbers at `ids` (I64), or all from the first.
+    /// Launches what adds outliers.
+    fn add_outliers(
+        &self,
+        ready: &Ready,
+        of: &Operands,
+        mut ids: Address,
+        mut experts: u32,
+        mut m: u32,
+        stream: Stream,
+    ) -> Result<()> {
+        let Extra { mut counts, mut columns, mut values, .. } = of.extra;
+        let (mut x, mut ends, mut y) = (of.x, of.ends, of.y);
+        let (mut rows, mut cols) = (of.planes.rows, of.planes.cols);
+        let mut parameters = [
+            parameter(&mut counts),
+            parameter(&mut columns),
+            parameter(&mut values),
+            parameter(&mut x),
+            parameter(&mut ends),
+            parameter(&mut ids),
+            parameter(&mut experts),
+            parameter(&mut y),
+            parameter(&mut rows),
+            parameter(&mut cols),
+            parameter(&mut m),
+        ];
+        self.run(ready, stream, &mut parameters)
+    }
+
+    /// Launches decoding of `count` rows: those with the numbers at `ids` (I64), or all from the first. With outliers, only
+    /// numbers in f32 are those of the specification: others are rounded before outliers are added, and then again.
     ///
     /// # Errors
     /// [`Error::Invalid`] for other numbers than F32, F16 and BF16, and what the driver says.
@@ -202,7 +246,7 @@ impl Device {
         }
         let step = decode_step(layout, planes, of.y, count, numbers)?;
         let ready = self.ready_step(step)?;
-        let (mut column_scales, mut ids, mut out) = (of.column_scales, ids, of.y);
+        let (mut column_scales, mut ids, mut out) = (of.extra.column_scales, ids, of.y);
         let mut first = 0_u32;
         let mut count = u32::try_from(count).map_err(|_| Error::invalid("more rows than a launch can count"))?;
         let mut parameters = [
@@ -213,7 +257,14 @@ impl Device {
             parameter(&mut count),
             parameter(&mut out),
         ];
-        self.run(&ready, stream, &mut parameters)
+        self.run(&ready, stream, &mut parameters)?;
+        if of.extra.counts == 0 {
+            return Ok(());
+        }
+        let own = [("WIDE_COLUMNS", u32::from(planes.cols > 1 << 16)), ("DECODED", 1)];
+        let variant = Variant::new(Kernel::Outliers, layout, numbers, false, &own)?;
+        let step = Step { variant, grid: [count, 1, 1], threads: 256, shared: 0 };
+        self.add_outliers(&self.ready_step(step)?, of, ids, 1, 0, stream)
     }
 }
 
@@ -223,7 +274,8 @@ fn decode_step(layout: &Grouped, planes: Planes, out: Address, count: usize, num
     let variant = Variant::new(Kernel::Decode, layout, numbers, aligned, &[])?;
     let octets = (planes.cols as usize).div_ceil(8).saturating_mul(count);
     let blocks = u32::try_from(octets.div_ceil(256)).ok().filter(|&blocks| blocks < 1 << 31);
-    let blocks = blocks.ok_or_else(|| Error::invalid("more weights to decode than a launch can count; decode by rows"))?;
+    let blocks =
+        blocks.ok_or_else(|| Error::invalid("more weights to decode than a launch can count; decode by rows"))?;
     Ok(Step { variant, grid: [blocks, 1, 1], threads: 256, shared: 0 })
 }
 

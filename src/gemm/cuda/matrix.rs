@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::{Device, ReadyProduct};
 use super::driver::{Address, Memory};
-use super::launch::{Operands, Planes};
+use super::launch::{Extra, Operands, Planes};
 use super::plan::Problem;
 use crate::error::{Error, Result};
 use crate::gemm::cpu::{self, extra, reference};
@@ -68,7 +68,7 @@ impl<'a> Loaded<'a> {
     }
 
     fn operands(&self, x: Address, y: Address, workspace: Address) -> Operands {
-        Operands { planes: self.planes, column_scales: 0, ends: 0, x, y, workspace }
+        Operands { planes: self.planes, extra: Extra::default(), ends: 0, x, y, workspace }
     }
 }
 
@@ -91,7 +91,8 @@ impl Matrix for Loaded<'_> {
         // What was rounded to 8 bits is a multiple of a number in f32, which halves cannot hold.
         let exact = matches!(act, Act::F32 | Act::Int8);
         let layout = *weights.layout();
-        let problem = Problem { layout, rows, cols, experts: 1, m, numbers: DType::F32, exact, aligned: true };
+        let problem =
+            Problem { layout, rows, cols, experts: 1, m, numbers: DType::F32, exact, aligned: true, outliers: false };
         let ready = self.ready(&problem)?;
         let context = &self.device.context;
         let (from, to) = (context.memory(4 * x.len(), "activations")?, context.memory(4 * y.len(), "results")?);

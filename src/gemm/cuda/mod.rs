@@ -13,6 +13,7 @@
 //! | `decode.cu` | – | f32, bit for bit the specification |
 //! | `exact.cu` | [`Act::F32`](super::Act), [`Act::Int8`](super::Act), scales of groups in 32 bits | f32 |
 //! | `gemv.cu`, `gemm.cu` | otherwise | halves, one rounding from the specification |
+//! | `outliers.cu` | behind the others, for [`Raw`] | added as they are, in f32 |
 //!
 //! Weights beyond the range of halves, 65504, become infinite in the last two, and those below 2^-14 are off by up to 2^-25.
 //! Activations are brought into that range row by row. Sums have the same order whenever the same device is asked for the
@@ -35,7 +36,7 @@ use crate::error::{Error, Result};
 pub use device::Device;
 pub use driver::Described;
 pub use matrix::Loaded;
-pub use raw::{Arguments, Raw};
+pub use raw::{Arguments, Extra, Raw};
 
 /// A CUDA device as a backend; clones share it.
 #[derive(Debug, Clone)]

@@ -5,6 +5,8 @@
 //! | any, in f32 throughout, or scales of groups beyond halves | `exact.cu` |
 //! | 1 to [`FEW`] | `gemv.cu` |
 //! | more, or a stack of matrices | `prepare.cu`, then `gemm.cu` |
+//!
+//! Where there are outliers, `outliers.cu` adds them in the end.
 
 use super::source::{Kernel, Variant, has_pairs};
 use crate::error::{Error, Result};
@@ -19,10 +21,11 @@ const BLOCK: usize = 128;
 /// Bytes of shared memory that activations may take of a block of threads that puts them in order by itself: more would
 /// leave too few blocks on a multiprocessor to have enough loads on their way.
 const FUSED_BYTES: usize = 64 << 10;
-/// Rows of weights of a block of `exact.cu` and of `gemm.cu`, and the warps of the latter.
+/// Rows of weights of a block of `exact.cu`, `gemm.cu` and `outliers.cu`, and the warps of the second.
 const EXACT_ROWS: usize = 32;
 const GEMM_ROWS: usize = 128;
 const GEMM_WARPS: usize = 4;
+const OUTLIER_ROWS: usize = 32;
 /// Most blocks that share the columns of one result: their sums are added up by one of them.
 const SHARES: usize = 16;
 
@@ -54,6 +57,8 @@ pub struct Problem {
     pub exact: bool,
     /// Whether all addresses are multiples of 16.
     pub aligned: bool,
+    /// Whether there are outliers.
+    pub outliers: bool,
 }
 
 /// One launch of a kernel.
@@ -89,6 +94,8 @@ pub struct Product {
     pub prepare: Option<Step>,
     /// What multiplies.
     pub multiply: Step,
+    /// What adds the outliers.
+    pub outliers: Option<Step>,
     /// Rows of activations of a tile, in order.
     pub tile_rows: u32,
     /// The memory of its own.
@@ -102,10 +109,15 @@ impl Product {
     /// [`Error::Invalid`] for numbers that are not F32, F16 or BF16, or sizes beyond what a launch can count.
     pub fn new(problem: &Problem, hardware: Hardware) -> Result<Self> {
         let Problem { layout, m, experts, exact, .. } = *problem;
-        if exact || !has_pairs(&layout) {
-            return problem.exact();
-        }
-        if experts == 1 && m <= FEW { problem.few(hardware) } else { problem.many(hardware) }
+        let product = if exact || !has_pairs(&layout) {
+            problem.exact()
+        } else if experts == 1 && m <= FEW {
+            problem.few(hardware)
+        } else {
+            problem.many(hardware)
+        }?;
+        let outliers = problem.outliers.then(|| problem.add_outliers()).transpose()?;
+        Ok(Self { outliers, ..product })
     }
 
     /// Blocks that share the columns.
@@ -151,7 +163,13 @@ impl Problem {
         let tile = [1, 4, 8].into_iter().find(|&tile| self.m <= tile).unwrap_or(8);
         let grid = [self.rows.div_ceil(EXACT_ROWS), self.tiles(tile), 1];
         let multiply = self.step(Kernel::Exact, &[("M_TILE", count(tile, 8)?)], grid, 256, 0)?;
-        Ok(Product { prepare: None, multiply, tile_rows: 0, workspace: Workspace::default() })
+        Ok(Product { prepare: None, multiply, outliers: None, tile_rows: 0, workspace: Workspace::default() })
+    }
+
+    fn add_outliers(&self) -> Result<Step> {
+        let own = [("WIDE_COLUMNS", u32::from(self.cols > 1 << 16)), ("DECODED", 0)];
+        let grid = [(self.rows * self.experts).div_ceil(OUTLIER_ROWS), self.m.div_ceil(8), 1];
+        self.step(Kernel::Outliers, &own, grid, 256, 0)
     }
 
     fn few(&self, hardware: Hardware) -> Result<Product> {
@@ -169,17 +187,13 @@ impl Problem {
         let arranged = self.blocks().div_ceil(shares) * BLOCK * 2 * self.m;
         let sums = 8 * 8 * m_tiles * 16 * row_tiles * 4;
         let fused = arranged <= FUSED_BYTES.min(hardware.shared_bytes - STATIC_BYTES);
-        let own = [
-            ("ROW_TILES", count(row_tiles, 4)?),
-            ("M_TILES", count(m_tiles, 2)?),
-            ("FUSED", u32::from(fused)),
-        ];
+        let own = [("ROW_TILES", count(row_tiles, 4)?), ("M_TILES", count(m_tiles, 2)?), ("FUSED", u32::from(fused))];
         let shared = if fused { arranged.max(sums) } else { sums };
         let multiply = self.step(Kernel::Gemv, &own, [row_blocks, shares, 1], 256, shared)?;
         let tile_rows = self.m;
         let prepare = (!fused).then(|| self.step(Kernel::Prepare, &[], [tile_rows, 1, 1], 256, 0)).transpose()?;
         let workspace = self.workspace(if fused { 0 } else { tile_rows }, shares, row_blocks);
-        Ok(Product { prepare, multiply, tile_rows: count(tile_rows, u32::MAX)?, workspace })
+        Ok(Product { prepare, multiply, outliers: None, tile_rows: count(tile_rows, u32::MAX)?, workspace })
     }
 
     fn many(&self, hardware: Hardware) -> Result<Product> {
@@ -190,16 +204,12 @@ impl Problem {
         let tiles = self.tiles(tile_rows);
         let row_blocks = self.rows.div_ceil(GEMM_ROWS);
         let shares = self.shares(tiles * row_blocks, 2 * hardware.multiprocessors, 4);
-        let own = [
-            ("M_BLOCK", count(tile_rows, 64)?),
-            ("WARPS", count(GEMM_WARPS, 8)?),
-            ("STAGES", count(stages, 4)?),
-        ];
+        let own = [("M_BLOCK", count(tile_rows, 64)?), ("WARPS", count(GEMM_WARPS, 8)?), ("STAGES", count(stages, 4)?)];
         let shared = stages * tile_rows * BLOCK * 2;
         let multiply = self.step(Kernel::Gemm, &own, [tiles, row_blocks, shares], 32 * GEMM_WARPS, shared)?;
         let prepare = Some(self.step(Kernel::Prepare, &[], [tile_rows, tiles, 1], 256, 0)?);
         let workspace = self.workspace(tiles * tile_rows, shares, tiles * row_blocks);
-        Ok(Product { prepare, multiply, tile_rows: count(tile_rows, 64)?, workspace })
+        Ok(Product { prepare, multiply, outliers: None, tile_rows: count(tile_rows, 64)?, workspace })
     }
 
     /// How many blocks share the columns of a result, so that there are `wanted` blocks in all, each with at least `least`
@@ -242,7 +252,17 @@ mod tests {
 
     fn problem(id: &str, m: usize, rows: usize, cols: usize) -> Problem {
         let layout = *codecs::get(id).unwrap().grouped().unwrap();
-        Problem { layout, rows, cols, experts: 1, m, numbers: DType::BF16, exact: false, aligned: true }
+        Problem {
+            layout,
+            rows,
+            cols,
+            experts: 1,
+            m,
+            numbers: DType::BF16,
+            exact: false,
+            aligned: true,
+            outliers: false,
+        }
     }
 
     fn kernels(product: &Product) -> Vec<&'static str> {
@@ -305,7 +325,8 @@ mod tests {
     fn a_stack_has_a_tile_for_every_expert_however_rows_are_spread() {
         for experts in [2, 8, 64] {
             for m in [1, 5, 16, 100, 1000] {
-                let plan = Product::new(&Problem { experts, ..problem("int4_g32_fp16_v1", m, 128, 256) }, H200).unwrap();
+                let plan =
+                    Product::new(&Problem { experts, ..problem("int4_g32_fp16_v1", m, 128, 256) }, H200).unwrap();
                 let tile = plan.tile_rows as usize;
                 // The worst case: as many experts as can be have one row beyond full tiles.
                 let with_rest = experts.min(m);

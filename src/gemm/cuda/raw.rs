@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::{Device, ReadyProduct};
 use super::driver::Address;
+pub use super::launch::Extra;
 use super::launch::{Operands, Planes};
 use super::plan::Problem;
 use crate::codecs;
@@ -16,8 +17,8 @@ use crate::tensor::DType;
 /// Most plans that are remembered.
 const PLANS: usize = 4096;
 
-/// Codec, rows, columns, experts, rows of activations, their type, whether exact, whether aligned.
-type Key = (&'static str, usize, usize, usize, usize, DType, bool, bool);
+/// Codec, rows, columns, experts, rows of activations, their type; whether exact, whether aligned, whether with outliers.
+type Key = (&'static str, [usize; 4], DType, [bool; 3]);
 
 /// What a call is about: a matrix, or a stack of `experts` of them, and where its planes are.
 #[derive(Debug, Clone)]
@@ -32,8 +33,8 @@ pub struct Arguments<'a> {
     pub experts: usize,
     /// Addresses of the codec's planes, in stored order.
     pub planes: &'a [Address],
-    /// Address of the column scales, or 0.
-    pub column_scales: Address,
+    /// Addresses of the planes beside them.
+    pub extra: Extra,
 }
 
 /// A device for those who hold their own memory.
@@ -49,7 +50,7 @@ pub struct Launchable {
     ready: Arc<ReadyProduct>,
     problem: Problem,
     planes: Planes,
-    column_scales: Address,
+    extra: Extra,
 }
 
 impl Launchable {
@@ -89,8 +90,10 @@ impl Raw {
         let planes = Planes::new(&layout, of.rows, of.cols, of.planes)?;
         let aligned = planes.is_aligned() && x.is_multiple_of(16);
         let rows = of.rows / of.experts;
-        let problem = Problem { layout, rows, cols: of.cols, experts: of.experts, m, numbers, exact, aligned };
-        let key = (codec.id, rows, of.cols, of.experts, m, numbers, exact, aligned);
+        let outliers = of.extra.counts != 0;
+        let problem =
+            Problem { layout, rows, cols: of.cols, experts: of.experts, m, numbers, exact, aligned, outliers };
+        let key = (codec.id, [rows, of.cols, of.experts, m], numbers, [exact, aligned, outliers]);
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let ready = if let Some(found) = plans.get(&key) {
             Arc::clone(found)
@@ -102,7 +105,7 @@ impl Raw {
             plans.insert(key, Arc::clone(&fresh));
             fresh
         };
-        Ok(Launchable { ready, problem, planes, column_scales: of.column_scales })
+        Ok(Launchable { ready, problem, planes, extra: of.extra })
     }
 
     /// Launches a product on a stream.
@@ -122,8 +125,8 @@ impl Raw {
         workspace: Address,
         stream: Address,
     ) -> Result<()> {
-        let Launchable { ready, problem, planes, column_scales } = product;
-        let operands = Operands { planes: *planes, column_scales: *column_scales, ends, x, y, workspace };
+        let Launchable { ready, problem, planes, extra } = product;
+        let operands = Operands { planes: *planes, extra: *extra, ends, x, y, workspace };
         // SAFETY: the caller vouches for the addresses.
         unsafe { self.device.multiply(ready, problem, &operands, stream_of(stream)) }
     }
@@ -149,8 +152,7 @@ impl Raw {
             return Err(Error::invalid(format!("{count} rows of a matrix of {}", of.rows)));
         }
         let planes = Planes::new(layout, of.rows, of.cols, of.planes)?;
-        let operands =
-            Operands { planes, column_scales: of.column_scales, ends: 0, x: 0, y: out, workspace: 0 };
+        let operands = Operands { planes, extra: of.extra, ends: 0, x: 0, y: out, workspace: 0 };
         // SAFETY: the caller vouches for the addresses.
         unsafe { self.device.decode(layout, &operands, ids, count, numbers, stream_of(stream)) }
     }

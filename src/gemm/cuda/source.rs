@@ -22,6 +22,8 @@ pub enum Kernel {
     Gemv,
     /// Products with many, and those of stacks of matrices.
     Gemm,
+    /// What outliers add to products and weights.
+    Outliers,
 }
 
 const PTX: &str = include_str!("../../../cuda/ptx.cuh");
@@ -33,7 +35,7 @@ const TILES: &str = include_str!("../../../cuda/tiles.cuh");
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 5] = [Self::Decode, Self::Exact, Self::Prepare, Self::Gemv, Self::Gemm];
+    pub const ALL: [Self; 6] = [Self::Decode, Self::Exact, Self::Prepare, Self::Gemv, Self::Gemm, Self::Outliers];
 
     /// The name of its file in `cuda/`, without the ending.
     #[must_use]
@@ -44,6 +46,7 @@ impl Kernel {
             Self::Prepare => "prepare",
             Self::Gemv => "gemv",
             Self::Gemm => "gemm",
+            Self::Outliers => "outliers",
         }
     }
 
@@ -55,7 +58,7 @@ impl Kernel {
 
     /// Whether it reads weights, and so has the constants of a layout.
     const fn reads_weights(self) -> bool {
-        !matches!(self, Self::Prepare)
+        !matches!(self, Self::Prepare | Self::Outliers)
     }
 
     /// The texts that it is made of, in the order in which they include each other.
@@ -66,6 +69,7 @@ impl Kernel {
             Self::Prepare => &[PTX, NUMBERS, FRAGMENTS, TILES, include_str!("../../../cuda/prepare.cu")],
             Self::Gemv => &[PTX, DEQUANT, NUMBERS, FRAGMENTS, SPLITS, include_str!("../../../cuda/gemv.cu")],
             Self::Gemm => &[PTX, DEQUANT, NUMBERS, FRAGMENTS, SPLITS, TILES, include_str!("../../../cuda/gemm.cu")],
+            Self::Outliers => &[PTX, NUMBERS, include_str!("../../../cuda/outliers.cu")],
         }
     }
 }
@@ -179,6 +183,9 @@ mod tests {
                 }
             }
         }
-        assert!(Variant::new(Kernel::Decode, codecs::get("int8_sym_v1").unwrap().grouped().unwrap(), DType::I8, true, &[]).is_err());
+        assert!(
+            Variant::new(Kernel::Decode, codecs::get("int8_sym_v1").unwrap().grouped().unwrap(), DType::I8, true, &[])
+                .is_err()
+        );
     }
 }
