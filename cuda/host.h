@@ -2,8 +2,9 @@
 // one. It is slow and exact, and only tests include it.
 //
 // Every thread of a block is a fiber. A fiber runs until it comes to a barrier or to an instruction of a whole warp and
-// goes on when all others have come there. Which one goes first changes from block to block, and an asynchronous copy
-// is carried out as late as it may be, when it is waited for: so a missing barrier gives wrong results here as well.
+// goes on when all others have come there. Which one goes first changes from block to block, warps stand still for a while
+// at random, and an asynchronous copy is carried out as late as it may be, when it is waited for: so a missing barrier gives
+// wrong results here as well.
 #pragma once
 
 #include <cmath>
@@ -64,6 +65,9 @@ struct Fiber {
     ucontext_t start;
     jmp_buf state;
     bool started, done;
+    // It waits for as long as this is what it was: nothing where it does not wait.
+    const u64 *waits;
+    u64 seen;
     std::vector<std::vector<Copy>> batches;
     std::vector<Copy> open;
 };
@@ -94,8 +98,10 @@ DEVICE u8 *shared_memory() {
     return (u8 *)((at + 127) / 128 * 128);
 }
 
-static void leave() {
+static void leave(const u64 *until) {
     Fiber &fiber = block.fibers[block.current];
+    fiber.waits = until;
+    fiber.seen = *until;
     if (_setjmp(fiber.state) == 0) _longjmp(block.scheduler, 1);
 }
 
@@ -125,6 +131,7 @@ static void run_block() {
     for (Fiber &fiber : block.fibers) {
         fiber.stack.resize(STACK);
         fiber.started = fiber.done = false;
+        fiber.waits = nullptr;
         fiber.batches.clear();
         fiber.open.clear();
         getcontext(&fiber.start);
@@ -134,13 +141,22 @@ static void run_block() {
         makecontext(&fiber.start, enter, 0);
     }
     u64 rounds = 0;
+    static u64 random = 1;
     for (u32 left = threads; left > 0;) {
         left = 0;
+        if (rounds % 64 == 0) random = random * 6364136223846793005u + 1442695040888963407u;
+        u32 stalled = (u32)(random >> 32);
         for (u32 i = 0; i < threads; i++) {
             u32 thread = block.backwards ? threads - 1 - i : i;
             if (block.fibers[thread].done) continue;
-            resume(thread);
-            left += !block.fibers[thread].done;
+            // Some warps stand still for a while, as they may: others run ahead as far as barriers let them.
+            const Fiber &fiber = block.fibers[thread];
+            if (stalled >> thread / 32 % 32 & 1 || (fiber.waits && *fiber.waits == fiber.seen))
+                left++;
+            else {
+                resume(thread);
+                left += !block.fibers[thread].done;
+            }
         }
         // Some thread waits for one that will never come.
         if (++rounds > (1u << 24)) abort();
@@ -170,7 +186,7 @@ template <class F> static Warp &together(F compute) {
         warp.arrived = 0;
         warp.passed++;
     } else {
-        for (u64 passed = warp.passed; warp.passed == passed;) leave();
+        leave(&warp.passed);
     }
     return warp;
 }
@@ -185,7 +201,7 @@ static inline void __syncthreads() {
         block.arrived = 0;
         block.passed++;
     } else {
-        for (u64 passed = block.passed; block.passed == passed;) host::leave();
+        host::leave(&block.passed);
     }
 }
 

@@ -77,15 +77,15 @@ def definitions(*plans: Mapping[str, Any]) -> dict[str, str]:
     return out | seen
 
 
-def build(defined: Mapping[str, str], folder: Path) -> ctypes.CDLL:
+def build(defined: Mapping[str, str], folder: Path, sources: Path = ROOT / "cuda") -> ctypes.CDLL:
     """Compile the kernels."""
-    name = hashlib.sha256(repr(sorted(defined.items())).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((sorted(defined.items()), sources)).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     if not library.exists():
         flags = "-O1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -shared -fPIC -w".split()
         macros = [f"-D{name}={value}" for name, value in defined.items()]
         source = ROOT / "tests/cuda/host.cpp"
-        command = [compiler(), *flags, *macros, f"-I{ROOT / 'cuda'}", "-o", str(library), str(source)]
+        command = [compiler(), *flags, *macros, f"-I{sources}", "-o", str(library), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
     return ctypes.CDLL(str(library))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,25 @@ def test_what_is_not_finite_stays_in_its_own_row(folder: Path, rng: np.random.Ge
             assert not np.isfinite(rows[bad]).any()
             others = np.arange(m) != bad
             assert np.array_equal(rows[others], want.reshape(m, n)[others])
+
+
+def test_a_missing_barrier_is_seen(folder: Path, rng: np.random.Generator) -> None:
+    codec, n, k, m = "int4_g32_fp16_v1", 160, 1056, 17
+    found = host.plan(codec, n, k, m, dtype="F16")
+    sources = folder / "broken"
+    shutil.copytree(ROOT / "cuda", sources, dirs_exist_ok=True)
+    text = (sources / "gemm.cu").read_text()
+    barrier = "        __syncthreads();\n        if (block + STAGES - 1 < end) copy_stage"
+    assert text.count(barrier) == 1
+    (sources / "gemm.cu").write_text(text.replace(barrier, barrier.partition("\n")[2]))
+    planes, w = random_planes(codec, n, k, rng)
+    matrix = host.Matrix(planes, n, k)
+    stored, x = random_activations(m, k, "F16", rng)
+    off = []
+    for kernels in (host.build(host.definitions(found), folder), host.build(host.definitions(found), folder, sources)):
+        y = numbers(host.multiply(kernels, found, matrix, stored, m, "F16"), "F16").reshape(m, n)
+        off.append(float(np.abs(y - x @ w.T).max() / np.abs(x @ w.T).max()))
+    assert off[0] < 1e-2 and not off[1] < 1e-2
 
 
 def test_decoding_rounds_once_and_finds_rows_by_number(folder: Path, rng: np.random.Generator) -> None:
