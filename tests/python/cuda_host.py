@@ -14,10 +14,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tenpak
 from conftest import ROOT
 from tenpak import _tenpak
 
 Array = npt.NDArray[Any]
+
+LISTED = [codec for codec in tenpak.codecs() if codec["id"] != "raw_v1"]
+CODECS = [codec["id"] for codec in LISTED]
+#: Codecs with scales of groups in 32 bits: tensor cores have no kernel for them.
+WIDE = [codec["id"] for codec in LISTED if codec["scale"] == "F32" and codec["group"] and codec["levels"] != "bank"]
+#: The first codec with the layout of each: what kernels are compiled for.
+SAME = {
+    codec["id"]: next(
+        other["id"]
+        for other in LISTED
+        if all(other[field] == codec[field] for field in ("levels", "bits", "group", "scale", "offset"))
+    )
+    for codec in LISTED
+}
+LAYOUTS = sorted(set(SAME.values()), key=CODECS.index)
 
 #: Planes as the kernels take them.
 PLACES = {"codes": 0, "high_codes": 1, "scales": 2, "offsets": 3, "zero_points": 3, "row_scales": 4}

@@ -106,7 +106,10 @@ def linear(
     x, y, m, _ = _prepared(x, rows, cols)
     matrix = (codes, scales, addends, high_codes, extra, codec, rows, cols)
     if m > (DENSE_EXACT if act == "float32" else DENSE) and rows and cols:
-        weight = dequantize(*matrix, x.dtype)
+        kind = torch.float32 if act == "float32" else x.dtype
+        weight = dequantize(*matrix, kind)
+        if kind is not x.dtype:
+            return torch.mm(x.reshape(m, cols).to(kind), weight.t()).to(x.dtype).view(y.shape)
         return torch.mm(x.reshape(m, cols), weight.t(), out=y.view(m, rows)).view(y.shape)
     return _product(x, None, matrix, act, y, m)
 
