@@ -1,6 +1,6 @@
 """Layers on CUDA devices as far as can be promised without one: shapes, graphs, and what to do about missing parts.
 
-With a device, `python benches/cuda.py --check` compares every codec and shape.
+With a device, `python benches/nvidia.py --check` compares every codec and shape.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .._nvrtc import find
 from ._ops import DTYPES, _check_ids, _library, _planes, _prepared, _weights
 
 #: Rows of activations from which decoding the weights and PyTorch's own product are taken to be faster: by then the
-#: product takes longer than to write and read the decoded weights once. ``benches/cuda.py`` prints both sides of it.
+#: product takes longer than to write and read the decoded weights once. ``benches/nvidia.py`` prints both sides of it.
 DENSE = 512
 #: The same for products in f32 throughout, which no tensor core computes.
 DENSE_EXACT = 64
