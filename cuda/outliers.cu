@@ -25,16 +25,18 @@ DEVICE u32 column_of(const void *columns, u32 at) {
     return WIDE_COLUMNS ? load_const((const u32 *)columns + at) : load_const((const u16 *)columns + at);
 }
 
-// `values` are halves. A column beyond the row is left out: nothing is read or written where it should not be.
+// `values` are `total` halves. What counts or columns place beyond them or beyond the row is left out: nothing is read or
+// written where it should not be.
 KERNEL void __launch_bounds__(256) tenpak_outliers(
     const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids, u32 experts,
-    void *y, u32 rows, u32 cols, u32 m
+    void *y, u32 rows, u32 cols, u32 m, u32 total
 ) {
 #if DECODED
     long long row = ids ? ids[blockIdx.x] : blockIdx.x;
     if (row < 0 || row >= rows) return;
     u32 first = outliers_before(counts, (u32)row), count = load_const(counts + row);
     for (u32 i = threadIdx.x; i < count; i += 256) {
+        if (first + i >= total) return;
         u32 column = column_of(columns, first + i);
         if (column >= cols) continue;
         size_t at = (size_t)blockIdx.x * cols + column;
@@ -59,7 +61,7 @@ KERNEL void __launch_bounds__(256) tenpak_outliers(
         if (begin >= end) continue;
         float sums[TOGETHER] = {};
         for (u32 i = lane; i < count; i += 32) {
-            u32 column = column_of(columns, own + i);
+            u32 column = own + i < total ? column_of(columns, own + i) : cols;
             if (column >= cols) continue;
             float value = float_of_half(load_const(values + own + i));
 #pragma unroll

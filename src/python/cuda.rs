@@ -16,21 +16,24 @@ use crate::codecs;
 use crate::error::Result;
 use crate::gemm::cuda::plan::{Hardware, Problem, Product, Step};
 use crate::gemm::cuda::source::{Kernel, Variant};
-use crate::gemm::cuda::{Arguments, Extra, Raw, nvrtc};
+use crate::gemm::cuda::{Arguments, Raw, nvrtc};
 use crate::tensor::DType;
 
 /// Rows, columns and matrices of a stack.
 type Shape = (usize, usize, usize);
-/// Addresses on a device; 0 for what there is not.
-type Places = (u64, u64, u64, u64);
+/// Address and bytes of a plane on a device; zeros for what there is not.
+type Place = (u64, usize);
 
 /// A device of NVIDIA's, which multiplies with addresses of its memory.
 #[pyclass(frozen, name = "CudaDevice", module = "tenpak._tenpak")]
 pub(super) struct CudaDevice(Raw);
 
-fn arguments<'a>(codec: &'a str, (rows, cols, experts): Shape, planes: &'a [u64], extra: Places) -> Arguments<'a> {
-    let (column_scales, counts, columns, values) = extra;
-    let extra = Extra { column_scales, counts, columns, values };
+fn arguments<'a>(
+    codec: &'a str,
+    (rows, cols, experts): Shape,
+    planes: &'a [Place],
+    extra: [Place; 4],
+) -> Arguments<'a> {
     Arguments { codec, rows, cols, experts, planes, extra }
 }
 
@@ -54,8 +57,8 @@ impl CudaDevice {
         py: Python<'_>,
         codec: &str,
         shape: Shape,
-        planes: Vec<u64>,
-        extra: Places,
+        planes: Vec<Place>,
+        extra: [Place; 4],
         m: usize,
         dtype: &str,
         exact: bool,
@@ -77,12 +80,12 @@ impl CudaDevice {
         py: Python<'_>,
         codec: &str,
         shape: Shape,
-        planes: Vec<u64>,
-        extra: Places,
+        planes: Vec<Place>,
+        extra: [Place; 4],
         m: usize,
         dtype: &str,
         exact: bool,
-        places: Places,
+        places: (u64, u64, u64, u64),
         stream: u64,
     ) -> PyResult<()> {
         let (x, ends, y, workspace) = places;
@@ -101,8 +104,8 @@ impl CudaDevice {
         py: Python<'_>,
         codec: &str,
         shape: Shape,
-        planes: Vec<u64>,
-        extra: Places,
+        planes: Vec<Place>,
+        extra: [Place; 4],
         ids: u64,
         count: usize,
         dtype: &str,

@@ -46,10 +46,10 @@ void prepare(
 
 void outliers(
     const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids, u32 experts,
-    void *y, u32 rows, u32 cols, u32 m, dim3 *grid
+    void *y, u32 rows, u32 cols, u32 m, u32 total, dim3 *grid
 ) {
     host::launch(*grid, 256, 0, [=] {
-        tenpak_outliers(counts, columns, values, x, ends, ids, experts, y, rows, cols, m);
+        tenpak_outliers(counts, columns, values, x, ends, ids, experts, y, rows, cols, m, total);
     });
 }
 

@@ -258,7 +258,17 @@ def test_outliers_are_added_where_they_stand(experts: int, folder: Path, rng: np
     y = host.aligned(before)
     stored = host.aligned(x)
     kernels.outliers(
-        *places, host.at(stored), host.at(ends), host.at(None), experts, host.at(y), rows, k, m, host.grid_of(step)
+        *places,
+        host.at(stored),
+        host.at(ends),
+        host.at(None),
+        experts,
+        host.at(y),
+        rows,
+        k,
+        m,
+        len(columns),
+        host.grid_of(step),
     )
     first = 0
     for expert, size in enumerate(sizes):
@@ -274,7 +284,9 @@ def test_outliers_are_added_where_they_stand(experts: int, folder: Path, rng: np
         numbers_of = np.arange(rows) if chosen is None else chosen
         out = host.aligned(base[np.clip(numbers_of, 0, rows - 1)])
         grid = host.ctypes.byref(host.Grid(len(numbers_of), 1, 1))
-        decoded.outliers(*places, host.at(None), host.at(None), host.at(chosen), 1, host.at(out), rows, k, 0, grid)
+        decoded.outliers(
+            *places, host.at(None), host.at(None), host.at(chosen), 1, host.at(out), rows, k, 0, len(columns), grid
+        )
         got = out.view(np.float32).reshape(-1, k)
         for row, found_row in zip(numbers_of, got, strict=True):
             there = 0 <= row < rows

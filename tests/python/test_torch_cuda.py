@@ -89,15 +89,15 @@ def test_a_missing_driver_or_device_is_a_message_that_says_what_to_do() -> None:
 def test_planes_elsewhere_are_refused_by_name() -> None:
     plane = torch.empty(4, dtype=torch.uint8)
     with pytest.raises(tenpak.InvalidError, match=r"meta and planes on cpu.*\.to\(\)"):
-        _cuda._addresses(torch.empty(1, device="meta"), (plane,))
+        _cuda._places(torch.empty(1, device="meta"), (plane,))
     with pytest.raises(tenpak.InvalidError, match="contiguous"):
-        _cuda._addresses(plane, (torch.empty(4, 4, dtype=torch.uint8).T,))
+        _cuda._places(plane, (torch.empty(4, 4, dtype=torch.uint8).T,))
     a, b, c, d = (torch.empty(1) for _ in range(4))
-    places = [tensor.data_ptr() for tensor in (a, b, c, d)]
-    assert _cuda._extra([], a) == (0, 0, 0, 0)
-    assert _cuda._extra([a], a) == (places[0], 0, 0, 0)
-    assert _cuda._extra([b, c, d], a) == (0, *places[1:])
-    assert _cuda._extra([a, b, c, d], a) == tuple(places)
+    places, none = [(tensor.data_ptr(), 4) for tensor in (a, b, c, d)], (0, 0)
+    assert _cuda._extra([], a) == [none] * 4
+    assert _cuda._extra([a], a) == [places[0], none, none, none]
+    assert _cuda._extra([b, c, d], a) == [none, *places[1:]]
+    assert _cuda._extra([a, b, c, d], a) == places
 
 
 def test_the_compiler_that_belongs_to_pytorch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

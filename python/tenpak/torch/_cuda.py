@@ -8,6 +8,7 @@ Where there is no driver, no compiler or too old a device, the first call says w
 slowly instead. What compiles kernels is NVRTC, which PyTorch brings along.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -25,6 +26,9 @@ DENSE = 512
 DENSE_EXACT = 64
 
 _devices: dict[int, Any] = {}
+#: Bytes of workspace of products: device, codec, shape, rows of activations, dtype, whether exact.
+_sizes: dict[tuple[Any, ...], int] = {}
+_MOST_SIZES = 4096
 
 
 def device(index: int) -> Any:
@@ -38,8 +42,8 @@ def device(index: int) -> Any:
     return found
 
 
-def _addresses(first: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> list[int]:
-    """Return the addresses of planes, having checked that they are where ``first`` is."""
+def _places(first: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> list[tuple[int, int]]:
+    """Return address and bytes of each plane, having checked that they are where ``first`` is."""
     for plane in planes:
         if plane.device != first.device:
             raise InvalidError(
@@ -51,15 +55,15 @@ def _addresses(first: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> list[in
                 f"a plane of shape {tuple(plane.shape)} has strides {plane.stride()}, expected a contiguous one; "
                 "call .contiguous() on it once, not for every product"
             )
-    return [plane.data_ptr() for plane in planes]
+    return [(plane.data_ptr(), plane.nbytes) for plane in planes]
 
 
-def _extra(extra: list[torch.Tensor], first: torch.Tensor) -> tuple[int, int, int, int]:
-    """Return the addresses of column scales, and of counts, columns and values of outliers; 0 for what there is not."""
-    places = _addresses(first, tuple(extra))
-    scales = places[:1] if len(places) in (1, 4) else [0]
-    counts, columns, values = places[-3:] if len(places) >= 3 else (0, 0, 0)
-    return scales[0], counts, columns, values
+def _extra(extra: list[torch.Tensor], first: torch.Tensor) -> list[tuple[int, int]]:
+    """Return the places of column scales, and of counts, columns and values of outliers; zeros for what there is not."""
+    places = _places(first, tuple(extra))
+    none = (0, 0)
+    scales = places[0] if len(places) in (1, 4) else none
+    return [scales, *(places[-3:] if len(places) >= 3 else [none, none, none])]
 
 
 def _stream(first: torch.Tensor) -> int:
@@ -68,22 +72,36 @@ def _stream(first: torch.Tensor) -> int:
     return stream
 
 
+def _current(first: torch.Tensor) -> Any:
+    """Return a context in which a tensor's device is the current one, which it mostly is."""
+    if torch.cuda.current_device() == first.device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(first.device)
+
+
 def _product(
     x: torch.Tensor, ends: torch.Tensor | None, matrix: tuple[Any, ...], act: str, y: torch.Tensor, m: int
 ) -> torch.Tensor:
     """Launch a product into ``y``."""
     codes, scales, addends, high_codes, extra, codec, rows, cols = matrix
-    planes = _addresses(x, _planes(codes, scales, addends, high_codes, []))
+    planes = _places(x, _planes(codes, scales, addends, high_codes, []))
     beside = _extra(extra, x)
     if y.numel() == 0 or cols == 0:
         return y.zero_()
     shape = (rows, cols, 1 if ends is None else ends.shape[0])
     # Only what is asked to be f32 throughout is. Activations of 8 bits are for processors: halves are nearer.
     exact = act == "float32" or (act == "int8" and x.dtype is torch.float32)
-    with torch.cuda.device(x.device):
+    name = DTYPES[x.dtype]
+    call = (codec, shape, planes, beside, m, name, exact)
+    with _current(x):
         on = device(x.device.index)
-        call = (codec, shape, planes, beside, m, DTYPES[x.dtype], exact)
-        size = on.prepare(*call, x.data_ptr())
+        # What a product needs depends on sizes alone.
+        key = (x.device.index, codec, shape, m, name, exact)
+        size = _sizes.get(key)
+        if size is None:
+            if len(_sizes) >= _MOST_SIZES:
+                _sizes.clear()
+            size = _sizes[key] = on.prepare(*call, x.data_ptr())
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         places = (x.data_ptr(), 0 if ends is None else ends.data_ptr(), y.data_ptr(), workspace.data_ptr())
         on.multiply(*call, places, _stream(x))
@@ -169,11 +187,11 @@ def grouped_linear_backward(
 def _decode(ids: torch.Tensor | None, count: int, matrix: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
     """Launch the decoding of rows into ``out``."""
     codes, scales, addends, high_codes, extra, codec, rows, cols = matrix
-    planes = _addresses(out, _planes(codes, scales, addends, high_codes, []))
+    planes = _places(out, _planes(codes, scales, addends, high_codes, []))
     beside = _extra(extra, out)
     if out.numel() == 0:
         return out
-    with torch.cuda.device(out.device):
+    with _current(out):
         on = device(out.device.index)
         place = 0 if ids is None else ids.data_ptr()
         name = _weights(out.dtype)

@@ -73,6 +73,8 @@ pub struct Extra {
     pub columns: Address,
     /// Their values, F16.
     pub values: Address,
+    /// How many there are.
+    pub total: u32,
 }
 
 /// What a product reads and writes; null where there are no ends.
@@ -204,7 +206,7 @@ impl Device {
         mut m: u32,
         stream: Stream,
     ) -> Result<()> {
-        let Extra { mut counts, mut columns, mut values, .. } = of.extra;
+        let Extra { mut counts, mut columns, mut values, mut total, .. } = of.extra;
         let (mut x, mut ends, mut y) = (of.x, of.ends, of.y);
         let (mut rows, mut cols) = (of.planes.rows, of.planes.cols);
         let mut parameters = [
@@ -219,6 +221,7 @@ impl Device {
             parameter(&mut rows),
             parameter(&mut cols),
             parameter(&mut m),
+            parameter(&mut total),
         ];
         self.run(ready, stream, &mut parameters)
     }

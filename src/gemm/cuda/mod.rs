@@ -36,7 +36,7 @@ use crate::error::{Error, Result};
 pub use device::Device;
 pub use driver::Described;
 pub use matrix::Loaded;
-pub use raw::{Arguments, Extra, Raw};
+pub use raw::{Arguments, Raw};
 
 /// A CUDA device as a backend; clones share it.
 #[derive(Debug, Clone)]

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::device::{Device, ReadyProduct};
 use super::driver::Address;
-pub use super::launch::Extra;
-use super::launch::{Operands, Planes};
+use super::launch::{Extra, Operands, Planes};
 use super::plan::Problem;
+use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
+use crate::layout::{Grouped, Layout, Plane};
 use crate::tensor::DType;
 
 /// Most plans that are remembered.
@@ -31,10 +32,45 @@ pub struct Arguments<'a> {
     pub cols: usize,
     /// Matrices of the stack.
     pub experts: usize,
-    /// Addresses of the codec's planes, in stored order.
-    pub planes: &'a [Address],
-    /// Addresses of the planes beside them.
-    pub extra: Extra,
+    /// Addresses and bytes of the codec's planes, in stored order.
+    pub planes: &'a [(Address, usize)],
+    /// Those of column scales, and of counts, columns and values of outliers; zeros for what there is not.
+    pub extra: [(Address, usize); 4],
+}
+
+impl Arguments<'_> {
+    /// The planes, having checked that they are as long as kernels take them to be.
+    fn check(&self, layout: &Grouped) -> Result<(Planes, Extra)> {
+        let Self { rows, cols, .. } = *self;
+        let wrong = |what: &str, found: usize, expected: u64| {
+            Error::invalid(format!("{what} of {found} bytes for a matrix of {rows} x {cols}, expected {expected}"))
+        };
+        let expected = Layout::Grouped(*layout).plane_bytes(DType::F32, rows as u64, cols as u64)?;
+        if expected.len() != self.planes.len() {
+            return Err(Error::invalid(format!("{} planes, expected {}", self.planes.len(), expected.len())));
+        }
+        for ((plane, expected), &(_, found)) in expected.into_iter().zip(self.planes) {
+            if found as u64 != expected {
+                return Err(wrong(&format!("plane {}", plane.name()), found, expected));
+            }
+        }
+        let addresses: Vec<Address> = self.planes.iter().map(|plane| plane.0).collect();
+        let planes = Planes::new(layout, rows, cols, &addresses)?;
+        let [scales, counts, columns, values] = self.extra;
+        let extras = Extras { column_scales: scales.0 != 0, outliers: values.1 as u64 / 2 };
+        let found = [scales, counts, columns, values];
+        let names = [Plane::ColumnScales, Plane::OutlierCounts, Plane::OutlierColumns, Plane::OutlierValues];
+        for (plane, (address, found)) in names.into_iter().zip(found) {
+            let (dtype, count) = extras.elements(plane, rows as u64, cols as u64).expect("an extra plane");
+            if address != 0 && found as u64 != count * dtype.size() {
+                return Err(wrong(&format!("plane {}", plane.name()), found, count * dtype.size()));
+            }
+        }
+        let total = u32::try_from(extras.outliers).map_err(|_| Error::invalid("more outliers than 32 bits count"))?;
+        // Without any there are no planes to look at.
+        let [counts, columns, values] = [counts, columns, values].map(|place| if total > 0 { place.0 } else { 0 });
+        Ok((planes, Extra { column_scales: scales.0, counts, columns, values, total }))
+    }
 }
 
 /// A device for those who hold their own memory.
@@ -87,10 +123,10 @@ impl Raw {
         if of.experts == 0 || !of.rows.is_multiple_of(of.experts) {
             return Err(Error::invalid(format!("a stack of {} rows for {} experts", of.rows, of.experts)));
         }
-        let planes = Planes::new(&layout, of.rows, of.cols, of.planes)?;
+        let (planes, extra) = of.check(&layout)?;
         let aligned = planes.is_aligned() && x.is_multiple_of(16);
         let rows = of.rows / of.experts;
-        let outliers = of.extra.counts != 0;
+        let outliers = extra.counts != 0;
         let problem =
             Problem { layout, rows, cols: of.cols, experts: of.experts, m, numbers, exact, aligned, outliers };
         let key = (codec.id, [rows, of.cols, of.experts, m], numbers, [exact, aligned, outliers]);
@@ -105,7 +141,7 @@ impl Raw {
             plans.insert(key, Arc::clone(&fresh));
             fresh
         };
-        Ok(Launchable { ready, problem, planes, extra: of.extra })
+        Ok(Launchable { ready, problem, planes, extra })
     }
 
     /// Launches a product on a stream.
@@ -151,8 +187,8 @@ impl Raw {
         if ids == 0 && count > of.rows {
             return Err(Error::invalid(format!("{count} rows of a matrix of {}", of.rows)));
         }
-        let planes = Planes::new(layout, of.rows, of.cols, of.planes)?;
-        let operands = Operands { planes, extra: of.extra, ends: 0, x: 0, y: out, workspace: 0 };
+        let (planes, extra) = of.check(layout)?;
+        let operands = Operands { planes, extra, ends: 0, x: 0, y: out, workspace: 0 };
         // SAFETY: the caller vouches for the addresses.
         unsafe { self.device.decode(layout, &operands, ids, count, numbers, stream_of(stream)) }
     }
@@ -161,4 +197,39 @@ impl Raw {
 /// A stream of PyTorch, which gives out its address; 0 is the default one.
 fn stream_of(address: Address) -> super::driver::Stream {
     std::ptr::with_exposed_provenance_mut(usize::try_from(address).expect("addresses fit"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn planes_of_another_length_never_reach_a_kernel() {
+        for codec in codecs::all() {
+            let Ok(layout) = codec.grouped() else { continue };
+            let (rows, cols) = (6, 40);
+            let sizes = codec.layout.plane_bytes(DType::F32, rows, cols).unwrap();
+            let planes: Vec<_> = (1..).zip(&sizes).map(|(n, (_, bytes))| (256 * n, *bytes as usize)).collect();
+            let extra = [(4096, 160), (8192, 24), (12288, 6), (16384, 6)];
+            let check = |planes: &[(Address, usize)], extra| {
+                Arguments { codec: codec.id, rows: 6, cols: 40, experts: 1, planes, extra }
+                    .check(layout)
+                    .map(|(_, extra)| extra)
+            };
+            assert_eq!(check(&planes, extra).unwrap().total, 3, "{}", codec.id);
+            assert_eq!(check(&planes, [(0, 0); 4]).unwrap(), Extra::default());
+            for at in 0..planes.len() {
+                let mut short = planes.clone();
+                short[at].1 -= 1;
+                let error = check(&short, extra).unwrap_err().to_string();
+                assert!(error.contains(sizes[at].0.name()), "{error}");
+            }
+            for at in 0..extra.len() {
+                let mut short = extra;
+                short[at].1 -= 2;
+                assert!(check(&planes, short).is_err(), "{} extra plane {at}", codec.id);
+            }
+            assert!(check(&planes[1..], extra).is_err());
+        }
+    }
 }
