@@ -59,7 +59,7 @@ def _places(first: torch.Tensor, planes: tuple[torch.Tensor, ...]) -> list[tuple
 
 
 def _extra(extra: list[torch.Tensor], first: torch.Tensor) -> list[tuple[int, int]]:
-    """Return the places of column scales, and of counts, columns and values of outliers; zeros for what there is not."""
+    """Return the places of column scales, and of counts, columns and values of outliers; zeros for no plane."""
     places = _places(first, tuple(extra))
     none = (0, 0)
     scales = places[0] if len(places) in (1, 4) else none
