@@ -93,7 +93,7 @@ class Matrix:
 class CudaDevice:
     """An NVIDIA device, which multiplies with addresses of its memory."""
 
-    def __init__(self, index: int) -> None: ...
+    def __new__(cls, index: int) -> CudaDevice: ...
     def prepare(
         self,
         codec: str,
