@@ -15,7 +15,7 @@
 #define WARPS 8
 #define ROWS (16 * ROW_TILES)
 // Blocks that a multiprocessor should have registers for: as many as keep the same number of loads on their way.
-#define RESIDENT (ROW_TILES * M_TILES == 1 ? 3 : ROW_TILES * M_TILES == 2 ? 2 : 1)
+#define RESIDENT (M_TILES > 1 ? 1 : ROW_TILES == 1 ? 3 : ROW_TILES == 2 ? 2 : 1)
 
 // Puts the activations of blocks of columns `begin` ... `end` in order, and the inverse factors of rows.
 DEVICE void arrange(
