@@ -199,12 +199,16 @@ pub trait Matrix: Send + Sync {
 /// The backends of this build that work on this machine.
 #[must_use]
 pub fn available() -> Vec<Box<dyn Backend>> {
-    let mut all: Vec<Box<dyn Backend>> = vec![Box::new(cpu::Cpu)];
+    let cpu: Box<dyn Backend> = Box::new(cpu::Cpu);
     #[cfg(feature = "wgpu")]
-    all.extend(wgpu::Wgpu::new().ok().map(|device| Box::new(device) as Box<dyn Backend>));
+    let wgpu = wgpu::Wgpu::new().ok().map(|device| Box::new(device) as Box<dyn Backend>);
+    #[cfg(not(feature = "wgpu"))]
+    let wgpu = None;
     #[cfg(feature = "cuda")]
-    all.extend(cuda::Cuda::new(0).ok().map(|device| Box::new(device) as Box<dyn Backend>));
-    all
+    let cuda = cuda::Cuda::new(0).ok().map(|device| Box::new(device) as Box<dyn Backend>);
+    #[cfg(not(feature = "cuda"))]
+    let cuda = None;
+    std::iter::once(cpu).chain(wgpu).chain(cuda).collect()
 }
 
 /// The backend that a name means: `cpu`, `wgpu` and `wgpu:N` for a graphics device, `cuda` and `cuda:N` for one of NVIDIA's.
