@@ -1,8 +1,8 @@
 // Decodes a matrix, or some rows of it: out[i, c] = weight[ids ? ids[i] : first + i, c] * column_scale[c].
 //
-// Bit for bit the specification, rounded once more where NUMBERS are not f32. Work: a thread makes eight columns, a block
-// 256 octets of the row-major result. What decides the shape: this only moves bytes, so that a thread writes 16 bytes
-// or more at once and neighbours write side by side.
+// Bit for bit the specification, rounded once more where NUMBERS are not f32. Work: a thread makes eight columns, a
+// block 256 octets of the row-major result. What decides the shape: this only moves bytes, so that a thread writes 16
+// bytes or more at once and neighbours write side by side.
 #include "dequant.cuh"
 #include "numbers.cuh"
 

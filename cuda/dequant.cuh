@@ -1,8 +1,8 @@
 // Reading a weight: the one place in CUDA that knows what the bytes of a codec mean.
 //
-// What it is told about a layout are the constants of `Layout::constants`, as macros, and TABLE, the levels of a table or
-// a bank; what a layout does not have costs nothing. Planes are read as they are stored: there is no second copy of a
-// matrix on the device, and no time is spent on making one.
+// What it is told about a layout are the constants of `Layout::constants`, as macros, and TABLE, the levels of a
+// table or a bank; what a layout does not have costs nothing. Planes are read as they are stored: there is no second
+// copy of a matrix on the device, and no time is spent on making one.
 //
 // There are two ways in. `read_weights` is the specification, f32 and bit for bit. `Run` is for tensor cores: 32
 // consecutive columns of a row, loaded raw, so that loads can be on their way long before `octet` makes pairs of
@@ -108,7 +108,8 @@ DEVICE Octet read_octet(const Planes &planes, u32 row, u32 octet) {
     u32 words = code_words_of(planes.cols);
     const u32 *codes = planes.codes + (size_t)row * words;
 #pragma unroll
-    for (u32 i = 0; i < LOW_BITS / 4; i++) found.codes[i] = load_const(codes + min(octet * (LOW_BITS / 4) + i, words - 1));
+    for (u32 i = 0; i < LOW_BITS / 4; i++)
+        found.codes[i] = load_const(codes + min(octet * (LOW_BITS / 4) + i, words - 1));
 #if HIGH_BITS > 0
     const u8 *high = (const u8 *)(planes.high_codes + (size_t)row * high_words_of(planes.cols)) + octet * HIGH_BITS;
 #pragma unroll
@@ -172,8 +173,8 @@ struct Run {
     u32 addends[ADDEND_WORDS > 0 ? ADDEND_WORDS : 1];
 };
 
-// COUNT numbers of WIDTH bits, from number `first` of a plane of which the row has `count`, side by side; ALIGNED says that words
-// of a run neither straddle a multiple of their size nor reach past the row.
+// COUNT numbers of WIDTH bits, from number `first` of a plane of which the row has `count`, side by side; ALIGNED
+// says that words of a run neither straddle a multiple of their size nor reach past the row.
 template <int COUNT, int WIDTH, int WORDS>
 DEVICE void load_numbers(const u8 *row, u32 first, u32 count, u32 (&words)[WORDS]) {
 #if ALIGNED
@@ -226,12 +227,14 @@ DEVICE Run load_run(const Planes &planes, u32 row, u32 col) {
     run.high[1] = two.y;
 #else
 #pragma unroll
-    for (int i = 0; i < HIGH_BITS; i++) run.high[i] = load_const(high + min(col / RUN * HIGH_BITS + i, high_words - 1));
+    for (int i = 0; i < HIGH_BITS; i++)
+        run.high[i] = load_const(high + min(col / RUN * HIGH_BITS + i, high_words - 1));
 #endif
 #endif
 #if GROUP > 0
     u32 group = col / GROUP;
-    load_numbers<RUN_GROUPS, SCALE_BITS>(planes.scales + (size_t)row * groups * (SCALE_BITS / 8), group, groups, run.scales);
+    load_numbers<RUN_GROUPS, SCALE_BITS>(
+        planes.scales + (size_t)row * groups * (SCALE_BITS / 8), group, groups, run.scales);
 #if OFFSET_BITS > 0
     load_numbers<RUN_GROUPS, OFFSET_BITS>(
         planes.addends + (size_t)row * groups * (OFFSET_BITS / 8), group, groups, run.addends);
@@ -284,7 +287,8 @@ DEVICE PairGroup pair_group(const Run &run, int group) {
     return found;
 }
 
-// Halves whose last four bits of mantissa count ones (1024 + q) or sixteens (1024 + 16 q): a mask makes numbers of codes.
+// Halves whose last four bits of mantissa count ones (1024 + q) or sixteens (1024 + 16 q): a mask makes numbers of
+// codes.
 #define ONES 0x64006400u
 #define TIMES(n) ((u32)(n) * 0x10001u)
 
@@ -324,8 +328,8 @@ DEVICE void octet_levels(const Run &run, int w, const PairGroup &group, const u3
 #endif
 }
 
-// The weights of octet `w` of a run as pairs (0, 4), (1, 5), (2, 6), (3, 7), each one rounding from exact; where the row has
-// a scale, they are yet to be multiplied by it.
+// The weights of octet `w` of a run as pairs (0, 4), (1, 5), (2, 6), (3, 7), each one rounding from exact; where the
+// row has a scale, they are yet to be multiplied by it.
 DEVICE void octet(const Run &run, int w, const PairGroup &group, const u32 *levels, u32 pairs[4]) {
     octet_levels(run, w, group, levels, pairs);
 #if GROUP > 0

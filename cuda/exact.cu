@@ -1,9 +1,9 @@
-// y[m, n] = x[m, k] * w[n, k]^T in f32 throughout, for every layout and for stacks of matrices: weights are those of the
-// specification.
+// y[m, n] = x[m, k] * w[n, k]^T in f32 throughout, for every layout and for stacks of matrices: weights are those of
+// the specification.
 //
-// Work: a warp takes four rows of weights and up to M_TILE rows of activations; its lanes take octets of columns in turn
-// and add up across the warp in the end. What decides the shape: without tensor cores the L1 cache is the limit, which
-// activations come from, so that each of them is used for four rows of weights.
+// Work: a warp takes four rows of weights and up to M_TILE rows of activations; its lanes take octets of columns in
+// turn and add up across the warp in the end. What decides the shape: without tensor cores the L1 cache is the limit,
+// which activations come from, so that each of them is used for four rows of weights.
 #include "dequant.cuh"
 #include "numbers.cuh"
 #include "tiles.cuh"
@@ -11,8 +11,9 @@
 #define EXACT_ROWS 4
 #define EXACT_WARPS 8
 
-KERNEL void __launch_bounds__(32 * EXACT_WARPS)
-    tenpak_exact(Planes planes, const float *column_scales, const void *x, const int *ends, u32 experts, void *y, u32 m) {
+KERNEL void __launch_bounds__(32 * EXACT_WARPS) tenpak_exact(
+    Planes planes, const float *column_scales, const void *x, const int *ends, u32 experts, void *y, u32 m
+) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n0 = (blockIdx.x * EXACT_WARPS + warp) * EXACT_ROWS;
     Tile tile = tile_of(ends, experts, m, M_TILE, blockIdx.y);
     // Rows of one matrix of the stack, and where they stand in the whole.

@@ -1,8 +1,9 @@
 // Activations in the order in which tensor cores want them, as halves.
 //
-// A block of 128 columns is cut in four runs of 32, one for each quarter t of a warp, and a run in four octets w. The 16
-// bytes of (octet w, row r, quarter t) are columns 32 t + 8 w + (0, 4, 1, 5, 2, 6, 3, 7): what a lane of row r multiplies
-// the pairs of `octet` with. Vectors stand in the order block of columns, w, r, t, so that lanes read side by side.
+// A block of 128 columns is cut in four runs of 32, one for each quarter t of a warp, and a run in four octets w. The
+// 16 bytes of (octet w, row r, quarter t) are columns 32 t + 8 w + (0, 4, 1, 5, 2, 6, 3, 7): what a lane of row r
+// multiplies the pairs of `octet` with. Vectors stand in the order block of columns, w, r, t, so that lanes read side
+// by side.
 //
 // Halves have all bits of a bfloat but not its range. So each row is multiplied by the power of two that brings its
 // greatest magnitude to 2^14 or a little more, and products by its inverse: what gets lost is below 2^-38 of that.

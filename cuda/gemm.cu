@@ -1,12 +1,15 @@
-// y[m, n] = x[m, k] * w[n, k]^T for many rows of activations, and for those of a stack of matrices (mixture of experts).
+// y[m, n] = x[m, k] * w[n, k]^T for many rows of activations, and for those of a stack of matrices (mixture of
+// experts).
 //
-// Work: a block of WARPS warps takes 32 * WARPS rows of weights, a tile of M_BLOCK rows of activations and a share of the
-// columns. A warp has 32 rows of weights of its own, which go from global memory to registers and become halves there
-// once; activations, put in order by `tenpak_prepare`, go through shared memory in STAGES stages and serve all warps.
+// Work: a block of WARPS warps takes 32 * WARPS rows of weights, a tile of M_BLOCK rows of activations and a share of
+// the columns. A warp has 32 rows of weights of its own, which go from global memory to registers and become halves
+// there once; activations, put in order by `tenpak_prepare`, go through shared memory in STAGES stages and serve all
+// warps.
 //
-// What decides the shape: shared memory delivers 128 bytes a cycle. A vector of activations of 512 bytes a warp feeds two
-// tiles of 16 rows of weights, four instructions, and that is what keeps tensor cores and not shared memory busy.
-// Blocks of the same rows of weights are neighbours, so that weights come from memory once and then from the L2 cache.
+// What decides the shape: shared memory delivers 128 bytes a cycle. A vector of activations of 512 bytes a warp feeds
+// two tiles of 16 rows of weights, four instructions, and that is what keeps tensor cores and not shared memory busy.
+// Blocks of the same rows of weights are neighbours, so that weights come from memory once and then from the L2
+// cache.
 #include "dequant.cuh"
 #include "fragments.cuh"
 #include "splits.cuh"
@@ -25,8 +28,8 @@ DEVICE void copy_stage(uint4 *stages, const uint4 *tile, u32 block) {
 }
 
 KERNEL void __launch_bounds__(32 * WARPS) tenpak_gemm(
-    Planes planes, const uint4 *x, const float *inverses, const int *ends, u32 experts, void *y, float *partial, u32 *counters,
-    u32 m
+    Planes planes, const uint4 *x, const float *inverses, const int *ends, u32 experts, void *y, float *partial,
+    u32 *counters, u32 m
 ) {
     DYNAMIC_SHARED(memory);
     __shared__ u32 levels[LEVEL_WORDS > 0 ? LEVEL_WORDS : 1];
@@ -72,7 +75,8 @@ KERNEL void __launch_bounds__(32 * WARPS) tenpak_gemm(
                 now[i][h] = next[i][h];
                 if (block + 1 < end)
                     next[i][h] = load_run(
-                        planes, base + min(n0 + 16 * i + 8 * h + g, rows - 1), min((block + 1) * BLOCK + RUN * t, last_run)
+                        planes, base + min(n0 + 16 * i + 8 * h + g, rows - 1),
+                        min((block + 1) * BLOCK + RUN * t, last_run)
                     );
             }
         const uint4 *stage = stages + block % STAGES * STAGE + lane;
@@ -105,7 +109,8 @@ KERNEL void __launch_bounds__(32 * WARPS) tenpak_gemm(
     copies_wait<0>();
     __syncthreads();
 
-    // Eight rows of activations at a time go through a corner of shared memory, so that a warp writes 32 results of a row.
+    // Eight rows of activations at a time go through a corner of shared memory, so that a warp writes 32 results of a
+    // row.
     float *corner = (float *)memory + warp * 8 * 33;
     size_t size = (size_t)m * rows;
     u32 n = n0 + lane;

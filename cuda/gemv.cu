@@ -1,9 +1,9 @@
 // y[m, n] = x[m, k] * w[n, k]^T for few rows of activations, at most 8 * M_TILES.
 //
-// Work: a block of eight warps takes 16 * ROW_TILES rows of weights and a share of the columns; its warps take blocks of
-// 128 columns in turn, so that together they read 512 consecutive bytes of each row of 4-bit codes. Activations are put
-// into the order of tensor cores in shared memory once, or have been before (FUSED 0), and then stand in `x`. Weights
-// are the first operand of the instruction, 16 x 16, so that 8 rows of activations cost what one costs.
+// Work: a block of eight warps takes 16 * ROW_TILES rows of weights and a share of the columns; its warps take blocks
+// of 128 columns in turn, so that together they read 512 consecutive bytes of each row of 4-bit codes. Activations
+// are put into the order of tensor cores in shared memory once, or have been before (FUSED 0), and then stand in `x`.
+// Weights are the first operand of the instruction, 16 x 16, so that 8 rows of activations cost what one costs.
 //
 // What decides the shape: it is bound by memory. With the loads of the next block of columns on their way, a warp has
 // 2 * ROW_TILES KiB in flight, and shared memory is not on the way of weights at all. More rows of weights in a block
@@ -51,8 +51,8 @@ DEVICE void arrange(
 
 // Shared memory holds the activations, and later the sums of all warps.
 KERNEL void __launch_bounds__(32 * WARPS, RESIDENT) tenpak_gemv(
-    Planes planes, const float *column_scales, const void *x, const float *inverses, void *y, float *partial, u32 *counters,
-    u32 m
+    Planes planes, const float *column_scales, const void *x, const float *inverses, void *y, float *partial,
+    u32 *counters, u32 m
 ) {
     DYNAMIC_SHARED(memory);
     __shared__ u32 levels[LEVEL_WORDS > 0 ? LEVEL_WORDS : 1];

@@ -1,10 +1,10 @@
 // CUDA for an ordinary compiler: runs a kernel's source on a processor, so that tests execute what a GPU will, without
 // one. It is slow and exact, and only tests include it.
 //
-// Every thread of a block is a fiber. A fiber runs until it comes to a barrier or to an instruction of a whole warp and
-// goes on when all others have come there. Which one goes first changes from block to block, warps stand still for a while
-// at random, and an asynchronous copy is carried out as late as it may be, when it is waited for: so a missing barrier gives
-// wrong results here as well.
+// Every thread of a block is a fiber. A fiber runs until it comes to a barrier or to an instruction of a whole warp
+// and goes on when all others have come there. Which one goes first changes from block to block, warps stand still
+// for a while at random, and an asynchronous copy is carried out as late as it may be, when it is waited for: so a
+// missing barrier gives wrong results here as well.
 #pragma once
 
 #include <cmath>
@@ -265,8 +265,12 @@ DEVICE u32 pair_fma(u32 a, u32 b, u32 c) {
     // Products of halves are exact in f64, and so is nearly every sum.
     return half_bits(half(a) * half(b) + half(c)) | half_bits(half(a >> 16) * half(b >> 16) + half(c >> 16)) << 16;
 }
-DEVICE u32 pair_mul(u32 a, u32 b) { return half_bits(half(a) * half(b)) | half_bits(half(a >> 16) * half(b >> 16)) << 16; }
-DEVICE u32 pair_sub(u32 a, u32 b) { return half_bits(half(a) - half(b)) | half_bits(half(a >> 16) - half(b >> 16)) << 16; }
+DEVICE u32 pair_mul(u32 a, u32 b) {
+    return half_bits(half(a) * half(b)) | half_bits(half(a >> 16) * half(b >> 16)) << 16;
+}
+DEVICE u32 pair_sub(u32 a, u32 b) {
+    return half_bits(half(a) - half(b)) | half_bits(half(a >> 16) - half(b >> 16)) << 16;
+}
 DEVICE u32 and_or(u32 a, u32 mask, u32 set) { return (a & mask) | set; }
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 choice) {
     u64 bytes = (u64)b << 32 | a;

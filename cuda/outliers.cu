@@ -1,9 +1,11 @@
-// What outliers add: y[m, n] += o[n, k] * x[m, k] after a product, or out[i, c] += o[row, c] after rows were decoded (DECODED).
+// What outliers add: y[m, n] += o[n, k] * x[m, k] after a product, or out[i, c] += o[row, c] after rows were decoded
+// (DECODED).
 //
-// Work: a block takes 32 rows of weights, a warp four of them, and eight rows of activations; or it takes one decoded row.
-// Outliers are stored row after row with a count for each row, so a block first adds up the counts before its own: that
-// is a few KiB from the L2 cache, and nothing has to be kept beside the planes. What decides the shape: it is a percent
-// or less of the weights, so that all that matters is to read each of them once for several rows of activations.
+// Work: a block takes 32 rows of weights, a warp four of them, and eight rows of activations; or it takes one decoded
+// row. Outliers are stored row after row with a count for each row, so a block first adds up the counts before its
+// own: that is a few KiB from the L2 cache, and nothing has to be kept beside the planes. What decides the shape: it
+// is a percent or less of the weights, so that all that matters is to read each of them once for several rows of
+// activations.
 #include "numbers.cuh"
 
 #define ROWS 32
@@ -25,11 +27,11 @@ DEVICE u32 column_of(const void *columns, u32 at) {
     return WIDE_COLUMNS ? load_const((const u32 *)columns + at) : load_const((const u16 *)columns + at);
 }
 
-// `values` are `total` halves. What counts or columns place beyond them or beyond the row is left out: nothing is read or
-// written where it should not be.
+// `values` are `total` halves. What counts or columns place beyond them or beyond the row is left out: nothing is
+// read or written where it should not be.
 KERNEL void __launch_bounds__(256) tenpak_outliers(
-    const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids, u32 experts,
-    void *y, u32 rows, u32 cols, u32 m, u32 total
+    const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids,
+    u32 experts, void *y, u32 rows, u32 cols, u32 m, u32 total
 ) {
 #if DECODED
     long long row = ids ? ids[blockIdx.x] : blockIdx.x;
@@ -66,7 +68,8 @@ KERNEL void __launch_bounds__(256) tenpak_outliers(
             float value = float_of_half(load_const(values + own + i));
 #pragma unroll
             for (u32 j = 0; j < TOGETHER; j++)
-                if (begin + j < end) sums[j] = fused(value, load_number(x, (size_t)(begin + j) * cols + column), sums[j]);
+                if (begin + j < end)
+                    sums[j] = fused(value, load_number(x, (size_t)(begin + j) * cols + column), sums[j]);
         }
 #pragma unroll
         for (u32 j = 0; j < TOGETHER; j++) {

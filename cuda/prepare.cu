@@ -1,5 +1,5 @@
-// Puts activations into the order of `fragments.cuh`, for kernels that read them many times: tiles of `tile` rows, each with
-// all its blocks of columns, rows beyond the last one filled with zeros.
+// Puts activations into the order of `fragments.cuh`, for kernels that read them many times: tiles of `tile` rows,
+// each with all its blocks of columns, rows beyond the last one filled with zeros.
 //
 // Work: a block takes a row of a tile. With `ends`, which say where the rows of each of `experts` matrices end, a tile
 // has rows of one of them only; tiles that there are none for are left as they are. What decides the shape: a row needs
@@ -8,8 +8,8 @@
 #include "tiles.cuh"
 
 KERNEL void __launch_bounds__(256) tenpak_prepare(
-    const void *x, const float *column_scales, const int *ends, u32 experts, u32 m, u32 cols, u32 tile_rows, uint4 *fragments,
-    float *inverses
+    const void *x, const float *column_scales, const int *ends, u32 experts, u32 m, u32 cols, u32 tile_rows,
+    uint4 *fragments, float *inverses
 ) {
     __shared__ u32 magnitude;
     Tile tile = tile_of(ends, experts, m, tile_rows, blockIdx.y);

@@ -1,7 +1,8 @@
 // Results that several blocks add to: each has its share of the columns.
 //
-// A block writes its sums and counts itself; the last one to come adds up all of them, in the order of shares, so that the
-// same product has the same bits every time. It leaves the counter at zero for the next product on the stream.
+// A block writes its sums and counts itself; the last one to come adds up all of them, in the order of shares, so
+// that the same product has the same bits every time. It leaves the counter at zero for the next product on the
+// stream.
 #pragma once
 
 #include "numbers.cuh"

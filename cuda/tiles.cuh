@@ -18,7 +18,8 @@ DEVICE Tile tile_of(const int *ends, u32 experts, u32 m, u32 size, u32 number) {
     }
     u32 begin = 0, before = 0;
     for (u32 e = 0; e < experts; e++) {
-        u32 end = min((u32)max(ends[e], 0), m), count = end > begin ? end - begin : 0, tiles = (count + size - 1) / size;
+        u32 end = min((u32)max(ends[e], 0), m), count = end > begin ? end - begin : 0;
+        u32 tiles = (count + size - 1) / size;
         if (number < before + tiles) {
             u32 first = (number - before) * size;
             return {e, begin + first, min(size, count - first)};

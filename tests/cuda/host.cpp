@@ -20,17 +20,21 @@ void weights(const Planes *planes, float *out) {
         for (u32 octet = 0; octet * 8 < planes->cols; octet++) {
             float eight[8];
             read_weights(*planes, row, octet, eight);
-            for (u32 i = 0; i < 8 && octet * 8 + i < planes->cols; i++) out[(size_t)row * planes->cols + octet * 8 + i] = eight[i];
+            for (u32 i = 0; i < 8 && octet * 8 + i < planes->cols; i++)
+                out[(size_t)row * planes->cols + octet * 8 + i] = eight[i];
         }
 }
 
 void decode(const Planes *planes, const float *column_scales, const long long *ids, u32 first, u32 count, void *out) {
     u32 octets = (planes->cols + 7) / 8 * count;
-    host::launch({(octets + 255) / 256, 1, 1}, 256, 0, [=] { tenpak_decode(*planes, column_scales, ids, first, count, out); });
+    host::launch({(octets + 255) / 256, 1, 1}, 256, 0, [=] {
+        tenpak_decode(*planes, column_scales, ids, first, count, out);
+    });
 }
 
 void exact(
-    const Planes *planes, const float *column_scales, const void *x, const int *ends, u32 experts, void *y, u32 m, dim3 *grid
+    const Planes *planes, const float *column_scales, const void *x, const int *ends, u32 experts, void *y, u32 m,
+    dim3 *grid
 ) {
     host::launch(*grid, 256, 0, [=] { tenpak_exact(*planes, column_scales, x, ends, experts, y, m); });
 }
@@ -45,8 +49,8 @@ void prepare(
 }
 
 void outliers(
-    const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids, u32 experts,
-    void *y, u32 rows, u32 cols, u32 m, u32 total, dim3 *grid
+    const u32 *counts, const void *columns, const u16 *values, const void *x, const int *ends, const long long *ids,
+    u32 experts, void *y, u32 rows, u32 cols, u32 m, u32 total, dim3 *grid
 ) {
     host::launch(*grid, 256, 0, [=] {
         tenpak_outliers(counts, columns, values, x, ends, ids, experts, y, rows, cols, m, total);
