@@ -209,7 +209,8 @@ mod tests {
             let Ok(layout) = codec.grouped() else { continue };
             let (rows, cols) = (6, 40);
             let sizes = codec.layout.plane_bytes(DType::F32, rows, cols).unwrap();
-            let planes: Vec<_> = (1..).zip(&sizes).map(|(n, (_, bytes))| (256 * n, *bytes as usize)).collect();
+            let planes: Vec<_> =
+                (1..).zip(&sizes).map(|(n, (_, bytes))| (256 * n, usize::try_from(*bytes).unwrap())).collect();
             let extra = [(4096, 160), (8192, 24), (12288, 6), (16384, 6)];
             let check = |planes: &[(Address, usize)], extra| {
                 Arguments { codec: codec.id, rows: 6, cols: 40, experts: 1, planes, extra }
