@@ -371,6 +371,18 @@ fn devices_lists_the_processor_and_says_whether_this_build_knows_graphics_device
             assert!(devices.iter().all(|device| list.contains(device["name"].as_str().unwrap())), "{list}");
         }
     }
+    assert_eq!(report.get("cuda").is_some(), cfg!(feature = "cuda"));
+    match report.get("cuda") {
+        None => assert!(list.contains("--features cuda"), "{list}"),
+        Some(cuda) => {
+            // What is missing says what to do about it.
+            for missing in cuda["missing"].as_array().unwrap() {
+                assert!(list.contains(missing.as_str().unwrap()), "{list}");
+            }
+            let devices = cuda["devices"].as_array().unwrap();
+            assert!(!devices.is_empty() || list.contains("multiply on the CPU"), "{list}");
+        }
+    }
 }
 
 #[test]

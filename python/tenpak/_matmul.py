@@ -9,6 +9,7 @@ from ._arrays import Array
 from ._artifact import Artifact
 from ._encoded import Encoded
 from ._errors import InvalidError
+from ._nvrtc import find
 from ._tenpak import Entry
 
 
@@ -41,8 +42,8 @@ def matmul(
         Multiply with a stack of matrices, one below the other, as a mixture of experts does: rows
         ``ends[e-1]:ends[e]`` of ``x`` (two-dimensional) with matrix ``e`` of ``len(ends)``. On the CPU only.
     device
-        ``"cpu"``, or ``"wgpu"`` or ``"wgpu:N"`` for a graphics device, see ``tenpak devices``. The first product takes
-        the matrix there, where it stays for as long as ``weights`` lives.
+        ``"cpu"``, ``"wgpu"`` or ``"wgpu:N"`` for a graphics device, ``"cuda"`` or ``"cuda:N"`` for one of NVIDIA's, see
+        ``tenpak devices``. The first product takes the matrix there, where it stays for as long as ``weights`` lives.
 
     Returns
     -------
@@ -104,6 +105,8 @@ def _on_device(
             planes, codec = weights.planes(str(name)), weights[str(name)].codec
         else:
             planes, codec = weights.planes, weights.codec
+        if device.startswith("cuda") and (compiler := find()):
+            _tenpak.cuda_use_compiler(str(compiler))
         matrix = _tenpak.DeviceMatrix(device, codec, shape, _memory(planes), planes)
         weights._on_devices[key] = matrix
     return matrix

@@ -90,6 +90,47 @@ class Matrix:
     def decode_into(self, dtype: str, out: npt.NDArray[Any]) -> None: ...
 
 @final
+class CudaDevice:
+    """An NVIDIA device, which multiplies with addresses of its memory."""
+
+    def __new__(cls, index: int) -> CudaDevice: ...
+    def prepare(
+        self,
+        codec: str,
+        shape: tuple[int, int, int],
+        planes: list[tuple[int, int]],
+        extra: list[tuple[int, int]],
+        m: int,
+        dtype: str,
+        exact: bool,
+        x: int,
+    ) -> int: ...
+    def multiply(
+        self,
+        codec: str,
+        shape: tuple[int, int, int],
+        planes: list[tuple[int, int]],
+        extra: list[tuple[int, int]],
+        m: int,
+        dtype: str,
+        exact: bool,
+        places: tuple[int, int, int, int],
+        stream: int,
+    ) -> None: ...
+    def decode(
+        self,
+        codec: str,
+        shape: tuple[int, int, int],
+        planes: list[tuple[int, int]],
+        extra: list[tuple[int, int]],
+        ids: int,
+        count: int,
+        dtype: str,
+        out: int,
+        stream: int,
+    ) -> None: ...
+
+@final
 class DeviceMatrix:
     """A matrix that a backend of another device has taken."""
 
@@ -196,3 +237,17 @@ def decode_rows(
     dtype: str,
 ) -> None: ...
 def use_openmp(parallel: int, max_threads: int) -> None: ...
+def cuda_use_compiler(path: str) -> None: ...
+def cuda_compile(name: str, text: str, architecture: str, options: list[str]) -> tuple[bytes, str]: ...
+def cuda_plan(
+    codec: str,
+    shape: tuple[int, int, int],
+    m: int,
+    dtype: str,
+    exact: bool,
+    aligned: bool,
+    outliers: bool,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> str: ...
+def cuda_devices() -> str: ...

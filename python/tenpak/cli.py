@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from . import _tenpak
+from . import _nvrtc, _tenpak
 
 #: Options that every verb understands and that may stand before it, with the number of values each takes.
 _COMMON = {"--threads": 1, "--format": 1, "--quiet": 0, "-q": 0, "--no-mmap": 0}
@@ -26,6 +26,8 @@ def main() -> int:
         return _run(verb, [*arguments[:at], *arguments[at + 1 :]])
     if verb == "help" and len(arguments) == at + 2 and arguments[at + 1] in _VERBS:
         return _run(arguments[at + 1], ["--help"])
+    if verb == "devices" and (compiler := _nvrtc.find()):
+        _tenpak.cuda_use_compiler(str(compiler))
     # Rust watches for Ctrl-C and gives 130; Python's handler would raise KeyboardInterrupt over it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     code = _tenpak.main(["tenpak", *arguments])

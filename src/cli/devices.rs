@@ -4,9 +4,9 @@ use clap::Args;
 
 use super::report::{plain, table};
 use super::{Context, Outcome};
-use crate::report::devices::{Adapter, Devices};
+use crate::report::devices::{Adapter, Cuda, Devices};
 
-/// List what this machine can multiply with: the CPU's instruction sets, and graphics devices
+/// List what this machine can multiply with: the CPU's instruction sets, graphics devices, and NVIDIA's devices
 #[derive(Debug, Args)]
 pub(super) struct Arguments {}
 
@@ -41,7 +41,30 @@ pub(super) fn run(context: &mut Context<'_>) -> Outcome {
             }
         }
     }
+    context.line("");
+    match &report.cuda {
+        None => context.line("CUDA devices: this build knows none; build it with `--features cuda`"),
+        Some(cuda) => print_cuda(context, cuda),
+    }
     Outcome::Done
+}
+
+fn print_cuda(context: &mut Context<'_>, cuda: &Cuda) {
+    if !cuda.devices.is_empty() {
+        let rows = cuda.devices.iter().map(|device| {
+            let memory = (device.memory_bytes >> 20).to_string();
+            let shared = (device.shared_bytes >> 10).to_string();
+            let multiprocessors = device.multiprocessors.to_string();
+            vec![device.device.clone(), plain(&device.name), device.capability.clone(), multiprocessors, memory, shared]
+        });
+        context.line(table(&["device", "name", "capability", "multiprocessors", "memory MiB", "shared KiB"], rows, 2));
+    }
+    if let Some(compiler) = &cuda.compiler {
+        context.line(format!("kernels are compiled by {compiler}"));
+    }
+    for missing in &cuda.missing {
+        context.line(format!("CUDA devices: {}", plain(missing)));
+    }
 }
 
 fn row(adapter: &Adapter) -> Vec<String> {

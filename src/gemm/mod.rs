@@ -15,6 +15,10 @@
 //! in f32 whatever it says, with the activations as they came.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod kept;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
@@ -197,30 +201,38 @@ pub trait Matrix: Send + Sync {
 pub fn available() -> Vec<Box<dyn Backend>> {
     let cpu: Box<dyn Backend> = Box::new(cpu::Cpu);
     #[cfg(feature = "wgpu")]
-    let device = wgpu::Wgpu::new().ok().map(|device| Box::new(device) as Box<dyn Backend>);
+    let wgpu = wgpu::Wgpu::new().ok().map(|device| Box::new(device) as Box<dyn Backend>);
     #[cfg(not(feature = "wgpu"))]
-    let device = None;
-    std::iter::once(cpu).chain(device).collect()
+    let wgpu = None;
+    #[cfg(feature = "cuda")]
+    let cuda = cuda::Cuda::new(0).ok().map(|device| Box::new(device) as Box<dyn Backend>);
+    #[cfg(not(feature = "cuda"))]
+    let cuda = None;
+    std::iter::once(cpu).chain(wgpu).chain(cuda).collect()
 }
 
-/// The backend that a name means: `cpu`, or `wgpu` and `wgpu:N` for a graphics device.
+/// The backend that a name means: `cpu`, `wgpu` and `wgpu:N` for a graphics device, `cuda` and `cuda:N` for one of NVIDIA's.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a name that no build knows, [`Error::Unsupported`] for one that this build does not know, and
 /// [`Error::Device`] when there is no such device.
 pub fn backend(name: &str) -> Result<Box<dyn Backend>> {
-    if name == "cpu" {
-        return Ok(Box::new(cpu::Cpu));
+    match name.split(':').next() {
+        Some("cpu") if name == "cpu" => Ok(Box::new(cpu::Cpu)),
+        #[cfg(feature = "wgpu")]
+        Some("wgpu") => Ok(Box::new(wgpu::Wgpu::named(name)?)),
+        #[cfg(not(feature = "wgpu"))]
+        Some("wgpu") => Err(Error::unsupported(format!(
+            "device '{name}' is a graphics device, which this build does not know; build it with `--features wgpu`"
+        ))),
+        #[cfg(feature = "cuda")]
+        Some("cuda") => Ok(Box::new(cuda::Cuda::named(name)?)),
+        #[cfg(not(feature = "cuda"))]
+        Some("cuda") => Err(Error::unsupported(format!(
+            "device '{name}' is one of NVIDIA's, which this build does not know; build it with `--features cuda`"
+        ))),
+        _ => Err(Error::invalid(format!("unknown device '{name}', expected cpu, wgpu, wgpu:N, cuda or cuda:N"))),
     }
-    if name != "wgpu" && !name.starts_with("wgpu:") {
-        return Err(Error::invalid(format!("unknown device '{name}', expected cpu, wgpu or wgpu:N")));
-    }
-    #[cfg(feature = "wgpu")]
-    return Ok(Box::new(wgpu::Wgpu::named(name)?));
-    #[cfg(not(feature = "wgpu"))]
-    Err(Error::unsupported(format!(
-        "device '{name}' is a graphics device, which this build does not know; build it with `--features wgpu`"
-    )))
 }
 
 /// Refuses activations or results of the wrong size.

@@ -4,6 +4,7 @@
 //! bytes, names and JSON. Long work runs on a thread of its own, so that the calling one can see Ctrl-C and call back.
 
 mod artifact;
+mod cuda;
 mod device;
 mod gemm;
 mod run;
@@ -363,6 +364,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<artifact::PyEntry>()?;
     module.add_class::<PyMatrix>()?;
     module.add_class::<device::DeviceMatrix>()?;
+    module.add_class::<cuda::CudaDevice>()?;
     module.add_function(wrap_pyfunction!(main, module)?)?;
     module.add_function(wrap_pyfunction!(compress, module)?)?;
     module.add_function(wrap_pyfunction!(decompress, module)?)?;
@@ -375,5 +377,9 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(gemm::multiply, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::decode_rows, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::use_openmp, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_use_compiler, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_compile, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_plan, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_devices, module)?)?;
     Ok(())
 }

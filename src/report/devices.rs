@@ -13,6 +13,31 @@ pub struct Devices {
     /// Nothing in a build that knows no graphics devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wgpu: Option<Vec<Adapter>>,
+    /// Nothing in a build that knows no devices of NVIDIA's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cuda: Option<Cuda>,
+}
+
+/// NVIDIA's devices, and what is missing to multiply on them.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Cuda {
+    pub devices: Vec<CudaDevice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compiler: Option<String>,
+    pub missing: Vec<String>,
+}
+
+/// A device of NVIDIA's.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct CudaDevice {
+    pub device: String,
+    pub name: String,
+    pub capability: String,
+    pub multiprocessors: usize,
+    pub memory_bytes: u64,
+    pub shared_bytes: u64,
 }
 
 /// The instruction sets for each arithmetic of products, the best one last.
@@ -60,7 +85,11 @@ impl Devices {
         let wgpu = Some(crate::gemm::wgpu::adapters().into_iter().map(Adapter::from).collect());
         #[cfg(not(feature = "wgpu"))]
         let wgpu = None;
-        Self { schema: "tenpak.devices/1", cpu, wgpu }
+        #[cfg(feature = "cuda")]
+        let cuda = Some(Cuda::new());
+        #[cfg(not(feature = "cuda"))]
+        let cuda = None;
+        Self { schema: "tenpak.devices/1", cpu, wgpu, cuda }
     }
 }
 
@@ -85,5 +114,26 @@ impl From<crate::gemm::wgpu::Adapter> for Adapter {
             binding_bytes: adapter.binding_bytes,
             workgroup_bytes: adapter.workgroup_bytes,
         }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Cuda {
+    fn new() -> Self {
+        use crate::gemm::cuda;
+        let mut missing = Vec::new();
+        let mut found = |error: crate::Error| missing.push(error.to_string());
+        let devices = cuda::devices().map_err(&mut found).unwrap_or_default();
+        let compiler = cuda::nvrtc::version().map_err(&mut found).ok();
+        let devices = devices.into_iter().map(|device| CudaDevice {
+            device: format!("cuda:{}", device.index),
+            name: device.name,
+            capability: format!("{}.{}", device.capability.0, device.capability.1),
+            multiprocessors: device.multiprocessors,
+            memory_bytes: device.memory_bytes,
+            shared_bytes: device.shared_bytes as u64,
+        });
+        let compiler = compiler.map(|(major, minor)| format!("NVRTC {major}.{minor}"));
+        Self { devices: devices.collect(), compiler, missing }
     }
 }

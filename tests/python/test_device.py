@@ -63,7 +63,7 @@ def test_tensors_of_an_artifact_are_taken_once_and_go_with_it(tmp_path: Path, sa
 def test_devices_that_are_not_there_are_refused_by_name(rng: np.random.Generator) -> None:
     weights = tenpak.encode(rng.standard_normal((8, 32)).astype(np.float32), "int4_g8_v1")
     x = np.ones((1, 32), np.float32)
-    with pytest.raises(tenpak.InvalidError, match="unknown device 'gpu', expected cpu, wgpu or wgpu:N"):
+    with pytest.raises(tenpak.InvalidError, match="unknown device 'gpu', expected cpu, wgpu, wgpu:N, cuda or cuda:N"):
         tenpak.matmul(x, weights, device="gpu")
     with pytest.raises(tenpak.TenpakError, match="there is no device wgpu:99, expected wgpu:0"):
         tenpak.matmul(x, weights, device="wgpu:99")

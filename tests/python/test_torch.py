@@ -63,7 +63,7 @@ def check(layer: tt.QuantizedLinear, x: torch.Tensor, act: str | None = None) ->
     y = layer(x)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], layer.out_features)
     want = x.double() @ layer.decode(torch.float64).T
-    limit = bound(layer, x, act or _ops.default_act(x.dtype))
+    limit = bound(layer, x, act or _ops.default_act(x))
     assert torch.all((y.double() - want).abs() <= limit), f"{layer.codec} {x.dtype} {tuple(x.shape)}"
 
 

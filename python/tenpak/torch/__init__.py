@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("tenpak.torch needs PyTorch, which is not installed; pip install 'tenpak[torch]'") from error
 
+from . import _cuda as _cuda
 from ._embedding import QuantizedEmbedding
 from ._experts import QuantizedStack
 from ._linear import G8Linear, QuantizedLinear, QuantizedLinearInt4

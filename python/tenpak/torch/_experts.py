@@ -130,7 +130,7 @@ class QuantizedStack(Quantized):
         UnsupportedError
             No backend for the device.
         """
-        act = self.act or _ops.default_act(input.dtype)
+        act = self.act or _ops.default_act(input)
         y: torch.Tensor = _ops.grouped_linear(input, ends, *self.matrix, act)
         return y
 

@@ -272,7 +272,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         UnsupportedError
             No backend for the device.
         """
-        act = self.act or _ops.default_act(input.dtype)
+        act = self.act or _ops.default_act(input)
         bias = self._parameters["bias"]
         if self.backend != "cpu":
             y = _ops.device_linear(input, *self.matrix, act, self.backend)

@@ -43,9 +43,11 @@ _library.define(f"dequantize({_MATRIX}, ScalarType dtype) -> Tensor", tags=_tags
 _library.define(f"embedding(Tensor ids, {_MATRIX}, ScalarType dtype) -> Tensor", tags=_tags)
 
 
-def default_act(dtype: torch.dtype) -> str:
-    """Return the arithmetic for activations of ``dtype`` where none was asked for."""
-    return "bfloat16" if dtype is torch.bfloat16 else "float32"
+def default_act(x: torch.Tensor) -> str:
+    """Return the arithmetic for activations where none was asked for; on CUDA halves are what tensor cores take."""
+    if x.dtype is torch.float16 and x.is_cuda:
+        return "float16"
+    return "bfloat16" if x.dtype is torch.bfloat16 else "float32"
 
 
 def _planes(

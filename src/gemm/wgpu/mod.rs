@@ -73,7 +73,7 @@ impl Default for Options {
             half: true,
             units: MatrixUnits::default(),
             binding_bytes: None,
-            pipelines: store::usual_folder(),
+            pipelines: super::kept::usual_folder(),
         }
     }
 }

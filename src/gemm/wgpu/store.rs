@@ -1,19 +1,14 @@
 //! Compiled kernels on disk, where the driver gives them out: compiling them again takes longer than most products.
 //!
-//! A file holds the digest of the data and the data, and appears whole or not at all. The driver checks by itself that
-//! data are of its own version, so that a wrong file costs no more than compiling.
+//! The driver checks by itself that data are of its own version, so that a wrong file costs no more than compiling.
 
 #![expect(unsafe_code, reason = "the driver trusts data of its own, and wgpu says so")]
 
-use std::ffi::OsStr;
-use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use wgpu::{AdapterInfo, PipelineCache, PipelineCacheDescriptor};
 
-/// Bytes of the digest at the beginning of a file.
-const DIGEST: usize = 32;
+use crate::gemm::kept::{DIGEST, read, write};
 
 /// Kernels of one device on disk.
 #[derive(Debug)]
@@ -65,35 +60,4 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.save();
     }
-}
-
-/// Digest and data of a file that is sound.
-fn read(path: &Path) -> Option<([u8; DIGEST], Vec<u8>)> {
-    let mut bytes = fs::read(path).ok()?;
-    let digest = *bytes.first_chunk::<DIGEST>()?;
-    bytes.drain(..DIGEST);
-    (*blake3::hash(&bytes).as_bytes() == digest).then_some((digest, bytes))
-}
-
-fn write(path: &Path, digest: &[u8], data: &[u8]) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(digest)?;
-    file.write_all(data)?;
-    file.persist(path)?;
-    Ok(())
-}
-
-/// The user's folder for what can be made again, by the customs of the system; nothing where the user has no home.
-pub(super) fn usual_folder() -> Option<PathBuf> {
-    let folder = |name: &str| std::env::var_os(name).filter(|value| value != OsStr::new("")).map(PathBuf::from);
-    let caches = if cfg!(windows) {
-        folder("LOCALAPPDATA")
-    } else if cfg!(target_os = "macos") {
-        folder("HOME").map(|home| home.join("Library/Caches"))
-    } else {
-        folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")))
-    };
-    caches.map(|caches| caches.join("tenpak"))
 }

@@ -1,0 +1,39 @@
+// Puts activations into the order of `fragments.cuh`, for kernels that read them many times: tiles of `tile` rows,
+// each with all its blocks of columns, rows beyond the last one filled with zeros.
+//
+// Work: a block takes a row of a tile. With `ends`, which say where the rows of each of `experts` matrices end, a tile
+// has rows of one of them only; tiles that there are none for are left as they are. What decides the shape: a row needs
+// its greatest magnitude before its first number is written, and a block finds that without another kernel.
+#include "fragments.cuh"
+#include "tiles.cuh"
+
+KERNEL void __launch_bounds__(256) tenpak_prepare(
+    const void *x, const float *column_scales, const int *ends, u32 experts, u32 m, u32 cols, u32 tile_rows,
+    uint4 *fragments, float *inverses
+) {
+    __shared__ u32 magnitude;
+    Tile tile = tile_of(ends, experts, m, tile_rows, blockIdx.y);
+    u32 r = blockIdx.x, row = tile.first + r, blocks = blocks_of(cols);
+    if (tile.rows == 0) return;
+    bool scaled = !fits_halves(column_scales), empty = r >= tile.rows;
+    if (scaled && !empty) {
+        if (threadIdx.x == 0) magnitude = 0;
+        __syncthreads();
+        u32 most = 0;
+        for (u32 o = threadIdx.x; o < blocks * OCTETS; o += 256) {
+            float eight[8];
+            load_activations(x, column_scales, row, o * 8, cols, eight);
+            most = greatest(eight, most);
+        }
+        if (most > 0) atomicMax(&magnitude, most);
+        __syncthreads();
+    }
+    float factor = scaled && !empty ? factor_of(magnitude) : 1.0f;
+    uint4 *own = fragments + (size_t)blockIdx.y * blocks * OCTETS * tile_rows;
+    for (u32 o = threadIdx.x; o < blocks * OCTETS; o += 256) {
+        float eight[8] = {};
+        if (!empty) load_activations(x, column_scales, row, o * 8, cols, eight);
+        own[vector_of(o / OCTETS, o % OCTETS, r, tile_rows)] = fragment(eight, factor);
+    }
+    if (threadIdx.x == 0) inverses[blockIdx.y * tile_rows + r] = scaled && !empty ? inverse_of(magnitude) : 1.0f;
+}
