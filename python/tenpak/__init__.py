@@ -237,12 +237,14 @@ def export(
         Directory or file to write.
     to
         ``hf`` for a Hugging Face directory of safetensors, ``tenpak`` for one file: both ways lose nothing.
-        ``compressed-tensors``, ``gptq``, ``awq``, ``mlx`` or ``gguf`` (one file) for other engines: codes and scales exactly as they are, or an
-        error; embeddings and heads are decoded. ``safetensors`` for a directory of decoded weights.
+        ``compressed-tensors``, ``gptq``, ``awq``, ``mlx`` or ``gguf`` (one file) for other engines: codes and scales
+        exactly as they are, or an error; embeddings and heads are decoded. ``safetensors`` for a directory of decoded
+        weights.
     max_shard_size
         Most bytes of one shard of a directory.
     allow_requantize
-        Quantize anew, from their decoded weights, matrices that an engine has no exact layout for; the report names them.
+        Quantize anew, from their decoded weights, matrices that an engine has no exact layout for; the report names
+        them.
     dry_run
         Report what would be written, to the byte.
     force, threads, progress
