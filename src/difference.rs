@@ -20,9 +20,9 @@ use crate::tensor::{self, TensorInfo};
 #[derive(Debug)]
 pub enum Model {
     /// Planes.
-    Artifact(ArtifactFile),
+    Artifact(Box<ArtifactFile>),
     /// Tensors.
-    Source(Source),
+    Source(Box<Source>),
 }
 
 impl Model {
@@ -33,9 +33,9 @@ impl Model {
     pub fn open(path: &Path, access: Access, limits: &Limits) -> Result<Self> {
         let directory = path.is_dir() && path.join(HEADER_FILE).is_file();
         if directory || path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tenpak")) {
-            return ArtifactFile::open_with(path, access, limits).map(Self::Artifact);
+            return ArtifactFile::open_with(path, access, limits).map(|artifact| Self::Artifact(Box::new(artifact)));
         }
-        source::open(path, &source::Options { access, limits: limits.clone() }).map(Self::Source)
+        source::open(path, &source::Options { access, limits: *limits }).map(|source| Self::Source(Box::new(source)))
     }
 
     fn infos(&self) -> Vec<&TensorInfo> {

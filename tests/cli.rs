@@ -318,31 +318,15 @@ fn diff_exits_with_0_where_nothing_differs_and_with_1_and_says_what() {
     assert_eq!(row(&decoded, name)["status"], "stored");
 
     // Shapes, bytes, and tensors of one side.
-    let f32s = |shape: Vec<u64>, value: f32| {
+    let of = |name: &str, dtype, shape: Vec<u64>, bytes| Tensor { name: name.into(), dtype, shape, bytes };
+    let f32s = |name: &str, shape: Vec<u64>, value: f32| {
         let count = shape.iter().product::<u64>();
-        (DType::F32, shape, (0..count).flat_map(|_| value.to_le_bytes()).collect::<Vec<u8>>())
+        of(name, DType::F32, shape, (0..count).flat_map(|_| value.to_le_bytes()).collect())
     };
-    let save = |file: &str, tensors: &[(&str, (DType, Vec<u64>, Vec<u8>))]| {
-        let tensors: Vec<Tensor> = tensors
-            .iter()
-            .map(|(name, (dtype, shape, data))| Tensor {
-                name: (*name).into(),
-                dtype: *dtype,
-                shape: shape.clone(),
-                bytes: data.clone(),
-            })
-            .collect();
-        shell.0.checkpoint(file, &tensors);
-    };
-    let ids = |last: u8| (DType::U8, vec![2], vec![1, last]);
-    save(
-        "x.safetensors",
-        &[("a", f32s(vec![2, 3], 1.0)), ("b", f32s(vec![4], 1.0)), ("i", ids(1)), ("n", f32s(vec![1], f32::NAN))],
-    );
-    save(
-        "y.safetensors",
-        &[("a", f32s(vec![3, 2], 1.0)), ("c", f32s(vec![4], 1.0)), ("i", ids(2)), ("n", f32s(vec![1], f32::NAN))],
-    );
+    for (file, shape, name, last) in [("x.safetensors", vec![2, 3], "b", 1), ("y.safetensors", vec![3, 2], "c", 2)] {
+        let (a, own, n) = (f32s("a", shape, 1.0), f32s(name, vec![4], 1.0), f32s("n", vec![1], f32::NAN));
+        shell.0.checkpoint(file, &[a, own, of("i", DType::U8, vec![2], vec![1, last]), n]);
+    }
     let report = run("diff x.safetensors y.safetensors", 1);
     let status = |name: &str| row(&report, name)["status"].as_str().unwrap().to_owned();
     assert_eq!(["a", "b", "c", "i", "n"].map(status), ["shape", "only_first", "only_second", "values", "same"]);
