@@ -3,11 +3,12 @@
 //! Tensors are matched by name. What both artifacts hold in the same bytes is not read at all: their digests say so.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
 use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::artifact::{ArtifactFile, HEADER_FILE};
+use crate::artifact::{ArtifactFile, HEADER_FILE, MAGIC};
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::file::Access;
@@ -31,8 +32,10 @@ impl Model {
     /// # Errors
     /// Those of [`ArtifactFile::open_with`] and [`source::open`].
     pub fn open(path: &Path, access: Access, limits: &Limits) -> Result<Self> {
-        let directory = path.is_dir() && path.join(HEADER_FILE).is_file();
-        if directory || path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tenpak")) {
+        let mut start = [0; MAGIC.len()];
+        let begins = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut start));
+        let named = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tenpak"));
+        if named || path.join(HEADER_FILE).is_file() || (begins.is_ok() && start == MAGIC) {
             return ArtifactFile::open_with(path, access, limits).map(|artifact| Self::Artifact(Box::new(artifact)));
         }
         source::open(path, &source::Options { access, limits: *limits }).map(|source| Self::Source(Box::new(source)))

@@ -220,6 +220,7 @@ def export(
     output: Path,
     to: str = "hf",
     *,
+    codec: str | None = None,
     max_shard_size: int = 5_000_000_000,
     allow_requantize: bool = False,
     force: bool = False,
@@ -232,7 +233,7 @@ def export(
     Parameters
     ----------
     artifact
-        Artifact to read: a file or a directory.
+        Artifact to read: a file or a directory. For another engine also a checkpoint, which is compressed on the way.
     output
         Directory or file to write.
     to
@@ -240,6 +241,9 @@ def export(
         ``compressed-tensors``, ``gptq``, ``awq``, ``mlx`` or ``gguf`` (one file) for other engines: codes and scales
         exactly as they are, or an error; embeddings and heads are decoded. ``safetensors`` for a directory of decoded
         weights.
+    codec
+        Of a checkpoint's linear weights, instead of the engine's first whose groups divide all rows; the rest stays as
+        it is.
     max_shard_size
         Most bytes of one shard of a directory.
     allow_requantize
@@ -265,6 +269,7 @@ def export(
             os.fspath(artifact),
             os.fspath(output),
             to,
+            codec,
             max_shard_size,
             allow_requantize,
             force,

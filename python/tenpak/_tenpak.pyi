@@ -189,6 +189,7 @@ def export(
     artifact: str,
     output: str,
     to: str,
+    codec: str | None,
     max_shard_size: int,
     allow_requantize: bool,
     force: bool,

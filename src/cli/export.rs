@@ -8,8 +8,9 @@ use clap::{Args, ValueEnum};
 use super::progress::Bar;
 use super::report::thousands;
 use super::{Context, Input, Outcome};
+use crate::codecs;
 use crate::error::Result;
-use crate::export::{Conversion, MAX_SHARD_BYTES, To, convert, plan};
+use crate::export::{Conversion, MAX_SHARD_BYTES, To, convert, exporting, plan};
 use crate::report;
 
 /// Write an artifact in another form, its weights as they are stored, or as the checkpoint of another engine
@@ -26,6 +27,9 @@ pub(super) struct Arguments {
     /// Most bytes of one shard of a directory
     #[arg(long, default_value_t = MAX_SHARD_BYTES, value_name = "BYTES")]
     max_shard_size: u64,
+    /// From a checkpoint instead of an artifact: codec of the linear weights, instead of the engine's first that fits
+    #[arg(long, value_name = "ID")]
+    codec: Option<String>,
     /// Quantize anew what the engine has no exact layout for, from its decoded weights
     #[arg(long)]
     allow_requantize: bool,
@@ -59,7 +63,6 @@ enum Target {
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
-    let artifact = context.artifact(input)?;
     let how = Conversion {
         to: match arguments.to {
             Target::Hf => To::Hf,
@@ -76,14 +79,20 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
         allow_requantize: arguments.allow_requantize,
     };
     let start = Instant::now();
+    let codec = arguments.codec.as_deref().map(codecs::get).transpose()?;
+    let exporting = {
+        let bar = Bar::new(context.common, context.signals);
+        exporting(input, context.access(), &arguments.output, &how, codec, &mut |progress| bar.step(progress))?
+    };
+    let artifact = &exporting.artifact;
     let exported = if arguments.dry_run {
-        plan(&artifact, &arguments.output, &how)?
+        plan(artifact, &arguments.output, &how)?
     } else {
         let bar = Bar::new(context.common, context.signals);
-        convert(&artifact, &arguments.output, &how, &mut |progress| bar.step(progress))?
+        convert(artifact, &arguments.output, &how, &mut |progress| bar.step(progress))?
     };
     let seconds = (!arguments.dry_run).then(|| start.elapsed().as_secs_f64());
-    let report = report::Export::new(input, &arguments.output, how.to, &artifact, exported, seconds);
+    let report = report::Export::new(input, &arguments.output, how.to, artifact, exported, seconds);
     if context.json() {
         context.print_json(&report);
         return Ok(Outcome::Done);

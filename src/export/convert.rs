@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::engine::{self, Awq, CompressedTensors, Format, Gptq, Mlx};
+use super::engine::{self, Awq, CompressedTensors, Format, Gptq, Holds, Mlx};
 use super::{Exported, Options, card, decompress, gguf, hf};
 use crate::artifact::{ArtifactFile, HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
@@ -54,6 +54,18 @@ impl To {
     fn format(self) -> Option<&'static dyn Format> {
         match self {
             Self::Hf | Self::Tenpak | Self::Safetensors | Self::Gguf => None,
+            Self::CompressedTensors => Some(&CompressedTensors),
+            Self::Gptq => Some(&Gptq),
+            Self::Awq => Some(&Awq),
+            Self::Mlx => Some(&Mlx),
+        }
+    }
+
+    /// Which matrices the target holds, where it is the format of an engine.
+    pub(super) fn holds(self) -> Option<&'static dyn Holds> {
+        match self {
+            Self::Gguf => Some(&gguf::Gguf),
+            Self::Hf | Self::Tenpak | Self::Safetensors => None,
             Self::CompressedTensors => Some(&CompressedTensors),
             Self::Gptq => Some(&Gptq),
             Self::Awq => Some(&Awq),

@@ -9,12 +9,14 @@ mod json;
 mod npz;
 mod safetensors;
 mod spool;
+mod through;
 
 use std::path::{Path, PathBuf};
 
 pub use convert::{Conversion, To, convert, plan};
 use rayon::prelude::*;
 use spool::Spool;
+pub use through::{Exporting, exporting};
 
 use crate::artifact::{ArtifactFile, Entry};
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};

@@ -14,6 +14,15 @@ use crate::error::{Error, Result};
 pub use tree::OutputDirectory;
 pub(crate) use tree::preflight;
 
+/// A hidden folder beside `target`, gone with what it returns.
+///
+/// # Errors
+/// [`Error::Io`] when the directory above cannot be written.
+pub(crate) fn folder_beside(target: &Path) -> Result<tempfile::TempDir> {
+    let folder = tempfile::Builder::new().prefix(".tenpak-").suffix(".tmp").tempdir_in(directory(target));
+    folder.map_err(|e| Error::io(target, e))
+}
+
 /// A file under way to its name.
 #[derive(Debug)]
 pub struct OutputFile {

@@ -82,11 +82,7 @@ impl OutputDirectory {
     pub fn create(target: &Path) -> Result<Self> {
         // A symbolic link keeps pointing; what it points to is replaced.
         let target = std::fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
-        let temp = tempfile::Builder::new()
-            .prefix(".tenpak-")
-            .suffix(".tmp")
-            .tempdir_in(directory(&target))
-            .map_err(|e| Error::io(&target, e))?;
+        let temp = super::folder_beside(&target)?;
         let replaces = target.is_dir();
         Ok(Self { target, temp, replaces })
     }

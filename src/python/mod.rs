@@ -156,13 +156,14 @@ fn decompress(
 
 /// Writes an artifact in another form; the report as JSON.
 #[pyfunction]
-#[pyo3(signature = (artifact, output, to, max_shard_size, allow_requantize, force, threads, dry_run, progress))]
+#[pyo3(signature = (artifact, output, to, codec, max_shard_size, allow_requantize, force, threads, dry_run, progress))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn export(
     py: Python<'_>,
     artifact: PathBuf,
     output: PathBuf,
     to: &str,
+    codec: Option<&str>,
     max_shard_size: u64,
     allow_requantize: bool,
     force: bool,
@@ -172,16 +173,18 @@ fn export(
 ) -> PyResult<String> {
     let to = to.parse::<exports::To>().map_err(|e| run::raise(py, e))?;
     let how = exports::Conversion { to, force, max_shard_bytes: max_shard_size, allow_requantize };
+    let codec = codec.map(codecs::get).transpose().map_err(|e| run::raise(py, e))?;
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
-        let opened = crate::artifact::ArtifactFile::open(&artifact)?;
+        let exporting = exports::exporting(&artifact, Access::Map, &output, &how, codec, on_progress)?;
+        let opened = &exporting.artifact;
         let exported = if dry_run {
-            exports::plan(&opened, &output, &how)?
+            exports::plan(opened, &output, &how)?
         } else {
-            exports::convert(&opened, &output, &how, on_progress)?
+            exports::convert(opened, &output, &how, on_progress)?
         };
         let seconds = (!dry_run).then(|| start.elapsed().as_secs_f64());
-        json(&report::Export::new(&artifact, &output, to, &opened, exported, seconds))
+        json(&report::Export::new(&artifact, &output, to, opened, exported, seconds))
     })
 }
 

@@ -20,6 +20,7 @@ from conftest import read_safetensors, write_safetensors
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
 
+SHARD = "model.safetensors"
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 #: Codecs that each target holds.
 HELD = {
@@ -270,6 +271,28 @@ def test_a_plan_foretells_every_byte(made: Made, tmp_path: Path, to: str) -> Non
         index = json.loads((out / "model.safetensors.index.json").read_text())
         names = {name for shard in out.glob("*.safetensors") for name in read_safetensors(shard)}
         assert set(index["weight_map"]) == names and len(set(index["weight_map"].values())) > 1
+
+
+def test_a_checkpoint_is_exported_at_once(made: Made, tmp_path: Path) -> None:
+    # The sample's rows are multiples of 128, so the first codec of each format fits.
+    for to, codec in [("gptq", "int4_sym_g128_fp16_v1"), ("awq", "int4_zp_g128_fp16_v1"), ("gguf", "int4_g32_fp16_v1")]:
+        out = tmp_path / ("out.gguf" if to == "gguf" else to)
+        tenpak.export(made.model, out, to)
+        ours, theirs = (
+            (out, made.exported(codec, to)) if out.is_file() else (out / SHARD, made.exported(codec, to) / SHARD)
+        )
+        if to != "gguf":  # Its keys have the name of the model.
+            assert ours.read_bytes() == theirs.read_bytes()
+        assert tenpak.export(made.model, out, to, dry_run=True, force=True)["files"][0]["bytes"] == ours.stat().st_size
+    tenpak.export(made.model, tmp_path / "g32", "gptq", codec="int4_sym_g64_fp16_v1")
+    assert json.loads((tmp_path / "g32" / "quantize_config.json").read_text())["group_size"] == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["awq", "g32", "gptq", "out.gguf"], "nothing is left"
+    with pytest.raises(tenpak.InvalidError, match="run tenpak compress first"):
+        tenpak.export(made.model, tmp_path / "hf", "hf")
+    with pytest.raises(tenpak.InvalidError, match="codes stay as they are"):
+        tenpak.export(made.artifact("int4_g32_fp16_v1"), tmp_path / "x", "mlx", codec="int4_g32_fp16_v1")
+    with pytest.raises(tenpak.InvalidError, match="exists"):
+        tenpak.export(made.model, made.model, "gptq")
 
 
 def test_what_has_no_place_is_refused_with_the_remedy_or_quantized_anew_and_named(made: Made, tmp_path: Path) -> None:
