@@ -33,7 +33,7 @@ pub struct Exporting {
 ///
 /// # Errors
 /// [`Error::Invalid`] for a codec of an artifact's, or for a checkpoint where the target is no engine's format, exists or is
-/// the checkpoint; those of opening and of [`compress`].
+/// the checkpoint; those of opening and of [`compress()`].
 pub fn exporting(
     input: &Path,
     access: Access,

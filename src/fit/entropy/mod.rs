@@ -3,7 +3,7 @@
 //! One step serves the whole matrix, and the coder's contexts spend bits where deviations are large: for an entropy
 //! coder that is where they belong, so scales per group would only cost. A code is chosen for its error *and* its bits,
 //! `error² + λ · bits`, along a trellis, which gains about one decibel over rounding at equal bits. What lies beyond the
-//! codes is in [`mod@reach`].
+//! codes is in the module `reach`.
 
 #![expect(
     clippy::cast_possible_truncation,
