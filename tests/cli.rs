@@ -378,7 +378,7 @@ fn bench_measures_a_device_where_one_is_named_and_refuses_unknown_ones() {
     assert!(table.contains("x · w") && table.contains("GB/s that cpu decodes"), "{table}");
     assert!(!shell.run("bench m.safetensors --codec int4_g8_v1", 0).contains("x · w"));
     for name in ["gpu", "wgpu0", "CPU"] {
-        assert!(shell.run(&bench(name), 2).contains("expected cpu, wgpu or wgpu:N"), "{name}");
+        assert!(shell.run(&bench(name), 2).contains("expected cpu, wgpu, wgpu:N, cuda or cuda:N"), "{name}");
     }
     let said = text(&shell.output(&bench("wgpu:99")).stderr);
     if cfg!(feature = "wgpu") {

@@ -63,14 +63,7 @@ impl To {
 
     /// Which matrices the target holds, where it is the format of an engine.
     pub(super) fn holds(self) -> Option<&'static dyn Holds> {
-        match self {
-            Self::Gguf => Some(&gguf::Gguf),
-            Self::Hf | Self::Tenpak | Self::Safetensors => None,
-            Self::CompressedTensors => Some(&CompressedTensors),
-            Self::Gptq => Some(&Gptq),
-            Self::Awq => Some(&Awq),
-            Self::Mlx => Some(&Mlx),
-        }
+        if self == Self::Gguf { Some(&gguf::Gguf) } else { self.format().map(|format| format as &dyn Holds) }
     }
 
     /// The form that the name of an output asks for: a file where it ends in `.tenpak`, otherwise a directory.
