@@ -103,7 +103,7 @@ def test_export_goes_both_ways_in_python(cli: Cli, tmp_path: Path, sample_model:
     with pytest.raises(tenpak.InvalidError, match="exists"):
         tenpak.export(file, folder)
     with pytest.raises(tenpak.InvalidError, match="expected hf or tenpak"):
-        tenpak.export(file, tmp_path / "x", "gguf")
+        tenpak.export(file, tmp_path / "x", "ggml")
     with pytest.raises(tenpak.InvalidError, match="tenpak compress"):
         tenpak.open(sample_model)
     with pytest.raises(tenpak.UnsupportedError, match="tenpak decompress"):
