@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::codec::{Codec, Encoded};
 use crate::coding;
-use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
+use crate::compress::{BLOCK_BYTES, OnProgress, Progress, padded};
 use crate::error::{Error, Result};
 use crate::fit::{Fit, Rate, entropy};
 use crate::gemm::{Act, Backend, Weights};
@@ -173,24 +173,19 @@ fn measure(
         let middle = Instant::now();
         let mut codes = vec![0; whole.len()];
         coding::Stream::open(&quantized.stream, height, width)?.decode_all(&mut codes)?;
-        let scales = quantized.scales.par_iter().zip(codes.par_chunks(width.max(1)));
-        let decode = |(&scale, codes): (&f32, &[u8])| -> Vec<f32> {
-            codes.iter().map(|&code| f32::from(i16::from(code) - 128) * scale).collect()
-        };
-        let decoded: Vec<f32> = scales.map(decode).flatten_iter().collect();
+        let stride = rows[i].codec.grouped()?.code_stride(width);
+        let scales = quantized.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        let planes = vec![padded(codes, stride, width)?, scales];
+        let encoded =
+            Encoded::from_planes(rows[i].codec, height, width, planes)?.with_extras(None, &quantized.outliers)?;
+        let mut decoded = vec![0.0; whole.len()];
+        encoded.decode_into(&mut decoded);
         let end = Instant::now();
-        let bytes = quantized.stream.len() + quantized.scales_stream.len();
+        let beside =
+            encoded.planes().skip(rows[i].codec.layout.planes().len()).map(|(_, plane)| plane.len()).sum::<usize>();
+        let bytes = quantized.stream.len() + quantized.scales_stream.len() + beside;
         rows[i].take(bytes as u64, [middle - start, end - middle], &whole, &decoded);
-        if device.is_some() {
-            let stride = rows[i].codec.grouped()?.code_stride(width);
-            let mut plane = vec![0; height * stride];
-            for (to, from) in plane.chunks_exact_mut(stride.max(1)).zip(codes.chunks_exact(width.max(1))) {
-                to[..width].copy_from_slice(from);
-            }
-            let scales = quantized.scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
-            let encoded = Encoded::from_planes(rows[i].codec, height, width, vec![plane, scales])?;
-            rows[i].run(device, &encoded, &mut vec![0.0; whole.len()])?;
-        }
+        rows[i].run(device, &encoded, &mut decoded)?;
         rows[i].count(tensor.info().elements());
     }
     for &i in &counting {

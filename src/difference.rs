@@ -158,13 +158,8 @@ impl Differences {
 /// [`Error::Invalid`] for a delta; those of reading; and whatever `on_progress` returns.
 pub fn compare(first: &Model, second: &Model, on_progress: &mut OnProgress<'_>) -> Result<Differences> {
     for model in [first, second] {
-        if let Model::Artifact(artifact) = model
-            && artifact.header().delta().is_some()
-        {
-            let path = artifact.path().display();
-            return Err(Error::invalid(format!(
-                "{path} is a delta and has only what differs from its base; run tenpak materialize first"
-            )));
+        if let Model::Artifact(artifact) = model {
+            artifact.refuse_delta()?;
         }
     }
     let (ours, theirs) = (first.infos(), second.infos());

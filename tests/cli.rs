@@ -370,6 +370,24 @@ fn devices_lists_the_processor_and_says_whether_this_build_knows_graphics_device
 }
 
 #[test]
+fn bench_counts_what_lies_beyond_the_codes_as_compress_does() {
+    let shell = Shell::new();
+    // Two of these weights are beyond 127 steps of any step that 4.5 bits allow.
+    let weight = |i: usize| if i % 5000 == 77 { 300.0 } else { ((i * 7919 % 1000) as f32 - 500.0) / 500.0 };
+    let bytes = (0..64 * 128).flat_map(|i| weight(i).to_le_bytes()).collect();
+    let name = "layers.0.mlp.up_proj.weight";
+    shell
+        .0
+        .checkpoint("m.safetensors", &[Tensor { name: name.into(), dtype: DType::F32, shape: vec![64, 128], bytes }]);
+    let compressed = shell.json("compress m.safetensors -o m.tenpak --codec ecu_v1 --target-bits 4.5", 0);
+    let planes = shell.json("inspect m.tenpak", 0)["tensors"][0]["planes"].clone();
+    assert!(planes.as_array().unwrap().iter().any(|plane| plane["plane"] == "outlier_values"), "{planes}");
+    let bench = shell.json("bench m.safetensors --codec ecu_v1", 0);
+    assert_eq!(bench["codecs"][0]["loss"], compressed["tensors"][0]["loss"]);
+    assert_eq!(bench["codecs"][0]["size"]["bytes"], compressed["tensors"][0]["stored_bytes"]);
+}
+
+#[test]
 fn bench_measures_a_device_where_one_is_named_and_refuses_unknown_ones() {
     let shell = Shell::new();
     shell.0.checkpoint("m.safetensors", &weights());

@@ -110,6 +110,20 @@ impl ArtifactFile {
         self.header.tensors()
     }
 
+    /// Refuses a delta, which is no model by itself.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where this is one.
+    pub(crate) fn refuse_delta(&self) -> Result<()> {
+        if self.header.delta().is_some() {
+            return Err(Error::invalid(format!(
+                "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
+                self.path().display()
+            )));
+        }
+        Ok(())
+    }
+
     /// The index of the tensor with this name.
     ///
     /// # Errors

@@ -37,6 +37,7 @@ use budget::Budget;
 pub(crate) use encode::encode_tensor;
 pub use forecast::{Expected, Frontier, Point, frontier};
 pub use form::{compress_as, plan_as};
+pub(crate) use rated::padded;
 use size::Settled;
 
 /// Source bytes that are in memory at once.

@@ -216,7 +216,7 @@ pub(super) fn load(
 }
 
 /// Codes in rows of whole words.
-fn padded(codes: Vec<u8>, stride: usize, cols: usize) -> Result<Vec<u8>> {
+pub(crate) fn padded(codes: Vec<u8>, stride: usize, cols: usize) -> Result<Vec<u8>> {
     if stride == cols {
         return Ok(codes);
     }

@@ -101,7 +101,7 @@ pub struct Conversion {
 /// # Errors
 /// Those of [`convert`] that can be known without reading planes.
 pub fn plan(artifact: &ArtifactFile, target: &Path, how: &Conversion) -> Result<Exported> {
-    refuse_delta(artifact)?;
+    artifact.refuse_delta()?;
     match how.to {
         To::Hf => {
             let plan = directory(artifact, how)?;
@@ -138,7 +138,7 @@ pub fn convert(
     how: &Conversion,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Exported> {
-    refuse_delta(artifact)?;
+    artifact.refuse_delta()?;
     match how.to {
         To::Hf => {
             OutputDirectory::check(target, how.force, HEADER_FILE, artifact.inputs())?;
@@ -208,17 +208,7 @@ fn file(
     Ok((target.to_owned(), written.file_bytes))
 }
 
-fn refuse_delta(artifact: &ArtifactFile) -> Result<()> {
-    if artifact.header().delta().is_some() {
-        return Err(Error::invalid(format!(
-            "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
-            artifact.path().display()
-        )));
-    }
-    Ok(())
-}
-
-/// The same for GGUF.
+/// A file of another name would not be taken for GGUF.
 fn check_gguf(target: &Path) -> Result<()> {
     if target.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
         return Ok(());

@@ -71,12 +71,7 @@ pub fn decompress(
     options: &Options,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Exported> {
-    if artifact.header().delta().is_some() {
-        return Err(Error::invalid(format!(
-            "{} is a delta and has only the tensors that differ from its base; run tenpak materialize first",
-            artifact.path().display()
-        )));
-    }
+    artifact.refuse_delta()?;
     if let Some(dtype) = options.dtype.filter(|d| !d.is_float()) {
         return Err(Error::invalid(format!("weights cannot be written as {dtype}, choose a float dtype")));
     }

@@ -127,7 +127,8 @@ impl Matrix<'_> {
         let outlier = |&place: &usize| Outlier {
             row: place / self.cols,
             column: place % self.cols,
-            value: f16::from_f32(self.weights[place] - base(place)),
+            // What was within the range before scales were fitted may be a little beyond it.
+            value: f16::from_f32((self.weights[place] - base(place)).clamp(f16::MIN.to_f32(), f16::MAX.to_f32())),
         };
         places.iter().map(outlier).collect()
     }
