@@ -23,11 +23,11 @@ pub(super) const MOST: usize = 8;
 /// Activations in the order in which codes come out of words.
 pub(super) struct Spread {
     /// Numbers in a row of `x`.
-    stride: usize,
+    pub(super) stride: usize,
     /// `[m][block][step][lane]`, zeros beyond the last column.
-    x: Aligned,
+    pub(super) x: Aligned,
     /// Numbers in a row of `sums`, whole vectors.
-    groups: usize,
+    pub(super) groups: usize,
     /// `[m][group]`, the sum of the activations; empty where nothing is added.
     sums: Aligned,
     /// The group of the first lane of every block.
@@ -38,7 +38,7 @@ pub(super) struct Spread {
 
 /// One row of a [`Spread`] that is still to be filled.
 pub(super) struct SpreadRow<'a> {
-    x: &'a mut [f32],
+    pub(super) x: &'a mut [f32],
     sums: &'a mut [f32],
 }
 

@@ -9,6 +9,8 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use super::few::{self, Spread, SpreadRow};
+#[cfg(target_arch = "x86_64")]
+use super::found;
 use super::many::{self, Packed, PackedPanel};
 use super::vector::Vector;
 use super::{Arranged, Product, Tile};
@@ -27,6 +29,8 @@ pub struct Isa {
     pack: unsafe fn(&[f32], usize, PackedPanel<'_>),
     few: unsafe fn(&Weights<'_>, &Spread, &mut Tile<'_>),
     many: unsafe fn(&Weights<'_>, &Packed, &mut Tile<'_>),
+    /// The layout by which a [`Spread`] makes room for the kernel of few rows.
+    room: fn(&Grouped) -> Grouped,
 }
 
 /// Stamps the generic code into a module with a table of its functions.
@@ -55,7 +59,7 @@ macro_rules! stamp {
                 many::multiply::<$lanes, $eight>(weights, packed, tile);
             }
 
-            pub(super) static ISA: Isa = Isa {
+            pub(super) const ISA: Isa = Isa {
                 name: stringify!($module),
                 lanes: <$lanes as crate::codec::lanes::Lanes>::N,
                 height: <$lanes as Vector>::HEIGHT,
@@ -63,6 +67,7 @@ macro_rules! stamp {
                 pack,
                 few,
                 many,
+                room: nested::plain,
             };
         }
     };
@@ -81,6 +86,33 @@ stamp!(
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,fma"
 );
 
+/// [`avx512`] with byte permutations that find levels of a bank.
+#[cfg(target_arch = "x86_64")]
+const VBMI: Isa =
+    Isa { name: "avx512vbmi", spread: spread_for_vbmi, few: few_with_vbmi, room: found::room, ..avx512::ISA };
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c,fma")]
+fn spread_for_vbmi(layout: &Grouped, x: &[f32], row: SpreadRow<'_>) {
+    if found::knows(layout) {
+        found::spread(x, row);
+    } else {
+        // SAFETY: this function enables what that one does.
+        unsafe { (avx512::ISA.spread)(layout, x, row) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,f16c,fma")]
+fn few_with_vbmi(weights: &Weights<'_>, spread: &Spread, tile: &mut Tile<'_>) {
+    if found::knows(weights.layout()) {
+        found::multiply(weights, spread, tile);
+    } else {
+        // SAFETY: this function enables more than that one does.
+        unsafe { (avx512::ISA.few)(weights, spread, tile) }
+    }
+}
+
 /// The instruction sets of this machine, the best one last.
 #[must_use]
 pub fn available() -> Vec<&'static Isa> {
@@ -96,6 +128,9 @@ pub fn available() -> Vec<&'static Isa> {
             && is_x86_feature_detected!("avx512dq")
         {
             found.push(&avx512::ISA);
+            if is_x86_feature_detected!("avx512vbmi") {
+                found.push(&VBMI);
+            }
         }
     }
     found
@@ -141,7 +176,7 @@ impl Isa {
     pub(super) fn room(&self, product: &Product<'_>) -> Arranged {
         let (weights, m) = (&product.weights, product.m);
         if m <= few::MOST {
-            Arranged::Few(Spread::new(&nested::plain(weights.layout()), weights.cols(), m, self.lanes))
+            Arranged::Few(Spread::new(&(self.room)(weights.layout()), weights.cols(), m, self.lanes))
         } else {
             Arranged::Many(Packed::new(weights.cols(), m, self.height))
         }

@@ -5,6 +5,8 @@
 
 mod aligned;
 mod few;
+#[cfg(target_arch = "x86_64")]
+mod found;
 pub mod isa;
 mod many;
 mod params;
