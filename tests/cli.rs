@@ -287,6 +287,29 @@ fn codecs_lists_the_registry_and_completions_know_every_verb() {
 }
 
 #[test]
+fn the_manual_has_a_page_for_every_verb_with_all_its_options() {
+    let shell = Shell::new();
+    let help = shell.run("--help", 0);
+    let verbs = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let verbs: Vec<_> =
+        verbs.filter_map(|line| line.split_whitespace().next()).filter(|verb| *verb != "help").collect();
+    assert!(verbs.contains(&"compress") && verbs.contains(&"man"), "{help}");
+    shell.run("man pages", 0);
+    let page = |name: &str| String::from_utf8(shell.bytes(&format!("pages/{name}.1"))).unwrap().replace('\\', "");
+    assert!(page("tenpak").contains("tenpak-compress(1)"));
+    for verb in &verbs {
+        let (page, help) = (page(&format!("tenpak-{verb}")), shell.run(&format!("{verb} --help"), 0));
+        for option in help.split(|c: char| c.is_whitespace() || "[],'`.<>".contains(c)).filter(|w| w.starts_with("--"))
+        {
+            assert!(page.contains(option.split('=').next().unwrap()), "{option} of {verb} is not in {page}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(shell.path("pages")).unwrap().count(), verbs.len() + 1);
+    assert!(shell.run("man pages", 2).contains("exists"));
+    shell.run("man pages --force", 0);
+}
+
+#[test]
 fn diff_exits_with_0_where_nothing_differs_and_with_1_and_says_what() {
     let shell = Shell::new();
     let run = |line: &str, code| shell.json(line, code);

@@ -59,6 +59,8 @@ enum Target {
     Mlx,
     /// GGUF, one file for llama.cpp: symmetric codes, or 4 bits with offsets, in groups of 32 or more
     Gguf,
+    /// ONNX, a directory with a graph of MatMulNBits for each matrix: 4 or 8 bits, symmetric or with zero points
+    Onnx,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
@@ -73,6 +75,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
             Target::Awq => To::Awq,
             Target::Mlx => To::Mlx,
             Target::Gguf => To::Gguf,
+            Target::Onnx => To::Onnx,
         },
         force: arguments.force,
         max_shard_bytes: arguments.max_shard_size,

@@ -20,6 +20,7 @@ mod devices;
 mod diff;
 mod export;
 mod inspect;
+mod man;
 mod materialize;
 mod plan;
 mod progress;
@@ -64,6 +65,7 @@ enum Verb {
     Codecs(codecs::Arguments),
     Devices(devices::Arguments),
     Completions(completions::Arguments),
+    Man(man::Arguments),
 }
 
 /// What every verb understands.
@@ -186,6 +188,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Codecs(_) => Ok(codecs::run(&mut context)),
         Verb::Devices(_) => Ok(devices::run(&mut context)),
         Verb::Completions(arguments) => Ok(completions::run(arguments, &mut context)),
+        Verb::Man(arguments) => man::run(arguments, &mut context),
     });
     let code = match result {
         Ok(Outcome::Done) => 0,

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::engine::{self, Awq, CompressedTensors, Format, Gptq, Holds, Mlx};
-use super::{Exported, Options, card, decompress, gguf, hf};
+use super::{Exported, Options, card, decompress, gguf, hf, onnx};
 use crate::artifact::{ArtifactFile, HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
+use crate::file::InputFile;
 use crate::output::{self, OutputDirectory, preflight};
 
 /// What an artifact is converted to.
@@ -29,6 +30,8 @@ pub enum To {
     Mlx,
     /// GGUF, one file: llama.cpp.
     Gguf,
+    /// ONNX, a graph for each matrix: onnxruntime.
+    Onnx,
 }
 
 impl To {
@@ -42,6 +45,7 @@ impl To {
         ("awq", Self::Awq),
         ("mlx", Self::Mlx),
         ("gguf", Self::Gguf),
+        ("onnx", Self::Onnx),
     ];
 
     /// The name in options and reports.
@@ -53,7 +57,7 @@ impl To {
     /// How the engine lays matrices out, where this is the checkpoint of one.
     fn format(self) -> Option<&'static dyn Format> {
         match self {
-            Self::Hf | Self::Tenpak | Self::Safetensors | Self::Gguf => None,
+            Self::Hf | Self::Tenpak | Self::Safetensors | Self::Gguf | Self::Onnx => None,
             Self::CompressedTensors => Some(&CompressedTensors),
             Self::Gptq => Some(&Gptq),
             Self::Awq => Some(&Awq),
@@ -63,7 +67,34 @@ impl To {
 
     /// Which matrices the target holds, where it is the format of an engine.
     pub(super) fn holds(self) -> Option<&'static dyn Holds> {
-        if self == Self::Gguf { Some(&gguf::Gguf) } else { self.format().map(|format| format as &dyn Holds) }
+        match self {
+            Self::Gguf => Some(&gguf::Gguf),
+            Self::Onnx => Some(&onnx::Onnx),
+            _ => self.format().map(|format| format as &dyn Holds),
+        }
+    }
+
+    /// Refuses an output that cannot be written, or not replaced.
+    pub(super) fn check<'a>(
+        self,
+        target: &Path,
+        force: bool,
+        inputs: impl IntoIterator<Item = &'a InputFile>,
+    ) -> Result<()> {
+        let mark = match self {
+            Self::Tenpak => {
+                check_name(target)?;
+                return output::refuse_input(target, inputs);
+            }
+            Self::Gguf => {
+                check_gguf(target)?;
+                return output::refuse_input(target, inputs);
+            }
+            Self::Hf => HEADER_FILE,
+            Self::Onnx => onnx::MARK,
+            Self::Safetensors | Self::CompressedTensors | Self::Gptq | Self::Awq | Self::Mlx => engine::MARK,
+        };
+        OutputDirectory::check(target, force, mark, inputs)
     }
 
     /// The form that the name of an output asks for: a file where it ends in `.tenpak`, otherwise a directory.
@@ -117,6 +148,7 @@ pub fn plan(artifact: &ArtifactFile, target: &Path, how: &Conversion) -> Result<
             let plan = gguf::Plan::new(artifact, how.allow_requantize)?;
             Ok(Exported { files: vec![(target.to_owned(), plan.bytes())], notes: plan.notes })
         }
+        To::Onnx => Ok(onnx::Plan::new(artifact, how.allow_requantize)?.foretold(target)),
         To::Safetensors => Err(Error::invalid("what decoding writes is not foretold; leave --dry-run out")),
         To::CompressedTensors | To::Gptq | To::Awq | To::Mlx => {
             let plan = checkpoint(artifact, how)?;
@@ -141,20 +173,23 @@ pub fn convert(
     artifact.refuse_delta()?;
     match how.to {
         To::Hf => {
-            OutputDirectory::check(target, how.force, HEADER_FILE, artifact.inputs())?;
+            how.to.check(target, how.force, artifact.inputs())?;
             let mut plan = directory(artifact, how)?;
             preflight(target, plan.bytes())?;
             let notes = std::mem::take(&mut plan.notes);
             Ok(Exported { files: plan.write(artifact, target, on_progress)?, notes })
         }
         To::Tenpak => {
-            check_name(target)?;
+            how.to.check(target, how.force, artifact.inputs())?;
             Ok(Exported { files: vec![file(artifact, target, how.force, on_progress)?], notes: Vec::new() })
         }
         To::Gguf => {
-            check_gguf(target)?;
-            output::refuse_input(target, artifact.inputs())?;
+            how.to.check(target, how.force, artifact.inputs())?;
             gguf::Plan::new(artifact, how.allow_requantize)?.write(artifact, target, how.force, on_progress)
+        }
+        To::Onnx => {
+            how.to.check(target, how.force, artifact.inputs())?;
+            onnx::Plan::new(artifact, how.allow_requantize)?.write(artifact, target, on_progress)
         }
         To::Safetensors => {
             if target.extension().is_some() {
@@ -165,7 +200,7 @@ pub fn convert(
             decompress(artifact, target, &options, on_progress)
         }
         To::CompressedTensors | To::Gptq | To::Awq | To::Mlx => {
-            OutputDirectory::check(target, how.force, engine::MARK, artifact.inputs())?;
+            how.to.check(target, how.force, artifact.inputs())?;
             checkpoint(artifact, how)?.write(artifact, target, on_progress)
         }
     }
@@ -191,7 +226,6 @@ fn file(
     force: bool,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<(PathBuf, u64)> {
-    output::refuse_input(target, artifact.inputs())?;
     let header = artifact.header();
     let mut writer = Writer::create(target, force)?;
     writer.output().preflight(header.file_bytes())?;

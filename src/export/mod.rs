@@ -7,6 +7,7 @@ mod gguf;
 pub(crate) mod hf;
 mod json;
 mod npz;
+mod onnx;
 mod safetensors;
 mod spool;
 mod through;

@@ -4,8 +4,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use super::convert::{Conversion, To};
-use super::engine;
+use super::convert::Conversion;
 use crate::artifact::ArtifactFile;
 use crate::codec::Codec;
 use crate::codecs;
@@ -15,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::file::Access;
 use crate::layout::{Layout, ROW};
 use crate::limits::Limits;
-use crate::output::{self, OutputDirectory};
+use crate::output;
 use crate::recipe::{Recipe, Role};
 use crate::source::Source;
 
@@ -57,11 +56,7 @@ pub fn exporting(
             how.to.name()
         )));
     };
-    if how.to == To::Gguf {
-        output::refuse_input(target, source.inputs())?;
-    } else {
-        OutputDirectory::check(target, how.force, engine::MARK, source.inputs())?;
-    }
+    how.to.check(target, how.force, source.inputs())?;
     let codec = match codec {
         Some(codec) => codec,
         None => fitting(&source, held.codecs())?,

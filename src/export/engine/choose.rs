@@ -100,9 +100,7 @@ pub(in crate::export) fn choose(
         )));
     }
     if decoded > 0 {
-        notes.push(format!(
-            "{decoded} embeddings, heads or other tensors are decoded, since engines read these in 16 or 32 bits"
-        ));
+        notes.push(format!("{decoded} embeddings, heads or other tensors are {}", format.others()));
     }
     Ok((becomes, notes))
 }

@@ -48,6 +48,11 @@ pub(super) trait Holds: Sync {
 
     /// The codecs to quantize anew with, the first that fits being taken.
     fn codecs(&self) -> &'static [&'static str];
+
+    /// What happens to embeddings, heads and whatever else is quantized and no linear weight.
+    fn others(&self) -> &'static str {
+        "decoded, since engines read these in 16 or 32 bits"
+    }
 }
 
 /// How another engine lays quantized matrices out, in a directory of safetensors.
@@ -393,7 +398,8 @@ fn object(text: &[u8]) -> Result<Map<String, Value>> {
     serde_json::from_slice(text).map_err(|e| Error::invalid(format!("{} is no JSON object: {e}", config::CONFIG)))
 }
 
-fn pretty(value: &Value) -> Result<Vec<u8>> {
+/// A JSON text for people.
+pub(super) fn pretty(value: &Value) -> Result<Vec<u8>> {
     let mut text =
         serde_json::to_vec_pretty(value).map_err(|e| Error::invalid(format!("JSON cannot be printed: {e}")))?;
     text.push(b'\n');
