@@ -1,4 +1,4 @@
-"""Products and decoding on an NVIDIA device, beside PyTorch's own, in one run: ``python benches/nvidia.py``.
+"""Products, decoding and attention on an NVIDIA device, beside PyTorch's own, in one run: ``python benches/nvidia.py``.
 
 Prints every goal with its figure; a row that this machine cannot measure says why. Products run from CUDA graphs, over
 as many matrices in turn as fill 256 MiB, so that none is in a cache, and times are medians. ``--check`` compares every
@@ -7,7 +7,12 @@ codec with f64 products of its decoded weights first. Without a device everythin
 
 import argparse
 import functools
+import itertools
+import os
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +25,7 @@ import torch.nn.functional as F
 from tenpak import _tenpak
 from tenpak.torch import QuantizedLinear, QuantizedStack
 from tenpak.torch import _cuda as backend
+from tenpak.torch._kv import Cache, kv_append, kv_attend, kv_recall, shapes
 
 #: What is in turn has at least so many bytes: more than any L2 cache.
 ROTATION = 256 << 20
@@ -217,6 +223,140 @@ def check() -> Iterator[str]:
                         yield f"{codec} m={m} n={n} k={k} {dtype}: error {error:.1e}, expected at most {limit:.0e}"
 
 
+#: Heads of keys and values, query heads of each, channels: those of a model of 8 billion parameters.
+HEADS, SHARED, CHANNELS = 8, 4, 128
+
+
+def filled(tokens: int, bits: tuple[int, int], sequences: int = 1, room: int = 64) -> Cache:
+    """Return a cache of random codes on the device, its blocks on pages in no order."""
+    columns = -(-(tokens + room) // 32)
+    parts = []
+    for shape, dtype in shapes(sequences, sequences * columns, columns, HEADS, CHANNELS, bits):
+        if dtype is torch.float16:
+            parts.append(torch.randn(shape, dtype=dtype, device="cuda"))
+        else:
+            parts.append(torch.randint(-(2**31), 2**31 - 1, shape, dtype=dtype, device="cuda"))
+    cache = Cache._make((*parts, *bits))
+    for params in (cache.key_params, cache.value_params):
+        # Scales of 2^-6 and offsets of -1/8: no random bits are infinite.
+        params.fill_(0x2400 | 0xB000 - 0x10000 << 16)
+    cache.pages.copy_(torch.randperm(sequences * columns, device="cuda").view(sequences, columns))
+    cache.lengths.fill_(tokens)
+    return cache
+
+
+def turns(tokens: int, number: float) -> int:
+    """Return how many caches of so many bytes for a number are in turn, so that none is in the L2 cache."""
+    return max(2, -(-ROTATION // int(2 * tokens * HEADS * CHANNELS * number)))
+
+
+def stored(tokens: int, bits: tuple[int, int]) -> float:
+    """Return the bytes of a sequence that attention has to read."""
+    return tokens * HEADS * CHANNELS * (sum(bits) + 2) / 8
+
+
+@torch.inference_mode()
+def attended(tokens: int, bits: tuple[int, int], m: int = 1) -> float:
+    """Return seconds of attention of a step over a quantized cache."""
+    held = [filled(tokens, bits) for _ in range(turns(tokens, (sum(bits) + 2) / 16))]
+    q = torch.randn(1, HEADS * SHARED, m, CHANNELS, dtype=torch.bfloat16, device="cuda")
+    scale = CHANNELS**-0.5
+    return graph_seconds([lambda cache=cache: kv_attend(q, *cache, None, scale, True, tokens) for cache in held])
+
+
+@torch.inference_mode()
+def their_attention(tokens: int) -> float:
+    """Return seconds of the same step by PyTorch over bfloats."""
+    shape = (1, HEADS, tokens, CHANNELS)
+    held = [
+        [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)] for _ in range(turns(tokens, 2.0))
+    ]
+    # Queries of a head as tokens of it: what PyTorch is fastest with.
+    q = torch.randn(1, HEADS, SHARED, CHANNELS, dtype=torch.bfloat16, device="cuda")
+    return graph_seconds([lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v) for k, v in held])
+
+
+@torch.inference_mode()
+def appended(before: int, count: int, bits: tuple[int, int], sequences: int = 64) -> float:
+    """Return seconds of adding tokens to every sequence."""
+    held = [filled(before, bits, sequences, count + 64) for _ in range(4)]
+    shape = (sequences, HEADS, count, CHANNELS)
+    keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return graph_seconds([lambda cache=cache: kv_append(keys, values, *cache) for cache in held])
+
+
+def check_caches() -> Iterator[str]:
+    """Compare caches on the device with those of the CPU, and attention with f64 over what they decode to."""
+    torch.manual_seed(2)
+    for channels in (64, 80, 96, 128, 256):
+        for bits in ((4, 4), (8, 8), (4, 8)):
+            for dtype, limit in ((torch.float32, 4e-3), (torch.float16, 4e-3), (torch.bfloat16, 8e-3)):
+                what = f"cache {channels} channels {bits} bits {dtype}"
+                parts = shapes(3, 3 * 70, 70, 2, channels, bits)
+                ours = Cache._make((*(torch.zeros(s, dtype=d) for s, d in parts), *bits))
+                ours.pages.copy_(torch.randperm(3 * 70).view(3, 70))
+                device = Cache._make((*(part.cuda() for part in ours.tensors), *bits))
+                for count in (1, 40, 2000, 1, 33):
+                    keys, values = (torch.randn(3, 2, count, channels).to(dtype) for _ in range(2))
+                    kv_append(keys, values, *ours)
+                    kv_append(keys.cuda(), values.cuda(), *device)
+                    for cache in (ours, device):
+                        cache.lengths.add_(count)
+                if not all(torch.equal(a, b.cpu()) for a, b in zip(ours.tensors[:4], device.tensors[:4], strict=True)):
+                    yield f"{what}: codes differ"
+                found = kv_recall(*device, 2075, torch.float32)
+                if not all(
+                    torch.equal(a, b.cpu()) for a, b in zip(kv_recall(*ours, 2075, torch.float32), found, strict=True)
+                ):
+                    yield f"{what}: decoded numbers differ"
+                for m, per_head in ((1, 1), (1, 8), (4, 4), (16, 1)):
+                    q = torch.randn(3, 2 * per_head, m, channels).to(dtype).cuda()
+                    seen = torch.ones(m, 2075, dtype=torch.bool, device="cuda").tril(2075 - m)
+                    k, v = (part.double() for part in found)
+                    want = F.scaled_dot_product_attention(q.double(), k, v, seen, enable_gqa=True).transpose(1, 2)
+                    got = kv_attend(q, *device, None, channels**-0.5, True, 2075).double()
+                    error = float((got - want).norm() / want.norm())
+                    if not error <= limit:
+                        yield f"{what} m={m} x {per_head}: error {error:.1e}, expected at most {limit:.0e}"
+
+
+def caches(table: Table, copy: Callable[[], float]) -> None:
+    """Print the rows of caches of keys and values."""
+    for bits in ((4, 4), (8, 8)):
+        for tokens, goal in ((2048, "1.0"), (32768, "1.8" if bits == (4, 4) else "-")):
+
+            def step(tokens: int = tokens, bits: tuple[int, int] = bits) -> str:
+                seconds = attended(tokens, bits)
+                other = their_attention(tokens)
+                return (
+                    f"{seconds * 1e6:8.1f} us, {stored(tokens, bits) / seconds / copy():.2f} of copy, "
+                    f"{other / seconds:.2f}x of SDPA bf16 ({other * 1e6:.1f} us)"
+                )
+
+            share = "0.60" if (tokens, bits) == (32768, (4, 4)) else "-"
+            table.row(f"attention, {bits[0]}-bit cache, {tokens} tokens", f"copy {share}, SDPA {goal}", step)
+        table.row(
+            f"attention, {bits[0]}-bit cache, 32768 tokens, m=4 / m=1",
+            "-",
+            lambda bits=bits: f"{attended(32768, bits, 4) / attended(32768, bits):.2f}",
+        )
+        # The cache may be anywhere in a block: a token that fills one, and one that does not.
+        table.row(
+            f"append, {bits[0]} bits, 64 sequences, a token",
+            "-",
+            lambda bits=bits: (
+                f"{appended(2040, 1, bits) * 1e6:8.1f} us, {appended(2047, 1, bits) * 1e6:.1f} where it fills a block"
+            ),
+        )
+
+        def prompt(bits: tuple[int, int] = bits) -> str:
+            seconds = appended(0, 2048, bits, 8)
+            moved = 8 * (2048 * HEADS * CHANNELS * 4 + stored(2048, bits))
+            return f"{seconds * 1e6:8.1f} us, {moved / seconds / copy():.2f} of copy"
+
+        table.row(f"append, {bits[0]} bits, 8 sequences, 2048 tokens", "-", prompt)
+
+
 def products(table: Table, copy: Callable[[], float]) -> None:
     """Print the rows of products."""
     goals = {1: "0.60", 16: "0.60"}
@@ -247,20 +387,75 @@ def products(table: Table, copy: Callable[[], float]) -> None:
         )
 
 
+#: Tools of NVIDIA's compute-sanitizer.
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def sanitize(tool: str, missing: str | None) -> int:
+    """Run every kernel once under a tool of compute-sanitizer, or say why not."""
+    path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [path, "--tool", tool, "--error-exitcode", "3", sys.executable, __file__, "--once"]
+    if missing:
+        print(f"compute-sanitizer {tool:9} not run: {missing.split(',')[0]}")
+    elif not os.access(path, os.X_OK):
+        print(
+            f"compute-sanitizer {tool:9} not run: it was not found; install NVIDIA's toolkit, or the package "
+            "cuda-sanitizer, and put it on the PATH"
+        )
+    else:
+        # Memory that PyTorch keeps for later would hide what is read beyond its end.
+        return subprocess.run(
+            command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, check=False
+        ).returncode
+    print(f"the command is: PYTORCH_NO_CUDA_MEMORY_CACHING=1 {shlex.join(command)}")
+    return 0
+
+
+@torch.inference_mode()
+def once(missing: str | None) -> int:
+    """Run every kernel once, on small and odd sizes."""
+    if missing:
+        print(f"nothing was run: {missing}")
+        return 0
+    codecs = [listed["id"] for listed in tenpak.codecs() if listed["id"] != "raw_v1"]
+    for codec in codecs:
+        for n, k in ((33, 100), (130, 256)):
+            layer = QuantizedLinear.from_linear(torch.nn.Linear(k, n, bias=False), codec).cuda()
+            for m in (1, 5, 20, 70):
+                for dtype in (torch.float32, torch.bfloat16):
+                    layer(torch.randn(m, k, device="cuda").to(dtype))
+            layer.decode(torch.bfloat16)
+    for failure in check_caches():
+        print(failure)
+    torch.cuda.synchronize()
+    print(f"{len(codecs)} codecs and caches ran")
+    return 0
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare every codec and shape with f64 first")
+    parser.add_argument(
+        "--sanitize",
+        choices=SANITIZERS,
+        help="run every kernel once, on small sizes, under this tool of compute-sanitizer",
+    )
+    parser.add_argument("--once", action="store_true", help="run every kernel once, on small sizes, and nothing else")
     arguments = parser.parse_args()
     missing = why_not()
+    if arguments.sanitize:
+        return sanitize(arguments.sanitize, missing)
+    if arguments.once:
+        return once(missing)
     print(f"tenpak {tenpak.__version__}, PyTorch {torch.__version__}, devices {devices()}")
     table = Table(missing)
     failures = 0
     if arguments.check and not missing:
-        for failure in check():
+        for failure in itertools.chain(check(), check_caches()):
             failures += 1
             print(failure)
-        print(f"{failures} products out of bounds")
+        print(f"{failures} results out of bounds")
     known: list[float] = []
 
     def copy() -> float:
@@ -271,8 +466,7 @@ def main() -> int:
     table.row("copy on the device", "-", lambda: f"{copy() / 1e12:.2f} TB/s")
     products(table, copy)
     table.row("16 tokens x 4 of 64 experts, loop / grouped", ">= 2.5", lambda: f"{grouped():.2f}")
-    for what, goal in (("int4 keys and values, 32k tokens / copy", "0.60"), ("SDPA bf16 / the same", "1.8")):
-        print(f"{what:58} {goal:22} not measured: attention over quantized keys and values has no CUDA kernel")
+    caches(table, copy)
     table.row("host, eager, a call / F.linear", "<= 1.5", lambda: f"{host_cost():.2f}")
     return 1 if failures else 0
 

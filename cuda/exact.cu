@@ -10,8 +10,11 @@
 
 #define EXACT_ROWS 4
 #define EXACT_WARPS 8
+// Blocks of threads that a multiprocessor should have registers for: left alone, a compiler aims at more of them and puts
+// some numbers into local memory for it.
+#define EXACT_RESIDENT (M_TILE > 4 ? 1 : 2)
 
-KERNEL void __launch_bounds__(32 * EXACT_WARPS) tenpak_exact(
+KERNEL void __launch_bounds__(32 * EXACT_WARPS, EXACT_RESIDENT) tenpak_exact(
     Planes planes, const float *column_scales, const void *x, const int *ends, u32 experts, void *y, u32 m
 ) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, n0 = (blockIdx.x * EXACT_WARPS + warp) * EXACT_ROWS;

@@ -17,6 +17,9 @@
 
 #define ROWS (32 * WARPS)
 #define TILES (M_BLOCK / 8)
+// Blocks of threads that a multiprocessor should have registers for: left alone, a compiler aims at more of them and puts
+// some numbers into local memory for it.
+#define GEMM_RESIDENT (M_BLOCK > 32 ? 2 : 3)
 // Vectors of activations of one stage.
 #define STAGE (OCTETS * M_BLOCK)
 
@@ -27,7 +30,7 @@ DEVICE void copy_stage(uint4 *stages, const uint4 *tile, u32 block) {
     for (u32 i = threadIdx.x; i < STAGE; i += 32 * WARPS) copy_async(to + i, from + i);
 }
 
-KERNEL void __launch_bounds__(32 * WARPS) tenpak_gemm(
+KERNEL void __launch_bounds__(32 * WARPS, GEMM_RESIDENT) tenpak_gemm(
     Planes planes, const uint4 *x, const float *inverses, const int *ends, u32 experts, void *y, float *partial,
     u32 *counters, u32 m
 ) {

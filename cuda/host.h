@@ -244,6 +244,10 @@ DEVICE u32 bits_of_float(float x) { return read<u32>(&x); }
 DEVICE float mul(float a, float b) { return a * b; }
 DEVICE float add(float a, float b) { return a + b; }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float sub(float a, float b) { return a - b; }
+DEVICE float quotient(float a, float b) { return a / b; }
+DEVICE float infinity() { return float_of_bits(0x7f800000u); }
+DEVICE float power_of_two(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 
 DEVICE double half(u32 bits) {
     u16 low = (u16)bits;
@@ -304,6 +308,19 @@ DEVICE void multiply_add(float d[4], const u32 a[4], u32 b0, u32 b1) {
             }
     });
     memcpy(d, warp.out[own], 16);
+}
+
+DEVICE u32 turn_around(u32 a) {
+    host::block.warps[host::block.current / 32].in[host::lane()][0] = a;
+    host::Warp &warp = host::together([](host::Warp &w) {
+        for (u32 l = 0; l < 32; l++) {
+            // Numbers (2t, g) and (2t + 1, g) of what they bring.
+            u32 g = l / 4, t = l % 4, pair = 0;
+            for (u32 i = 0; i < 2; i++) pair |= (w.in[(2 * t + i) * 4 + g / 2][0] >> g % 2 * 16 & 0xffff) << 16 * i;
+            w.out[l][0] = float_of_bits(pair);
+        }
+    });
+    return bits_of_float(warp.out[host::lane()][0]);
 }
 
 DEVICE void copy_async(void *to, const void *from) {

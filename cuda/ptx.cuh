@@ -77,6 +77,16 @@ DEVICE u32 bits_of_float(float x) { return __float_as_uint(x); }
 DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float sub(float a, float b) { return __fsub_rn(a, b); }
+DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+
+// 2^x within two units of the last place; zero where it would be subnormal.
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 DEVICE float float_of_half(u32 bits) {
     float x;
@@ -143,6 +153,13 @@ DEVICE void multiply_add(float d[4], const u32 a[4], u32 b0, u32 b1) {
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Turns an 8 x 8 matrix of numbers of 16 bits around: lane 4 g + t has columns 2 t and 2 t + 1 of row g.
+DEVICE u32 turn_around(u32 a) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
 }
 
 // Sixteen bytes into shared memory, without passing registers; they are there after `copies_wait`.

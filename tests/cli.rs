@@ -428,6 +428,17 @@ fn bench_measures_a_device_where_one_is_named_and_refuses_unknown_ones() {
     } else {
         assert!(said.contains("--features wgpu"), "{said}");
     }
+    // One of NVIDIA's that nobody has: what there is instead, what to install, or how to build.
+    let refused = shell.output(&bench("cuda:99"));
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    if cfg!(feature = "cuda") {
+        let driver = said.contains("install NVIDIA's driver") || said.contains("check `nvidia-smi`");
+        assert!(driver && said.contains("multiply on the CPU") || said.contains("no device cuda:99, found"), "{said}");
+    } else {
+        assert!(said.contains("--features cuda"), "{said}");
+    }
+    assert!(shell.run("bench --help", 0).contains("cuda:N"));
 }
 
 /// The variables are those of the loader of Vulkan drivers.

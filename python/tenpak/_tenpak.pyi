@@ -252,3 +252,75 @@ def cuda_plan(
     shared_bytes: int,
 ) -> str: ...
 def cuda_devices() -> str: ...
+def cuda_cache_plan(
+    format: tuple[int, int, int, int],
+    sizes: tuple[int, int, int, int],
+    count: int,
+    dtype: str,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> str: ...
+def cuda_kv_append(
+    device: CudaDevice,
+    format: tuple[int, int, int, int],
+    of: list[tuple[int, int]],
+    keys: tuple[int, tuple[int, int, int]],
+    values: tuple[int, tuple[int, int, int]],
+    dtype: str,
+    count: int,
+    stream: int,
+) -> None: ...
+def cuda_kv_attend_bytes(
+    device: CudaDevice, format: tuple[int, int, int, int], sizes: tuple[int, int, int, int], dtype: str
+) -> int: ...
+def cuda_kv_attend(
+    device: CudaDevice,
+    format: tuple[int, int, int, int],
+    of: list[tuple[int, int]],
+    sizes: tuple[int, int, int, int],
+    q: tuple[int, tuple[int, int, int]],
+    mask: tuple[int, tuple[int, int]],
+    dtype: str,
+    scale: float,
+    causal: bool,
+    workspace: int,
+    out: int,
+    stream: int,
+) -> None: ...
+def cuda_kv_recall(
+    device: CudaDevice,
+    format: tuple[int, int, int, int],
+    of: list[tuple[int, int]],
+    tokens: int,
+    dtype: str,
+    keys: int,
+    values: int,
+    stream: int,
+) -> None: ...
+def kv_append(
+    format: tuple[int, int, int, int],
+    of: list[tuple[int, int]],
+    keys: tuple[int, int],
+    values: tuple[int, int],
+    dtype: str,
+    tokens: int,
+) -> None: ...
+def kv_attend(
+    format: tuple[int, int, int, int],
+    of: list[tuple[int, int]],
+    q: tuple[int, int],
+    mask: tuple[int, int] | None,
+    out: tuple[int, int],
+    dtype: str,
+    m: int,
+    scale: float,
+    causal: bool,
+) -> None: ...
+def kv_recall(
+    format: tuple[int, int, int, int],
+    of: list[tuple[int, int]],
+    tokens: int,
+    dtype: str,
+    keys: tuple[int, int],
+    values: tuple[int, int],
+) -> None: ...

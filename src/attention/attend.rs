@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::cache::KvCache;
 use super::exp::exp;
 use super::format::BLOCK;
+use super::view::KvView;
 use crate::error::{Error, Result};
 
 /// Blocks of a run, where there are few queries.
@@ -47,7 +48,7 @@ impl Attend {
     ///
     /// # Errors
     /// [`Error::Invalid`], see [`attend`].
-    pub(crate) fn check(&self, cache: &KvCache, q: usize, m: usize, out: usize) -> Result<usize> {
+    pub(crate) fn check(&self, cache: &KvView<'_>, q: usize, m: usize, out: usize) -> Result<usize> {
         let token = cache.format().token();
         let dim = cache.format().head_dim();
         if q != out || m.checked_mul(token).is_none_or(|least| !q.is_multiple_of(least)) {
@@ -75,6 +76,14 @@ impl Attend {
     }
 }
 
+/// What a query sees.
+struct Seen<'a> {
+    /// So many of the first tokens,
+    tokens: usize,
+    /// but not those with a zero here.
+    mask: Option<&'a [u8]>,
+}
+
 /// Queries of one head of keys and values, and how far they have come.
 struct Run {
     /// Queries, each multiplied by the scale of scores.
@@ -98,6 +107,31 @@ struct Run {
 /// [`Error::Invalid`] when `q` and `out` are not as many numbers, of whole heads that the cache's divide; when there are
 /// queries but no tokens; or more queries of the last tokens than tokens.
 pub fn attend(cache: &KvCache, q: &[f32], m: usize, options: Attend, out: &mut [f32]) -> Result<()> {
+    attend_view(&cache.view(), q, m, options, None, out)
+}
+
+/// The same over planes wherever they are, and with a mask where there is one: `[m, tokens]` bytes, zero for what a query
+/// does not see beside what it does not see without a mask. The result of a query that sees nothing is a mean of values.
+///
+/// # Errors
+/// As [`attend`], and [`Error::Invalid`] for a mask of another size.
+pub fn attend_view(
+    cache: &KvView<'_>,
+    q: &[f32],
+    m: usize,
+    options: Attend,
+    mask: Option<&[u8]>,
+    out: &mut [f32],
+) -> Result<()> {
+    if let Some(mask) = mask
+        && m.checked_mul(cache.len()) != Some(mask.len())
+    {
+        return Err(Error::invalid(format!(
+            "a mask of {} bytes for {m} queries of {} tokens, expected one for each of both",
+            mask.len(),
+            cache.len()
+        )));
+    }
     let heads = options.check(cache, q.len(), m, out.len())?;
     if q.is_empty() {
         return Ok(());
@@ -120,7 +154,13 @@ pub fn attend(cache: &KvCache, q: &[f32], m: usize, options: Attend, out: &mut [
             let last = (first + TOGETHER).min(rows);
             let q = (first..last).flat_map(|row| q[row_at(head, row)..][..dim].iter().map(|x| x * scale)).collect();
             let mut state = Run::new(q, dim);
-            let seen: Vec<usize> = (first..last).map(|row| options.seen(row / shared, m, cache.len())).collect();
+            let seen: Vec<Seen<'_>> = (first..last)
+                .map(|row| {
+                    let token = row / shared;
+                    let mask = mask.map(|mask| &mask[token * cache.len()..][..cache.len()]);
+                    Seen { tokens: options.seen(token, m, cache.len()), mask }
+                })
+                .collect();
             state.go(cache, head, block..(block + run).min(blocks), &seen);
             state
         })
@@ -158,28 +198,32 @@ impl Run {
     }
 
     /// Goes through blocks of a head, of whose tokens each query sees so many.
-    fn go(&mut self, cache: &KvCache, head: usize, blocks: std::ops::Range<usize>, seen: &[usize]) {
+    fn go(&mut self, cache: &KvView<'_>, head: usize, blocks: std::ops::Range<usize>, seen: &[Seen<'_>]) {
         let dim = cache.format().head_dim();
         let (mut keys, mut values) = (vec![0.0; BLOCK * dim], vec![0.0; BLOCK * dim]);
         for block in blocks {
             cache.block_keys(block, head, &mut keys);
             cache.block_values(block, head, &mut values);
-            for (row, &seen) in seen.iter().enumerate() {
-                let there = seen.saturating_sub(block * BLOCK).min(BLOCK);
+            for (row, seen) in seen.iter().enumerate() {
+                let there = seen.tokens.saturating_sub(block * BLOCK).min(BLOCK);
                 if there > 0 {
-                    self.take(row, &keys[..there * dim], &values[..there * dim], dim);
+                    let mask = seen.mask.map(|mask| &mask[block * BLOCK..][..there]);
+                    self.take(row, &keys[..there * dim], &values[..there * dim], mask, dim);
                 }
             }
         }
     }
 
     /// Adds tokens of a block to a query.
-    fn take(&mut self, row: usize, keys: &[f32], values: &[f32], dim: usize) {
+    fn take(&mut self, row: usize, keys: &[f32], values: &[f32], mask: Option<&[u8]>, dim: usize) {
         let q = &self.q[row * dim..][..dim];
         let out = &mut self.out[row * dim..][..dim];
         let mut weights = [UNSEEN; BLOCK];
         for (score, key) in weights.iter_mut().zip(keys.chunks_exact(dim)) {
             *score = dot(q, key);
+        }
+        for (score, _) in weights.iter_mut().zip(mask.unwrap_or_default()).filter(|(_, seen)| **seen == 0) {
+            *score = UNSEEN;
         }
         let greatest = weights.iter().fold(self.greatest[row], |greatest, &score| greatest.max(score));
         let before = exp(self.greatest[row] - greatest);

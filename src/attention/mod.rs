@@ -64,7 +64,9 @@ mod cache;
 mod exp;
 mod format;
 mod quantize;
+mod view;
 
-pub use attend::{Attend, attend};
+pub use attend::{Attend, attend, attend_view};
 pub use cache::KvCache;
 pub use format::{BLOCK, GROUP, KvFormat, KvPlane};
+pub use view::{KvPages, KvView};

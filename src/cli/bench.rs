@@ -27,7 +27,7 @@ pub(super) struct Arguments {
     /// Leave tensors out that match
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<String>,
-    /// Have a device decode and multiply the same weights: cpu, wgpu or wgpu:N, see `tenpak devices`
+    /// Have a device decode and multiply the same weights: cpu, wgpu, wgpu:N, cuda or cuda:N, see `tenpak devices`
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
 }

@@ -26,7 +26,7 @@ type Place = (u64, usize);
 
 /// A device of NVIDIA's, which multiplies with addresses of its memory.
 #[pyclass(frozen, name = "CudaDevice", module = "tenpak._tenpak")]
-pub(super) struct CudaDevice(Raw);
+pub(super) struct CudaDevice(pub(super) Raw);
 
 fn arguments<'a>(
     codec: &'a str,
@@ -197,7 +197,7 @@ pub(super) fn cuda_plan(
     Ok(plan.to_string())
 }
 
-fn step_json(step: &Step) -> Value {
+pub(super) fn step_json(step: &Step) -> Value {
     let mut json = variant_json(&step.variant);
     json["grid"] = json!(step.grid);
     json["threads"] = json!(step.threads);

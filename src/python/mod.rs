@@ -4,6 +4,7 @@
 //! bytes, names and JSON. Long work runs on a thread of its own, so that the calling one can see Ctrl-C and call back.
 
 mod artifact;
+mod cache;
 mod cuda;
 mod device;
 mod gemm;
@@ -384,5 +385,13 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda::cuda_compile, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_plan, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_devices, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::cuda_cache_plan, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::cuda_kv_append, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::cuda_kv_attend, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::cuda_kv_attend_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::cuda_kv_recall, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::kv_append, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::kv_attend, module)?)?;
+    module.add_function(wrap_pyfunction!(cache::kv_recall, module)?)?;
     Ok(())
 }

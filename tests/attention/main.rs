@@ -2,7 +2,7 @@
 
 use half::f16;
 use tenpak::Error;
-use tenpak::attention::{Attend, BLOCK, GROUP, KvCache, KvFormat, KvPlane, attend};
+use tenpak::attention::{Attend, BLOCK, GROUP, KvCache, KvFormat, KvPages, KvPlane, KvView, attend, attend_view};
 
 mod expected;
 #[path = "../stream/mod.rs"]
@@ -272,4 +272,52 @@ fn calls_that_make_no_sense_are_refused() {
     refused(attend(&cache, &q[..24], 3, Attend { scale: None, causal: true }, &mut out[..24]));
     refused(attend(&cache, &q[..8], 1, Attend { scale: Some(f32::NAN), causal: false }, &mut out[..8]));
     assert!(attend(&cache, &q[..24], 3, Attend::default(), &mut out[..24]).is_ok());
+}
+
+#[test]
+fn blocks_on_pages_in_any_order_are_those_of_a_cache() {
+    let mut stream = Stream(11);
+    let format = KvFormat::new(2, 40, 4, 8).unwrap();
+    let [keys, values] = tokens(&format, 3 * BLOCK + 7, &mut stream);
+    let mut cache = KvCache::new(format);
+    cache.append(&keys, &values).unwrap();
+    let pages = [4, 0, 2];
+    let mut planes = KvPlane::ALL
+        .map(|plane| vec![u32::MAX; if plane.is_tail() { 1 } else { 5 } * format.heads() * format.plane_words(plane)]);
+    let mut len = 0;
+    for count in [20, 50, 33] {
+        let [a, b, c, d, e, f] = &mut planes;
+        let these = len * format.token()..(len + count) * format.token();
+        let mut paged = KvPages { format, planes: [a, b, c, d, e, f], pages: &pages };
+        paged.append(len, &keys[these.clone()], &values[these]).unwrap();
+        len += count;
+    }
+    let [a, b, c, d, e, f] = &planes;
+    let view = KvView::new(format, len, [a, b, c, d, e, f], Some(&pages)).unwrap();
+    assert!(view.decode() == cache.decode());
+    let unit = format.heads() * format.plane_words(KvPlane::KeyCodes);
+    assert!(planes[0][unit..2 * unit].iter().all(|&word| word == u32::MAX), "a page that is nobody's was written");
+    let q = random(3 * 4 * 40, &mut stream);
+    let options = Attend { scale: None, causal: true };
+    let mut out = vec![f32::NAN; q.len()];
+    attend_view(&view, &q, 3, options, None, &mut out).unwrap();
+    assert!(out == attended(&cache, &q, 3, options));
+    // What a mask hides has no weight.
+    let options = Attend { scale: None, causal: false };
+    let (long, whole) = (cache.decode(), &cache);
+    let hidden: Vec<u8> = (0..3 * len).map(|at| u8::from(at % len == 0)).collect();
+    attend_view(&whole.view(), &q, 3, options, Some(&hidden), &mut out).unwrap();
+    for (query, out) in out.chunks_exact(40).enumerate() {
+        let head = query % 4 / 2;
+        let value = &long.1[head * 40..][..40];
+        assert!(out.iter().zip(value).all(|(a, b)| (a - b).abs() <= 1e-6 * b.abs()), "only the first token is seen");
+    }
+    for (pages, planes) in
+        [(&pages[..2], [a, b, c, d, e, f]), (&[4, 0, 5], [a, b, c, d, e, f]), (&[4, -1, 2], [a, b, c, d, e, f])]
+    {
+        let planes = planes.map(Vec::as_slice);
+        assert!(matches!(KvView::new(format, len, planes, Some(pages)), Err(Error::Invalid(_))), "{pages:?}");
+    }
+    let refusal = attend_view(&whole.view(), &q, 3, options, Some(&hidden[1..]), &mut out);
+    assert!(matches!(refusal, Err(Error::Invalid(_))));
 }

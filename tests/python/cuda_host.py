@@ -93,14 +93,16 @@ def definitions(*plans: Mapping[str, Any]) -> dict[str, str]:
     return out | seen
 
 
-def build(defined: Mapping[str, str], folder: Path, sources: Path = ROOT / "cuda") -> ctypes.CDLL:
-    """Compile the kernels."""
-    name = hashlib.sha256(repr((sorted(defined.items()), sources)).encode()).hexdigest()[:16]
+def build(
+    defined: Mapping[str, str], folder: Path, sources: Path = ROOT / "cuda", file: str = "host.cpp"
+) -> ctypes.CDLL:
+    """Compile the kernels that a file of `tests/cuda` calls."""
+    name = hashlib.sha256(repr((sorted(defined.items()), sources, file)).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     if not library.exists():
         flags = "-O1 -std=c++17 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -shared -fPIC -w".split()
         macros = [f"-D{name}={value}" for name, value in defined.items()]
-        source = ROOT / "tests/cuda/host.cpp"
+        source = ROOT / "tests/cuda" / file
         command = [compiler(), *flags, *macros, f"-I{sources}", "-o", str(library), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]

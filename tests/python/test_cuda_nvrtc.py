@@ -48,19 +48,26 @@ def use_nvrtc() -> None:
     _tenpak.cuda_use_compiler(str(found))
 
 
-def assert_compiles(step: dict[str, Any], architecture: str) -> None:
-    """A kernel compiles, keeps all it has in registers, and multiplies in tensor cores where it is meant to."""
+def assert_registers(step: dict[str, Any], architecture: str) -> bytes:
+    """A kernel compiles and keeps all it has in registers; its machine code."""
     name, defined = step["kernel"], step["definitions"]
     cubin, log = _tenpak.cuda_compile(name, step["text"], architecture, ["--ptxas-options=-v"])
     what = f"{name} for sm_{architecture} with {defined}:\n{log}"
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert frames == [("0", "0", "0")], what
     assert not re.search(r"\(\d+\): (warning|error)", log), what
+    return cubin
+
+
+def assert_compiles(step: dict[str, Any], architecture: str) -> None:
+    """A kernel keeps all it has in registers, and multiplies in tensor cores where it is meant to."""
+    name, defined = step["kernel"], step["definitions"]
+    cubin = assert_registers(step, architecture)
     wanted = {
         "gemv": lambda: 8 * int(defined["ROW_TILES"]) * int(defined["M_TILES"]),
         "gemm": lambda: 16 * int(defined["M_BLOCK"]) // 8,
     }.get(name, lambda: 0)()
-    assert tensor_instructions(cubin, f"tenpak_{name}") == wanted, what
+    assert tensor_instructions(cubin, f"tenpak_{name}") == wanted, f"{name} for sm_{architecture} with {defined}"
 
 
 def steps(codec: str, sizes: tuple[tuple[int, bool], ...], dtype: str = "BF16") -> list[dict[str, Any]]:

@@ -1,6 +1,10 @@
 """Layers on CUDA devices as far as can be promised without one: shapes, graphs, and what to do about missing parts.
 
-With a device, `python benches/nvidia.py --check` compares every codec and shape.
+Everything up to the launch is tried here: which operator a layer becomes on a device, for every tracer and compiler
+that PyTorch has, and its shapes and dtypes. What only a device can say is left: that a launch is accepted, that graphs
+record it, gradients (autograd asks the driver for a context), `opcheck` with numbers on the device, and code that
+Inductor makes around it. With a device, `python benches/nvidia.py --check` compares every codec and shape, and records
+every product in a graph.
 """
 
 from __future__ import annotations
@@ -64,6 +68,44 @@ def test_a_layer_on_a_device_is_one_operator_in_a_graph_whatever_the_batch() -> 
         graph = make_fx(lambda x: _ops.linear(x, *matrix, "bfloat16"))(x)
     calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert calls == [torch.ops.tenpak.linear.default]
+
+
+LAYERS = {
+    "QuantizedLinear": (lambda: tt.QuantizedLinear(96, 40, device="cuda", dtype=torch.bfloat16), torch.bfloat16),
+    "G8Linear": (lambda: tt.G8Linear(96, 40, device="cuda"), torch.float16),
+    "QuantizedEmbedding": (lambda: tt.QuantizedEmbedding(50, 40, device="cuda", dtype=torch.bfloat16), None),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_on_a_device_are_one_operator_to_tracers_exporters_and_compilers(name: str) -> None:
+    make, dtype = LAYERS[name]
+    operator = (torch.ops.tenpak.linear if dtype else torch.ops.tenpak.embedding).default
+    seen: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    with FakeTensorMode():
+        layer = make()
+        assert all(plane.is_cuda for plane in layer.planes.values())
+        x = (
+            torch.empty(5, 96, dtype=dtype, device="cuda")
+            if dtype
+            else torch.empty(5, dtype=torch.int64, device="cuda")
+        )
+        eager = layer(x)
+        rows = torch.export.Dim("rows", min=2, max=512)
+        exported = torch.export.export(layer, (x,), strict=False, dynamic_shapes=({0: rows},))
+        traced = make_fx(layer)(x)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)(x)
+    for y in (eager, compiled):
+        assert (y.shape, y.device.type) == ((5, 40), "cuda") and y.dtype in (dtype, torch.bfloat16)
+    for graph in (exported.graph, traced.graph):
+        seen.extend(node.target for node in graph.nodes)
+    assert seen.count(operator) == 3, "decoding, or a product of PyTorch's, would be another"
+    assert torch.ops.tenpak.dequantize.default not in seen
 
 
 def test_every_operator_has_an_implementation_of_its_own_for_devices() -> None:

@@ -95,7 +95,7 @@ pub struct Operands {
 }
 
 /// The address of a parameter.
-fn parameter<T>(value: &mut T) -> *mut c_void {
+pub(super) fn parameter<T>(value: &mut T) -> *mut c_void {
     std::ptr::from_mut(value).cast()
 }
 

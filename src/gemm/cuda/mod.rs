@@ -15,10 +15,19 @@
 //! | `gemv.cu`, `gemm.cu` | otherwise | halves, one rounding from the specification |
 //! | `outliers.cu` | behind the others, for [`Raw`] | added as they are, in f32 |
 //!
+//! Caches of keys and values have kernels of their own, for those who hold their memory:
+//!
+//! | kernel | what it does |
+//! |---|---|
+//! | `append.cu` | adds tokens, and quantizes the blocks that they make whole, bytes as on a processor |
+//! | `attend.cu`, `merge.cu` | attention of few queries, by tensor cores, codes read once |
+//! | `recall.cu` | keys and values as numbers, those of the specification |
+//!
 //! Weights beyond the range of halves, 65504, become infinite in the last two, and those below 2^-14 are off by up to 2^-25.
 //! Activations are brought into that range row by row. Sums have the same order whenever the same device is asked for the
 //! same product.
 
+pub mod cache;
 pub mod device;
 pub mod driver;
 mod launch;

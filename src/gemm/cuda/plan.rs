@@ -236,7 +236,7 @@ impl Problem {
 pub const STATIC_BYTES: usize = 64 * 32 * 4 + 1024;
 
 /// A number of blocks, threads or bytes, as launches count them.
-fn count(number: usize, most: u32) -> Result<u32> {
+pub(super) fn count(number: usize, most: u32) -> Result<u32> {
     u32::try_from(number).ok().filter(|&n| n <= most).ok_or_else(|| {
         Error::invalid(format!("a product needs {number} blocks or bytes, expected at most {most}; divide it by rows"))
     })

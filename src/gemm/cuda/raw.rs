@@ -5,10 +5,12 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::cache::{AttendCall, Attention, Numbers, Places};
 use super::device::{Device, ReadyProduct};
 use super::driver::Address;
 use super::launch::{Extra, Operands, Planes};
 use super::plan::Problem;
+use crate::attention::KvFormat;
 use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
@@ -191,6 +193,74 @@ impl Raw {
         let operands = Operands { planes, extra, ends: 0, x: 0, y: out, workspace: 0 };
         // SAFETY: the caller vouches for the addresses.
         unsafe { self.device.decode(layout, &operands, ids, count, numbers, stream_of(stream)) }
+    }
+}
+
+impl Raw {
+    /// Launches the adding of `tokens` tokens to each sequence of a cache; the lengths on the device are those before.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for parts that do not fit together, [`Error::Unsupported`], [`Error::Device`].
+    ///
+    /// # Safety
+    /// As [`Raw::launch`]; keys and values are as many numbers as their strides say.
+    pub unsafe fn append(
+        &self,
+        format: &KvFormat,
+        places: &Places,
+        tokens: [Numbers; 2],
+        count: usize,
+        numbers: DType,
+        stream: Address,
+    ) -> Result<()> {
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { self.device.append(format, places, tokens, count, numbers, stream_of(stream)) }
+    }
+
+    /// Bytes of workspace of attention.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], [`Error::Invalid`].
+    pub fn attend_bytes(&self, problem: &Attention) -> Result<usize> {
+        Ok(problem.plan(self.device.hardware())?.workspace_bytes)
+    }
+
+    /// Launches attention over a cache.
+    ///
+    /// # Errors
+    /// As [`Raw::append`].
+    ///
+    /// # Safety
+    /// As [`Raw::launch`]; queries, mask and results are as many as the problem and strides say.
+    pub unsafe fn attend(
+        &self,
+        problem: &Attention,
+        places: &Places,
+        call: &AttendCall,
+        stream: Address,
+    ) -> Result<()> {
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { self.device.attend(problem, places, call, stream_of(stream)) }
+    }
+
+    /// Launches what makes numbers of the first `tokens` of each sequence.
+    ///
+    /// # Errors
+    /// As [`Raw::append`].
+    ///
+    /// # Safety
+    /// As [`Raw::launch`]; results are `[sequences, heads, tokens, channels]` each.
+    pub unsafe fn recall(
+        &self,
+        format: &KvFormat,
+        places: &Places,
+        tokens: usize,
+        numbers: DType,
+        out: [Address; 2],
+        stream: Address,
+    ) -> Result<()> {
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { self.device.recall(format, places, tokens, numbers, out, stream_of(stream)) }
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 
+use crate::attention::KvFormat;
 use crate::error::{Error, Result};
 use crate::layout::{Float, Grouped, Layout, Levels, ROW};
 use crate::tensor::DType;
@@ -24,18 +25,30 @@ pub enum Kernel {
     Gemm,
     /// What outliers add to products and weights.
     Outliers,
+    /// Tokens into a cache of keys and values.
+    Append,
+    /// Attention over a cache.
+    Attend,
+    /// One result of those of shares of a cache.
+    Merge,
+    /// Keys and values of a cache as numbers.
+    Recall,
 }
 
 const PTX: &str = include_str!("../../../cuda/ptx.cuh");
 const DEQUANT: &str = include_str!("../../../cuda/dequant.cuh");
 const NUMBERS: &str = include_str!("../../../cuda/numbers.cuh");
+const HALVES: &str = include_str!("../../../cuda/halves.cuh");
 const FRAGMENTS: &str = include_str!("../../../cuda/fragments.cuh");
 const SPLITS: &str = include_str!("../../../cuda/splits.cuh");
 const TILES: &str = include_str!("../../../cuda/tiles.cuh");
+const CACHE: &str = include_str!("../../../cuda/cache.cuh");
 
 impl Kernel {
-    /// Every kernel.
+    /// Every kernel of matrices.
     pub const ALL: [Self; 6] = [Self::Decode, Self::Exact, Self::Prepare, Self::Gemv, Self::Gemm, Self::Outliers];
+    /// Every kernel of caches.
+    pub const OF_CACHES: [Self; 4] = [Self::Append, Self::Attend, Self::Merge, Self::Recall];
 
     /// The name of its file in `cuda/`, without the ending.
     #[must_use]
@@ -47,6 +60,10 @@ impl Kernel {
             Self::Gemv => "gemv",
             Self::Gemm => "gemm",
             Self::Outliers => "outliers",
+            Self::Append => "append",
+            Self::Attend => "attend",
+            Self::Merge => "merge",
+            Self::Recall => "recall",
         }
     }
 
@@ -58,7 +75,7 @@ impl Kernel {
 
     /// Whether it reads weights, and so has the constants of a layout.
     const fn reads_weights(self) -> bool {
-        !matches!(self, Self::Prepare | Self::Outliers)
+        matches!(self, Self::Decode | Self::Exact | Self::Gemv | Self::Gemm)
     }
 
     /// The texts that it is made of, in the order in which they include each other.
@@ -66,10 +83,16 @@ impl Kernel {
         match self {
             Self::Decode => &[PTX, DEQUANT, NUMBERS, include_str!("../../../cuda/decode.cu")],
             Self::Exact => &[PTX, DEQUANT, NUMBERS, TILES, include_str!("../../../cuda/exact.cu")],
-            Self::Prepare => &[PTX, NUMBERS, FRAGMENTS, TILES, include_str!("../../../cuda/prepare.cu")],
-            Self::Gemv => &[PTX, DEQUANT, NUMBERS, FRAGMENTS, SPLITS, include_str!("../../../cuda/gemv.cu")],
-            Self::Gemm => &[PTX, DEQUANT, NUMBERS, FRAGMENTS, SPLITS, TILES, include_str!("../../../cuda/gemm.cu")],
+            Self::Prepare => &[PTX, NUMBERS, HALVES, FRAGMENTS, TILES, include_str!("../../../cuda/prepare.cu")],
+            Self::Gemv => &[PTX, DEQUANT, NUMBERS, HALVES, FRAGMENTS, SPLITS, include_str!("../../../cuda/gemv.cu")],
+            Self::Gemm => {
+                &[PTX, DEQUANT, NUMBERS, HALVES, FRAGMENTS, SPLITS, TILES, include_str!("../../../cuda/gemm.cu")]
+            }
             Self::Outliers => &[PTX, NUMBERS, include_str!("../../../cuda/outliers.cu")],
+            Self::Append => &[PTX, NUMBERS, CACHE, include_str!("../../../cuda/append.cu")],
+            Self::Attend => &[PTX, NUMBERS, CACHE, HALVES, include_str!("../../../cuda/attend.cu")],
+            Self::Merge => &[PTX, NUMBERS, include_str!("../../../cuda/merge.cu")],
+            Self::Recall => &[PTX, NUMBERS, CACHE, include_str!("../../../cuda/recall.cu")],
         }
     }
 }
@@ -97,15 +120,7 @@ impl Variant {
         aligned: bool,
         own: &[(&'static str, u32)],
     ) -> Result<Self> {
-        let numbers = match numbers {
-            DType::F32 => 0,
-            DType::F16 => 1,
-            DType::BF16 => 2,
-            other => {
-                return Err(Error::invalid(format!("numbers on a CUDA device are {other}, expected F32, F16 or BF16")));
-            }
-        };
-        let mut constants = vec![("NUMBERS", numbers), ("ALIGNED", u32::from(aligned))];
+        let mut constants = vec![("NUMBERS", number_type(numbers)?), ("ALIGNED", u32::from(aligned))];
         constants.extend(own);
         let mut levels = None;
         if kernel.reads_weights() {
@@ -113,6 +128,17 @@ impl Variant {
             levels = table(layout);
         }
         Ok(Self { kernel, constants, levels })
+    }
+
+    /// A kernel for a cache of keys and values, for queries or tokens out of `numbers`, and constants of its own.
+    ///
+    /// # Errors
+    /// As [`Variant::new`].
+    pub fn of_cache(kernel: Kernel, format: &KvFormat, numbers: DType, own: &[(&'static str, u32)]) -> Result<Self> {
+        let mut constants = vec![("NUMBERS", number_type(numbers)?), ("ALIGNED", 0)];
+        constants.extend(format.constants());
+        constants.extend(own);
+        Ok(Self { kernel, constants, levels: None })
     }
 
     /// Which kernel.
@@ -143,6 +169,16 @@ impl Variant {
             }
         }
         text
+    }
+}
+
+/// What kernels call a type of numbers.
+fn number_type(numbers: DType) -> Result<u32> {
+    match numbers {
+        DType::F32 => Ok(0),
+        DType::F16 => Ok(1),
+        DType::BF16 => Ok(2),
+        other => Err(Error::invalid(format!("numbers on a CUDA device are {other}, expected F32, F16 or BF16"))),
     }
 }
 
@@ -182,6 +218,13 @@ mod tests {
                     assert!(before.is_none_or(|before| before == *layout), "{} has the text of another", codec.id);
                 }
             }
+        }
+        let format = KvFormat::new(2, 64, 4, 8).unwrap();
+        for kernel in Kernel::OF_CACHES {
+            let text = Variant::of_cache(kernel, &format, DType::BF16, &[]).unwrap().text();
+            assert!(!text.contains("\n#include \""), "{kernel:?} includes a file");
+            assert!(text.contains(&format!(" {}(", kernel.entry())), "{kernel:?} has no entry");
+            assert!(text.contains("#define HEAD_DIM 64\n"), "{kernel:?} does not know its format");
         }
         assert!(
             Variant::new(Kernel::Decode, codecs::get("int8_sym_v1").unwrap().grouped().unwrap(), DType::I8, true, &[])

@@ -95,7 +95,7 @@ impl LoadedCache {
     /// As [`attend`](crate::attention::attend), and [`Error::OutOfMemory`], [`Error::Device`], and [`Error::Unsupported`] when the cache or
     /// the queries are more than a kernel sees at once.
     pub fn attend(&self, q: &[f32], m: usize, options: Attend, out: &mut [f32]) -> Result<()> {
-        options.check(&self.tokens, q.len(), m, out.len())?;
+        options.check(&self.tokens.view(), q.len(), m, out.len())?;
         if q.is_empty() {
             return Ok(());
         }

@@ -203,7 +203,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// As [`LoadedCache::attend`], and [`Error::Invalid`] when the cache is another backend's.
     pub fn attend(&mut self, cache: &'a LoadedCache, q: &[f32], m: usize, options: Attend) -> Result<usize> {
-        options.check(cache.tokens(), q.len(), m, q.len())?;
+        options.check(&cache.tokens().view(), q.len(), m, q.len())?;
         if !cache.is_of(&self.backend) {
             return Err(Error::invalid("the cache was taken by another backend than the batch, expected the same one"));
         }
