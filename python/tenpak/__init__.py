@@ -125,9 +125,9 @@ def compress(
     nonfinite
         What to do about NaN and infinities: ``error``, ``zero``, ``clamp`` or ``raw``.
     allow_requantize
-        Where another tool has quantized the source already: choose codecs for its decoded weights as the other arguments
-        say, which is refused otherwise. Without any such argument codes and scales are taken over as they are where a
-        codec holds them; what none holds is decoded and kept raw, and ``notes`` says so.
+        Where another tool has quantized the source already: choose codecs for its decoded weights as the other
+        arguments say, which is refused otherwise. Without any such argument codes and scales are taken over as they are
+        where a codec holds them; what none holds is decoded and kept raw, and ``notes`` says so.
     max_shard_size
         Most bytes of one shard of a directory.
     force
