@@ -25,6 +25,7 @@ pub mod export;
 pub mod file;
 pub mod fit;
 pub mod gemm;
+mod gguf;
 pub mod layout;
 mod limits;
 pub mod measure;

@@ -3,6 +3,7 @@
 pub mod devices;
 pub mod difference;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -76,6 +77,8 @@ pub struct Tensor {
     pub reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fit: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub imported: Option<&'static str>,
     pub source_bytes: u64,
     pub stored_bytes: u64,
     pub bits_per_weight: f64,
@@ -102,6 +105,7 @@ impl From<&TensorReport> for Tensor {
             codec: t.codec.id,
             reason: Some(t.reason.clone()),
             fit: (t.method != Method::Codec).then(|| t.method.name()),
+            imported: t.imported.map(|imported| imported.format),
             source_bytes: t.source_bytes,
             stored_bytes: t.stored_bytes,
             bits_per_weight: Sizes::new(t.elements(), t.stored_bytes).bits_per_weight,
@@ -123,6 +127,7 @@ impl From<&Entry> for Tensor {
             codec: entry.codec().id,
             reason: None,
             fit: None,
+            imported: None,
             source_bytes: entry.info().bytes(),
             stored_bytes: entry.stored_bytes(),
             bits_per_weight: entry.bits_per_weight(),
@@ -223,6 +228,12 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
         if t.repaired > 0 {
             notes.push(format!("{}: {} weights that were not finite have been replaced", t.name, t.repaired));
         }
+    }
+    let formats: BTreeSet<_> = report.tensors.iter().filter_map(|t| Some(t.imported?.format)).collect();
+    for format in formats {
+        let of = || report.tensors.iter().filter_map(|t| t.imported).filter(|imported| imported.format == format);
+        let (all, taken) = (of().count(), of().filter(|imported| imported.taken_over).count());
+        notes.push(format!("{taken} of {all} matrices in {format} are taken over as they are"));
     }
     let rates = || report.tensors.iter().filter_map(|t| t.rate);
     if let (Some(least), Some(most)) = (rates().min(), rates().max())

@@ -64,6 +64,7 @@ def compress(
     coded: bool = False,
     outliers: float | None = None,
     nonfinite: str = "error",
+    allow_requantize: bool = False,
     max_shard_size: int = 5_000_000_000,
     force: bool = False,
     threads: int = 0,
@@ -79,7 +80,8 @@ def compress(
     Parameters
     ----------
     source
-        ``.safetensors``, Hugging Face directory, ``.npz``, ``.npy`` or JSON bundle.
+        ``.safetensors``, Hugging Face directory (also one of GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX),
+        ``.gguf``, ``.npz``, ``.npy`` or JSON bundle.
     output
         Artifact to write: one file where the name ends in ``.tenpak``, otherwise a Hugging Face directory. It appears
         whole or not at all. May be missing with ``dry_run``.
@@ -122,6 +124,10 @@ def compress(
         Part of the weights with 4-bit codes to store by themselves, such as 0.005: those that save most.
     nonfinite
         What to do about NaN and infinities: ``error``, ``zero``, ``clamp`` or ``raw``.
+    allow_requantize
+        Where another tool has quantized the source already: choose codecs for its decoded weights as the other
+        arguments say, which is refused otherwise. Without any such argument codes and scales are taken over as they are
+        where a codec holds them; what none holds is decoded and kept raw, and ``notes`` says so.
     max_shard_size
         Most bytes of one shard of a directory.
     force
@@ -165,6 +171,7 @@ def compress(
             coded,
             outliers,
             nonfinite,
+            allow_requantize,
             max_shard_size,
             force,
             threads,

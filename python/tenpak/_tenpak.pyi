@@ -159,6 +159,7 @@ def compress(
     coded: bool,
     outliers: float | None,
     nonfinite: str,
+    allow_requantize: bool,
     max_shard_size: int,
     force: bool,
     threads: int,

@@ -9,6 +9,9 @@ pub(crate) const CONFIG: &str = "config.json";
 /// The field that says how weights are quantized.
 const FIELD: &str = "quantization_config";
 
+/// The same in configs of MLX, beside the former.
+const MLX: &str = "quantization";
+
 /// Where that field of the source goes, when it has one already.
 const MOVED: &str = "source_quantization_config";
 
@@ -59,11 +62,16 @@ pub(crate) fn restored(text: &[u8]) -> Option<Vec<u8>> {
     Some(format!("{}{old}{}", &text[..from], &text[until..]).into_bytes())
 }
 
-/// The text without its `quantization_config`, or as it is when it has none.
+/// The text without its `quantization_config` and what MLX has beside it, or as it is when it has neither.
 pub(crate) fn unquantized(bytes: &[u8]) -> Vec<u8> {
+    [FIELD, MLX].into_iter().fold(bytes.to_vec(), |text, field| without(&text, field))
+}
+
+/// The text without a field, or as it is when it has none of that name.
+fn without(bytes: &[u8], field: &str) -> Vec<u8> {
     let Ok(text) = std::str::from_utf8(bytes) else { return bytes.to_vec() };
     let Ok(fields) = fields(text) else { return bytes.to_vec() };
-    let Some(at) = fields.iter().position(|f| f.key == FIELD) else { return bytes.to_vec() };
+    let Some(at) = fields.iter().position(|f| f.key == field) else { return bytes.to_vec() };
     let own = &fields[at];
     let (from, until) = match (at, fields.get(at + 1)) {
         (0, Some(next)) => (own.start, next.start),
@@ -157,8 +165,13 @@ mod tests {
             let value: serde_json::Value = serde_json::from_slice(&unquantized(text.as_bytes())).unwrap();
             let mut before: serde_json::Value = serde_json::from_str(text).unwrap();
             before.as_object_mut().unwrap().remove(FIELD);
+            before.as_object_mut().unwrap().remove(MLX);
             assert_eq!(value, before, "{text}");
         }
+        assert_eq!(
+            unquantized(b"{\"quantization\": {\"bits\": 4}, \"a\": 1, \"quantization_config\": 5}"),
+            b"{\"a\": 1}"
+        );
         assert_eq!(unquantized(b"not json"), b"not json");
     }
 }

@@ -16,7 +16,7 @@ use super::identity::{self, Identity};
 use super::map::ArtifactFile;
 use super::writer::{TensorWriter, Writer, Written};
 use crate::codecs;
-use crate::compress::{self, OnProgress, Options, Progress, TensorReport};
+use crate::compress::{self, OnProgress, Options, Progress, Quantized, TensorReport};
 use crate::error::{Error, Result};
 use crate::output;
 use crate::recipe::Recipe;
@@ -81,7 +81,10 @@ pub fn delta(
             format!("{path} was made with statistics (fit '{fit}'); pass the same file with --stats, or nothing agrees")
         }));
     }
-    let options = Options { stats, ..Options::new(recipe, provenance.nonfinite.parse()?, force) };
+    // The recipe of a base that was taken over from another tool.
+    let kept = recipe == Recipe::new(codecs::get(codecs::RAW)?).all(true);
+    let quantized = if kept { Quantized::Keep } else { Quantized::Refuse };
+    let options = Options { stats, quantized, ..Options::new(recipe, provenance.nonfinite.parse()?, force) };
     let mut planned = compress::plan(variant, &options)?;
     // A tensor of the base keeps its rate, whatever decided it.
     for tensor in planned.tensors.iter_mut().filter(|tensor| tensor.rate.is_some()) {

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::progress::Bar;
 use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
-use crate::compress::{Options, Report, compress_as, plan_as};
+use crate::compress::{Options, Quantized, Report, compress_as, plan_as};
 use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
 use crate::fit::outliers::Share;
@@ -102,6 +102,10 @@ pub(super) struct Choice {
     /// Give every float tensor the codec, whatever its role
     #[arg(long)]
     all: bool,
+    /// Where the checkpoint is quantized already: apply the choice above to its decoded weights, instead of refusing it. Without
+    /// a choice such matrices are taken over as they are where a codec holds them, and decoded and kept raw elsewhere
+    #[arg(long)]
+    allow_requantize: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -114,7 +118,8 @@ enum Sort {
 
 impl Choice {
     /// The recipe, and the size that it is to be fitted to.
-    pub fn recipe(&self, fit: Option<&str>) -> Result<(Recipe, Option<u64>)> {
+    /// What to do with a checkpoint that is quantized already comes third.
+    pub fn recipe(&self, fit: Option<&str>) -> Result<(Recipe, Option<u64>, Quantized)> {
         let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
         let text = match &self.recipe {
             Some(path) => match path.to_str().filter(|name| Recipe::named(name).is_some()) {
@@ -123,7 +128,7 @@ impl Choice {
             },
             None => None,
         };
-        let recipe = Request {
+        let request = Request {
             codec: self.codec.as_deref(),
             // A size says that some size is to be chosen, and so does any rate.
             target_bits: self.target_bits.or_else(|| self.target_size.map(|_| Rate::DEFAULT)),
@@ -137,9 +142,9 @@ impl Choice {
             all: self.all,
             fit,
             outliers: self.outliers,
-        }
-        .recipe()?;
-        Ok((recipe, self.target_size))
+        };
+        let quantized = Quantized::wanted(request.asks(), self.allow_requantize);
+        Ok((request.recipe()?, self.target_size, quantized))
     }
 }
 
@@ -181,7 +186,11 @@ fn split<'a>(pairs: &'a [String], option: &str, example: &str) -> Result<Vec<(&'
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
     let input = arguments.input.path()?;
     let source = context.source(input)?;
-    let (recipe, target_bytes) = arguments.choice.recipe(arguments.fit.as_deref())?;
+    let (recipe, target_bytes, quantized) = arguments.choice.recipe(arguments.fit.as_deref())?;
+    let quantized = match quantized {
+        Quantized::Keep if arguments.stats.is_some() => Quantized::wanted(true, arguments.choice.allow_requantize),
+        quantized => quantized,
+    };
     let options = Options {
         target_bytes,
         coded: arguments.coded,
@@ -189,7 +198,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     };
     let access = context.source_options();
     let stats = arguments.stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
-    let options = options.with_stats(stats, arguments.fit.is_some(), &source)?;
+    let options = options.with_stats(stats, arguments.fit.is_some(), &source)?.for_quantized(&source, quantized)?;
     let start = Instant::now();
     let report = match &arguments.output {
         Some(output) if !arguments.dry_run => {

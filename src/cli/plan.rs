@@ -9,7 +9,7 @@ use super::progress::Bar;
 use super::report::{table, thousands};
 use super::{Context, Input, Outcome};
 use crate::codecs;
-use crate::compress::{Nonfinite, Options, frontier};
+use crate::compress::{Nonfinite, Options, Quantized, frontier};
 use crate::error::Result;
 use crate::fit::Rate;
 use crate::recipe::Recipe;
@@ -49,7 +49,9 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let recipe = recipe.target_bits(arguments.target_bits.unwrap_or(Rate::DEFAULT));
     let access = context.source_options();
     let stats = arguments.stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
-    let options = Options::new(recipe, Nonfinite::Zero, false).with_stats(stats, false, &source)?;
+    // Nothing is written, so nothing is quantized again.
+    let options = Options { quantized: Quantized::Anew, ..Options::new(recipe, Nonfinite::Zero, false) };
+    let options = options.with_stats(stats, false, &source)?;
     let rates = RATES.iter().map(|&rate| Rate::from_thousandths(rate)).collect::<Result<Vec<_>>>()?;
     let start = Instant::now();
     let found = {

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::fitting::Fitting;
-use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, rated, report, transposed, whole};
+use super::{BLOCK_BYTES, Nonfinite, Options, TensorReport, import, rated, report, transposed, whole};
 use crate::artifact::Writer;
 use crate::artifact::writer::TensorWriter;
 use crate::codec::extra::Extras;
@@ -25,6 +25,8 @@ pub(super) enum Misfit {
     },
     /// Too few weights for what a stream takes beside them.
     TooSmall(Rate),
+    /// Codes that are to be taken over would decode to other weights.
+    Inexact(&'static str),
 }
 
 /// Writes one tensor with the first codec of its line that can hold it: the planned one, its wider twin, raw.
@@ -44,6 +46,18 @@ pub(crate) fn encode_tensor(
     let mut fitting = None;
     loop {
         let codec = done.codec;
+        if done.imported.is_some_and(|imported| imported.taken_over) {
+            match import::encode(source, index, codec, writer, tick)? {
+                Ok(out) => return Ok((done, out)),
+                Err(Misfit::Nonfinite { index, count }) if nonfinite == Nonfinite::Error => {
+                    return Err(Error::Nonfinite { tensor: done.name, index, count });
+                }
+                Err(Misfit::Nonfinite { index, .. }) => done = import::decoded(tensor, index, nonfinite)?,
+                Err(Misfit::Inexact(why)) => done = import::next(tensor, codec, options, why)?,
+                Err(Misfit::OutOfRange | Misfit::TooSmall(_)) => unreachable!("nothing is quantized"),
+            }
+            continue;
+        }
         let fitting = match &mut fitting {
             Some(fitting) => fitting,
             none => {
@@ -87,6 +101,7 @@ pub(crate) fn encode_tensor(
             Misfit::TooSmall(rate) => {
                 (codecs::get(codecs::INT8_ROW)?, format!("no step gives {rate} bits a weight, it has too few for that"))
             }
+            Misfit::Inexact(_) => unreachable!("nothing is taken over"),
             Misfit::OutOfRange => {
                 (codecs::wider(codec), "a scale or offset leaves the range of its stored type".to_owned())
             }

@@ -11,6 +11,7 @@ mod encode;
 mod fitting;
 mod forecast;
 mod form;
+mod import;
 mod rated;
 mod size;
 mod whole;
@@ -23,6 +24,7 @@ use crate::artifact::writer::{Whole, Written, planned};
 use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::codec::extra::Extras;
+use crate::codecs;
 use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::fit::{Method, Rate};
@@ -79,6 +81,40 @@ impl std::str::FromStr for Nonfinite {
     }
 }
 
+/// What to do with matrices that another tool has quantized already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Quantized {
+    /// Refuse the checkpoint: a recipe would quantize what is quantized.
+    #[default]
+    Refuse,
+    /// Take over what a codec holds as it is, store everything else raw, and leave the recipe out of it.
+    Keep,
+    /// Quantize the decoded weights as the recipe says, but take over what its codec holds as it is.
+    Anew,
+}
+
+impl Quantized {
+    /// What a user wants who has asked for a codec, a rate or anything else of a recipe, or has not, and who allows
+    /// quantizing again, or does not.
+    #[must_use]
+    pub fn wanted(asked: bool, allowed: bool) -> Self {
+        match (asked, allowed) {
+            (false, _) => Self::Keep,
+            (true, true) => Self::Anew,
+            (true, false) => Self::Refuse,
+        }
+    }
+}
+
+/// What a matrix was before: quantized by another tool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Imported {
+    /// The format.
+    pub format: &'static str,
+    /// Whether its codes and scales are taken over as they are.
+    pub taken_over: bool,
+}
+
 /// How far the work is; given to a callback, which stops the work by returning an error.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
@@ -108,13 +144,28 @@ pub struct Options {
     pub force: bool,
     /// What is known of the inputs of the weights, for the fits of the recipe that need it.
     pub stats: Option<Arc<Stats>>,
+    /// What to do with matrices that are quantized already.
+    pub quantized: Quantized,
 }
 
 impl Options {
     /// A recipe with nothing known of the inputs, at no size in particular.
     #[must_use]
     pub fn new(recipe: Recipe, nonfinite: Nonfinite, force: bool) -> Self {
-        Self { recipe, nonfinite, target_bytes: None, coded: false, force, stats: None }
+        let quantized = Quantized::default();
+        Self { recipe, nonfinite, target_bytes: None, coded: false, force, stats: None, quantized }
+    }
+
+    /// Says what to do with a checkpoint that is quantized already; where it is kept, the recipe becomes that of raw tensors.
+    ///
+    /// # Errors
+    /// Never, unless the registry lacks a codec.
+    pub fn for_quantized(self, source: &Source, quantized: Quantized) -> Result<Self> {
+        if !source.is_quantized() || quantized != Quantized::Keep {
+            return Ok(Self { quantized, ..self });
+        }
+        let recipe = Recipe::new(codecs::get(codecs::RAW)?).all(true);
+        Ok(Self { recipe, stats: None, target_bytes: None, quantized, ..self })
     }
 
     /// Adds what is known of the inputs. It decides the fit where that is the codecs' own and none is asked for: `gptq`
@@ -199,6 +250,8 @@ pub struct TensorReport {
     pub distance: Option<Distance>,
     /// Weights that were NaN or infinite and have been replaced.
     pub repaired: u64,
+    /// How it was quantized before, where it was.
+    pub imported: Option<Imported>,
 }
 
 impl TensorReport {
@@ -276,11 +329,15 @@ fn plan_settled(source: &Source, settled: &Settled) -> Result<Report> {
 
 /// What will happen to each tensor, those with an entry in `rates` having that one.
 fn reports(source: &Source, options: &Options, rates: &[Option<Rate>]) -> Result<Vec<TensorReport>> {
+    import::check(source, options)?;
     source
         .tensors()
         .iter()
         .enumerate()
         .map(|(index, t)| {
+            if let Some(report) = import::planned(source, t, options)? {
+                return Ok(report);
+            }
             let Choice { codec, rate, reason } = options.recipe.choose(t.info(), t.matrix().1);
             let rate = rate.map(|rate| rates.get(index).copied().flatten().unwrap_or(rate));
             let changed = matches!(reason, Reason::ShortRows { .. });
@@ -291,7 +348,7 @@ fn reports(source: &Source, options: &Options, rates: &[Option<Rate>]) -> Result
                     fitting::method(options.recipe.method(), codec, options.stats.as_deref(), name, cols)?;
                 report.set_extras(options.recipe.extras(codec, report.method, t.info().elements()))?;
             }
-            Ok(report)
+            Ok(import::unless_changed(t, report))
         })
         .collect()
 }
@@ -411,6 +468,7 @@ fn report(
         memory_bytes,
         distance: None,
         repaired: 0,
+        imported: tensor.packed().map(|packed| Imported { format: packed.format(), taken_over: false }),
     })
 }
 

@@ -8,7 +8,7 @@ use super::convert::Conversion;
 use crate::artifact::ArtifactFile;
 use crate::codec::Codec;
 use crate::codecs;
-use crate::compress::{self, Nonfinite, OnProgress, compress};
+use crate::compress::{self, Nonfinite, OnProgress, Quantized, compress};
 use crate::difference::Model;
 use crate::error::{Error, Result};
 use crate::file::Access;
@@ -57,6 +57,7 @@ pub fn exporting(
         )));
     };
     how.to.check(target, how.force, source.inputs())?;
+    let keep = codec.is_none() && keeps(&source, how.allow_requantize)?;
     let codec = match codec {
         Some(codec) => codec,
         None => fitting(&source, held.codecs())?,
@@ -66,12 +67,40 @@ pub fn exporting(
     for role in [Role::Embedding, Role::Head, Role::Router] {
         recipe = recipe.role(role, raw)?;
     }
+    let quantized = if keep { Quantized::Keep } else { Quantized::wanted(true, how.allow_requantize) };
     let folder = output::folder_beside(target)?;
     // Models are called as their file where their config gives no name.
     let home = std::fs::canonicalize(input).map_err(|e| Error::io(input, e))?;
     let path = folder.path().join(home.file_stem().unwrap_or_default()).with_extension("tenpak");
-    compress(&source, &path, &compress::Options::new(recipe, Nonfinite::Error, false), on_progress)?;
+    let options = compress::Options::new(recipe, Nonfinite::Error, false).for_quantized(&source, quantized)?;
+    let report = compress(&source, &path, &options, on_progress)?;
+    if let Some(lost) = report.tensors.iter().find(|t| keep && t.imported.is_some_and(|i| !i.taken_over)) {
+        // What headers could not tell.
+        return Err(inexact(&lost.name, &lost.reason));
+    }
     Ok(Exporting { artifact: ArtifactFile::open(&path)?, _folder: Some(folder) })
+}
+
+/// Whether the matrices of a checkpoint that is quantized already are taken over as they are: all of them, or none where they
+/// may be quantized again.
+///
+/// # Errors
+/// [`Error::Invalid`] when some cannot be taken over, and may not be quantized again.
+fn keeps(source: &Source, requantize: bool) -> Result<bool> {
+    let packed = source.tensors().iter().filter_map(|tensor| Some((tensor, tensor.packed()?)));
+    match packed.clone().find(|(_, packed)| packed.codecs().is_empty()) {
+        Some(_) if requantize => Ok(false),
+        Some((tensor, packed)) => Err(inexact(tensor.info().name(), packed.why())),
+        None => Ok(packed.count() > 0),
+    }
+}
+
+/// The error of a quantized matrix that would come out dense.
+fn inexact(name: &str, why: &str) -> Error {
+    Error::invalid(format!(
+        "tensor '{name}' is quantized already, and cannot be expressed exactly: {why}; pass --codec and --allow-requantize to \
+         quantize its decoded weights anew"
+    ))
 }
 
 /// The first codec whose groups divide the rows of all linear weights, or the last one, of which the reason of a

@@ -56,7 +56,7 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 #[pyfunction]
 #[pyo3(signature = (
     source, output, codec, target_bits, target_size, max_loss, allocate, recipe, roles, rules, include, exclude, all,
-    stats, fit, coded, outliers, nonfinite, max_shard_size, force, threads, mmap, dry_run, progress
+    stats, fit, coded, outliers, nonfinite, allow_requantize, max_shard_size, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -79,6 +79,7 @@ fn compress(
     coded: bool,
     outliers: Option<f64>,
     nonfinite: &str,
+    allow_requantize: bool,
     max_shard_size: u64,
     force: bool,
     threads: usize,
@@ -111,7 +112,8 @@ fn compress(
             outliers,
         };
         let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
-        Ok(engine::Options { target_bytes: target_size, coded, ..options })
+        let quantized = engine::Quantized::wanted(request.asks() || stats.is_some(), allow_requantize);
+        Ok(engine::Options { target_bytes: target_size, coded, quantized, ..options })
     };
     let wishes = wishes().map_err(|e| run::raise(py, e))?;
     let fit_asked = fit.is_some();
@@ -120,7 +122,8 @@ fn compress(
         let opened = open_source(&source, mmap)?;
         let access = source::Options { access: access(mmap), limits: Limits::DEFAULT };
         let stats = stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
-        let options = wishes.with_stats(stats, fit_asked, &opened)?;
+        let quantized = wishes.quantized;
+        let options = wishes.with_stats(stats, fit_asked, &opened)?.for_quantized(&opened, quantized)?;
         let report = match (&output, dry_run) {
             (Some(output), false) => engine::compress_as(&opened, output, &options, max_shard_size, on_progress)?,
             (None, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),

@@ -38,6 +38,16 @@ pub struct Request<'a> {
 }
 
 impl Request<'_> {
+    /// Whether anything is asked for, so that the recipe is not the usual one.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        let one = self.codec.is_some() || self.toml.is_some() || self.fit.is_some() || self.outliers.is_some();
+        let rate = self.target_bits.is_some() || self.max_loss.is_some() || self.allocate.is_some();
+        let lists =
+            self.roles.is_empty() && self.rules.is_empty() && self.include.is_empty() && self.exclude.is_empty();
+        one || rate || !lists || self.all
+    }
+
     /// The recipe that does what is asked for.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
 
-use super::{Options, Source, bundle, directory, npy, npz, safetensors};
+use super::{Options, Source, bundle, directory, gguf, npy, npz, safetensors};
 
 /// The first bytes of an artifact of this crate.
 const ARTIFACT: &[u8] = b"\x89TNPK\r\n\x1a";
@@ -30,6 +30,7 @@ pub(super) fn open(path: &Path, options: &Options) -> Result<Source> {
         Found::Npy => npy::open(path, options),
         Found::Zip => npz::open(path, options),
         Found::Json => bundle::open(path, options),
+        Found::Gguf => gguf::open(path, options),
     }
 }
 
@@ -40,6 +41,7 @@ enum Found {
     Npy,
     Zip,
     Json,
+    Gguf,
 }
 
 /// Tells a file by its first bytes and its name.
@@ -66,7 +68,7 @@ fn recognise(start: &[u8], name: &str) -> Result<Found> {
         return Err(hdf5(name));
     }
     if start.starts_with(b"GGUF") {
-        return Err(gguf());
+        return Ok(Found::Gguf);
     }
     if start.starts_with(b"version https://git-lfs") {
         return Err(Error::invalid("this is a Git LFS pointer instead of the file: run git lfs pull"));
@@ -89,7 +91,7 @@ fn recognise(start: &[u8], name: &str) -> Result<Found> {
         return Ok(Found::Json);
     }
     Err(Error::unsupported(
-        "this is no known checkpoint: expected a model directory, .safetensors, .npz, .npy or a JSON bundle",
+        "this is no known checkpoint: expected a model directory, .safetensors, .gguf, .npz, .npy or a JSON bundle",
     ))
 }
 
@@ -98,7 +100,9 @@ pub(super) fn foreign_weights(name: &str) -> Option<Error> {
     match name.rsplit_once('.')?.1.to_lowercase().as_str() {
         "bin" | "pt" | "pth" | "ckpt" | "pkl" | "pickle" => Some(pickle(name)),
         "h5" | "hdf5" | "keras" => Some(hdf5(name)),
-        "gguf" => Some(gguf()),
+        "gguf" => Some(Error::invalid(
+            "weights in GGUF are read from one file that begins with these letters; give that file itself, complete",
+        )),
         _ => None,
     }
 }
@@ -128,10 +132,6 @@ fn pasteable<'a>(name: &'a str, instead: &'a str) -> &'a str {
     if name.chars().all(plain) { name } else { instead }
 }
 
-fn gguf() -> Error {
-    Error::unsupported("GGUF files are not read yet; give the .safetensors checkpoint that the file was made from")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,7 +149,6 @@ mod tests {
             (b"whatever", "a.pth", "save_file"),
             (b"\x89HDF\r\n\x1a\n", "weights", "h5py"),
             (b"whatever", "model.h5", "h5py"),
-            (b"GGUF\x03\0\0\0", "x", "not read yet"),
             (b"\x89TNPK\r\n\x1a\x01", "x", "decompress"),
             (b"version https://git-lfs.github.com/spec/v1", "model.safetensors", "git lfs pull"),
             (b"{\"weight_map\":{}}", "model.safetensors.index.json", "directory"),

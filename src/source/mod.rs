@@ -5,10 +5,11 @@
 //! | safetensors | one file | in the file |
 //! | Hugging Face | a directory: `model.safetensors.index.json`, `model.safetensors`, or the one `*.safetensors` | in the shards |
 //! | npy, npz | an array, a zip of arrays | in the file; deflated members in an unlinked temporary file |
+//! | GGUF | one file | in the file |
 //! | JSON bundle | `{"tensors": [{"name", "shape", "data"}]}` | in an unlinked temporary file |
 //!
 //! [`Source`] is one concrete type rather than a trait: once the headers are read nothing is left that differs. Opening
-//! reads headers only, checks every size before it allocates for it, and follows no link out of the model. Pickles
+//! reads headers (and the few numbers that say how quantized matrices of other tools lie, see [`Packed`]), checks every size before it allocates for it, and follows no link out of the model. Pickles
 //! (`.bin`, `.pt`) are programs and never read; the error says how to convert them.
 //!
 //! ```no_run
@@ -27,22 +28,28 @@ mod bundle;
 mod conv1d;
 mod detect;
 mod directory;
+mod gguf;
 mod json;
 mod npy;
 mod npz;
+mod packed;
 mod rows;
 mod safetensors;
 mod side;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
+use std::sync::Arc;
 
+use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::file::{Access, Block, InputFile};
 use crate::limits::{self, Limits};
 use crate::tensor::TensorInfo;
 pub(crate) use directory::{HEADER_FILE, INDEX, member, open_shards};
 pub(crate) use json::parse_file;
+pub use packed::Packed;
+pub(crate) use packed::Unheld;
 use rows::{Order, Place, Store};
 pub(crate) use safetensors::plain as plain_safetensors;
 pub(crate) use side::side_files;
@@ -73,6 +80,8 @@ pub enum Kind {
     Npy,
     /// A JSON bundle of tensors.
     JsonBundle,
+    /// A GGUF file.
+    Gguf,
 }
 
 impl Kind {
@@ -85,6 +94,7 @@ impl Kind {
             Self::Npz => "npz",
             Self::Npy => "npy",
             Self::JsonBundle => "json",
+            Self::Gguf => "gguf",
         }
     }
 }
@@ -143,14 +153,15 @@ pub struct SourceTensor {
     info: TensorInfo,
     place: Place,
     transposed: bool,
+    packed: Option<Arc<Packed>>,
 }
 
 impl SourceTensor {
     fn new(info: TensorInfo, store: Store, offset: u64, order: Order) -> Self {
-        Self { info, place: Place { store, offset, order }, transposed: false }
+        Self { info, place: Place { store, offset, order }, transposed: false, packed: None }
     }
 
-    /// Name, dtype and shape as the checkpoint states them.
+    /// Name, dtype and shape as the checkpoint states them; of a quantized matrix those of its weights, in F32.
     #[must_use]
     pub fn info(&self) -> &TensorInfo {
         &self.info
@@ -162,6 +173,17 @@ impl SourceTensor {
             Store::File(index) => (index, self.place.offset),
             Store::Spool => unreachable!("safetensors files are read in place"),
         }
+    }
+
+    /// How another tool has quantized it, where one has.
+    #[must_use]
+    pub fn packed(&self) -> Option<&Packed> {
+        self.packed.as_deref()
+    }
+
+    /// The same tensor as a matrix with its two dimensions swapped.
+    fn turned(&self) -> Self {
+        Self { transposed: true, ..self.clone() }
     }
 
     /// Whether the checkpoint holds the weight as `[in, out]`, so that the matrix view swaps its two dimensions.
@@ -204,11 +226,22 @@ impl Source {
             return Err(compressed());
         }
         limits::check("tensors of a checkpoint", limits.tensors, self.tensors.len() as u64)?;
+        packed::understand(&mut self)?;
+        if self.is_quantized() {
+            self.attached = side::unquantized(std::mem::take(&mut self.attached))?;
+        }
         let mut names = HashSet::with_capacity(self.tensors.len());
         if let Some(twice) = self.tensors.iter().find(|t| !names.insert(t.info.name())) {
             return Err(duplicate(twice.info.name()));
         }
         for index in conv1d::transposed(self.config.as_ref(), &self.tensors) {
+            if let Some(packed) = self.tensors[index].packed() {
+                return Err(Error::unsupported(format!(
+                    "tensor {} is a Conv1D quantized as {}, which is not read; quantize the original checkpoint with tenpak",
+                    quoted(self.tensors[index].info.name()),
+                    packed.format()
+                )));
+            }
             self.tensors[index].transposed = true;
         }
         Ok(self)
@@ -266,6 +299,12 @@ impl Source {
         &self.activation_stats
     }
 
+    /// Whether some of its matrices are quantized already.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        self.tensors.iter().any(|tensor| tensor.packed.is_some())
+    }
+
     /// Little-endian elements, in the stored dtype, of `rows` rows of the matrix view of tensor number `tensor`.
     ///
     /// Rows that lie one after another in a file come without a copy. Of a transposed tensor no more is in memory than
@@ -275,8 +314,29 @@ impl Source {
     /// [`Error::Invalid`] when there is no such tensor or row or the rows exceed this machine's address space, and
     /// those of [`InputFile::read`].
     pub fn read_rows(&self, tensor: usize, first_row: u64, rows: u64) -> Result<Block> {
-        let (file, wanted) = self.locate(tensor)?;
-        rows::read(file, wanted, first_row, rows)
+        let wanted = self.tensor(tensor)?;
+        match &wanted.packed {
+            Some(packed) => packed.rows(self, &wanted.info, first_row, rows).map(Block::Owned),
+            None => self.stored(wanted, first_row, rows),
+        }
+    }
+
+    /// The planes of `rows` rows of a tensor in one of the codecs that may hold it as it is, or why that codec does not.
+    pub(crate) fn read_planes(
+        &self,
+        tensor: usize,
+        codec: &'static Codec,
+        first_row: u64,
+        rows: u64,
+    ) -> Result<Result<Vec<Vec<u8>>, Unheld>> {
+        let wanted = self.tensor(tensor)?;
+        let packed = wanted.packed.as_ref().ok_or_else(|| Error::invalid("the tensor is not quantized"))?;
+        packed.planes(self, &wanted.info, codec, (first_row, rows))
+    }
+
+    /// Rows of a tensor as it lies in its file.
+    fn stored(&self, tensor: &SourceTensor, first_row: u64, rows: u64) -> Result<Block> {
+        rows::read(self.file_of(tensor), tensor, first_row, rows)
     }
 
     /// Little-endian elements, in the stored dtype, `bytes` of them from byte `start` on, of tensor number `tensor` in
@@ -285,20 +345,24 @@ impl Source {
     /// # Errors
     /// [`Error::Invalid`] when there is no such tensor or the range leaves it, and those of [`InputFile::read`].
     pub fn read_bytes(&self, tensor: usize, start: u64, bytes: u64) -> Result<Block> {
-        let (file, wanted) = self.locate(tensor)?;
-        rows::read_bytes(file, wanted, start, bytes)
+        let wanted = self.tensor(tensor)?;
+        match &wanted.packed {
+            Some(packed) => packed.bytes(self, &wanted.info, start, bytes).map(Block::Owned),
+            None => rows::read_bytes(self.file_of(wanted), wanted, start, bytes),
+        }
     }
 
-    fn locate(&self, tensor: usize) -> Result<(&InputFile, &SourceTensor)> {
-        let Some(wanted) = self.tensors.get(tensor) else {
-            let count = self.tensors.len();
-            return Err(Error::invalid(format!("there is no tensor number {tensor}, the checkpoint has {count}")));
-        };
-        let file = match wanted.place.store {
+    fn tensor(&self, tensor: usize) -> Result<&SourceTensor> {
+        let count = self.tensors.len();
+        let none = || Error::invalid(format!("there is no tensor number {tensor}, the checkpoint has {count}"));
+        self.tensors.get(tensor).ok_or_else(none)
+    }
+
+    fn file_of(&self, tensor: &SourceTensor) -> &InputFile {
+        match tensor.place.store {
             Store::File(index) => &self.files[index].file,
             Store::Spool => self.spool.as_ref().expect("only containers with a spool file place tensors there"),
-        };
-        Ok((file, wanted))
+        }
     }
 }
 

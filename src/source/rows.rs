@@ -34,6 +34,9 @@ pub(super) enum Order {
     C,
     /// The first one; only for matrices.
     Fortran,
+    /// The last one, but rows lie as neighbours that belong to the two halves of a head, each half having so many rows: row
+    /// `t * half + j` of a head is stored as its row `2 j + t`. Elements of a vector are rows of their own.
+    Heads(u64),
 }
 
 /// Where the elements of a tensor are.
@@ -65,6 +68,17 @@ pub(super) fn read(file: &InputFile, tensor: &SourceTensor, first_row: u64, rows
         ))
     })?;
     let Place { offset, order, .. } = tensor.place;
+    if let (Order::Heads(half), true) = (order, len > 0) {
+        let vector = tensor.info.shape().len() == 1;
+        let (first, count, row) = if vector { (0, cols, size) } else { (first_row, rows, cols * size) };
+        let mut out = try_zeroed(len, || format!("rows of tensor {}", quoted(tensor.info.name())))?;
+        for (row_number, out) in (first..first + count).zip(out.chunks_mut(size_in_memory(row))) {
+            let (head, within) = (row_number / (2 * half), row_number % (2 * half));
+            let stored = head * 2 * half + 2 * (within % half) + within / half;
+            file.read_into(offset + stored * row, out)?;
+        }
+        return Ok(Block::Owned(out));
+    }
     if len == 0 || tensor.transposed == (order == Order::Fortran) {
         let start = if len == 0 { 0 } else { offset + first_row * cols * size };
         let block = file.read(start, len)?;
@@ -93,7 +107,7 @@ pub(super) fn read_bytes(file: &InputFile, tensor: &SourceTensor, start: u64, by
         file.observe(at, &block);
         return Ok(block);
     }
-    // A Fortran-order matrix: the rows that hold the range, less what lies before it.
+    // Another order: the rows that hold the range, less what lies before it.
     let row_bytes = tensor.info.matrix().1 * tensor.info.dtype().size();
     let untransposed = SourceTensor { transposed: false, ..tensor.clone() };
     let first = start / row_bytes;

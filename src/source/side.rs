@@ -3,12 +3,14 @@
 //! Settings and tokenizers, by an explicit list. Never a program (`*.py`), which would run where the model is loaded,
 //! and never weights.
 
+use std::io::Write as _;
 use std::path::Path;
 
 use super::directory::member;
 use super::{Options, SourceFile};
+use crate::artifact::config;
 use crate::error::{Error, Result};
-use crate::file::InputFile;
+use crate::file::{Access, InputFile};
 
 /// Whole names.
 const NAMES: &[&str] = &[
@@ -60,6 +62,24 @@ pub(crate) fn side_files(dir: &Path, options: &Options) -> Result<Vec<SourceFile
         }
     }
     Ok(files)
+}
+
+/// The side files of a checkpoint that another tool has quantized: what its config says of that is no longer so once its
+/// matrices are read, and would have whoever loads the decoded weights look for others.
+pub(super) fn unquantized(files: Vec<SourceFile>) -> Result<Vec<SourceFile>> {
+    let edit = |own: SourceFile| -> Result<SourceFile> {
+        if own.name != config::CONFIG {
+            return Ok(own);
+        }
+        let len = usize::try_from(own.file.len()).map_err(|_| Error::invalid("config.json is larger than memory"))?;
+        let text = config::unquantized(&own.file.read(0, len)?);
+        let path = own.file.path().to_owned();
+        let io = |e| Error::io(&path, e);
+        let mut spool = tempfile::tempfile().map_err(io)?;
+        spool.write_all(&text).map_err(io)?;
+        Ok(SourceFile { file: InputFile::from_file(&path, spool, Access::Read)?, name: own.name })
+    };
+    files.into_iter().map(edit).collect()
 }
 
 #[cfg(test)]

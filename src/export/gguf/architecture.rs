@@ -1,6 +1,6 @@
 //! What GGUF calls the parts of a model, read from its `config.json`.
 //!
-//! Names of tensors are a table, shared by the architectures that differ in a few of its lines only.
+//! Names of tensors are tables of [`crate::gguf`], shared by the architectures that differ in a few of their lines only.
 
 use serde::Deserialize;
 use serde_json::Value as Json;
@@ -8,29 +8,7 @@ use serde_json::Value as Json;
 use super::keys::Value;
 use crate::artifact::config;
 use crate::error::{Error, Result};
-
-/// `model_type` of a config, the architecture's name in GGUF, and whether rows of queries and keys are reordered.
-const KNOWN: &[(&str, &str, bool)] =
-    &[("llama", "llama", true), ("mistral", "llama", true), ("qwen2", "qwen2", false), ("qwen3", "qwen3", false)];
-
-/// Tensors outside of layers.
-const OUTER: &[(&str, &str)] =
-    &[("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
-
-/// Tensors of a layer.
-const INNER: &[(&str, &str)] = &[
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
+use crate::gguf::{ARCHITECTURES, INNER, OUTER};
 
 /// The fields of a config that keys come from.
 #[derive(Debug, Deserialize)]
@@ -85,8 +63,8 @@ impl Architecture {
         let bad =
             |e: serde_json::Error| Error::invalid(format!("{}: {e}, which gguf takes a key from", config::CONFIG));
         let kind = serde_json::from_slice::<Kind>(text).map_err(bad)?.model_type.unwrap_or_default();
-        let Some((_, name, reorders)) = KNOWN.iter().find(|(model, ..)| *model == kind) else {
-            let known: Vec<_> = KNOWN.iter().map(|(model, ..)| *model).collect();
+        let Some((_, name, reorders)) = ARCHITECTURES.iter().find(|(model, ..)| *model == kind) else {
+            let known: Vec<_> = ARCHITECTURES.iter().map(|(model, ..)| *model).collect();
             return Err(Error::invalid(format!(
                 "model type '{}' has no table of names for gguf here, expected {}; convert the decoded weights \
                  (--to safetensors) with llama.cpp's own converter",
