@@ -160,6 +160,7 @@ def compress(
     outliers: float | None,
     nonfinite: str,
     max_shard_size: int,
+    shard: tuple[int, int] | None,
     force: bool,
     threads: int,
     mmap: bool,
@@ -205,6 +206,7 @@ def materialize(
     threads: int,
     progress: _Progress,
 ) -> str: ...
+def merge_index(directory: str) -> str: ...
 def codecs_json() -> str: ...
 def decode_plane(codec: str, plane: str, rows: int, cols: int, stream: _Bytes) -> bytes: ...
 def encode(
