@@ -160,9 +160,19 @@ pub struct Compress {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub identity: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
     pub notes: Vec<String>,
     pub tensors: Vec<Tensor>,
+}
+
+/// Which of how many parts.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Part {
+    pub number: u32,
+    pub of: u32,
 }
 
 /// A file that an artifact carries besides weights.
@@ -200,6 +210,7 @@ impl Compress {
                 .collect(),
             loss: any.then(|| Loss::from(&all)),
             identity: report.identity.map(|i| i.to_string()),
+            part: report.part.map(|part| Part { number: part.number(), of: part.of() }),
             seconds: report.identity.map(|_| seconds),
             files: files(&report.files),
             notes,
@@ -263,6 +274,40 @@ fn notes(report: &Report, source: &Source) -> Vec<String> {
         notes.push(format!("activation_stats of {stats} tensors were read and not used; --fit weighted uses them"));
     }
     notes
+}
+
+/// `tenpak.merge-index/1`
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct MergeIndex {
+    pub schema: &'static str,
+    pub output: String,
+    pub parts: u32,
+    pub file_bytes: u64,
+    pub total: Sizes,
+    pub files: Vec<File>,
+    pub identity: String,
+    pub notes: Vec<String>,
+    pub seconds: f64,
+}
+
+impl MergeIndex {
+    /// The report of a run that took `seconds`.
+    #[must_use]
+    pub fn new(output: &Path, merged: &compress::Merged, seconds: f64) -> Self {
+        let elements = merged.header.tensors().iter().map(|entry| entry.info().elements()).sum();
+        Self {
+            schema: "tenpak.merge-index/1",
+            output: output.display().to_string(),
+            parts: merged.parts,
+            file_bytes: merged.files.iter().map(|(_, bytes)| bytes).sum(),
+            total: Sizes::new(elements, merged.weight_bytes),
+            files: files(&merged.files),
+            identity: merged.header.identity().to_string(),
+            notes: merged.notes.clone(),
+            seconds,
+        }
+    }
 }
 
 /// `tenpak.plan/1`

@@ -277,6 +277,7 @@ fn codecs_lists_the_registry_and_completions_know_every_verb() {
             "delta",
             "export",
             "materialize",
+            "merge-index",
             "codecs",
             "devices",
         ] {

@@ -39,6 +39,7 @@ __all__ = [
     "from_pretrained",
     "materialize",
     "matmul",
+    "merge_index",
     "open",
     "verify",
 ]
@@ -66,6 +67,7 @@ def compress(
     nonfinite: str = "error",
     allow_requantize: bool = False,
     max_shard_size: int = 5_000_000_000,
+    shard: tuple[int, int] | None = None,
     force: bool = False,
     threads: int = 0,
     mmap: bool = True,
@@ -129,9 +131,13 @@ def compress(
         arguments say, which is refused otherwise. Without any such argument codes and scales are taken over as they are
         where a codec holds them; what none holds is decoded and kept raw, and ``notes`` says so.
     max_shard_size
-        Most bytes of one shard of a directory.
+        Most bytes of one shard of a directory, as headers foretell them.
+    shard
+        ``(i, n)``, ``i`` from 1 to ``n``: write only what falls to process ``i`` of ``n``, into a part of the output
+        directory, which :func:`merge_index` makes whole when all parts are there. The processes may run anywhere and in
+        any order and need the same source, options and version. Not with ``max_loss``.
     force
-        Replace an existing output.
+        Replace an existing output; with ``shard`` an existing part.
     threads
         Worker threads; 0 for one per core.
     mmap
@@ -173,6 +179,7 @@ def compress(
             nonfinite,
             allow_requantize,
             max_shard_size,
+            shard,
             force,
             threads,
             mmap,
@@ -337,6 +344,32 @@ def delta(
             progress,
         )
     )
+
+
+def merge_index(directory: Path) -> Report:
+    """Put the parts that :func:`compress` wrote with ``shard`` together.
+
+    The result is the directory that one process would have written, byte for byte. Shards are not read, only their
+    heads are; :func:`verify` checks every byte.
+
+    Parameters
+    ----------
+    directory
+        Where the parts are; it takes their place.
+
+    Returns
+    -------
+    dict
+        The report of ``tenpak merge-index --format json``.
+
+    Raises
+    ------
+    InvalidError
+        Parts are missing or of different runs, or there is anything else in the directory.
+    CorruptError, UnsupportedError, LimitError, OSError, KeyboardInterrupt
+        The parts are as they were.
+    """
+    return _report(_tenpak.merge_index(os.fspath(directory)))
 
 
 def materialize(

@@ -161,6 +161,7 @@ def compress(
     nonfinite: str,
     allow_requantize: bool,
     max_shard_size: int,
+    shard: tuple[int, int] | None,
     force: bool,
     threads: int,
     mmap: bool,
@@ -206,6 +207,7 @@ def materialize(
     threads: int,
     progress: _Progress,
 ) -> str: ...
+def merge_index(directory: str) -> str: ...
 def codecs_json() -> str: ...
 def decode_plane(codec: str, plane: str, rows: int, cols: int, stream: _Bytes) -> bytes: ...
 def encode(

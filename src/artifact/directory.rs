@@ -145,21 +145,36 @@ pub(crate) fn json(text: &str) -> String {
 pub(super) fn open(path: &Path, access: Access, limits: &Limits) -> Result<ArtifactFile> {
     let options = Options { access, limits: *limits };
     match source::member(path, HEADER_FILE)? {
-        Some(header) => described(path, &InputFile::open(header, Access::Read)?, &options),
+        Some(header) => {
+            let file = InputFile::open(header, Access::Read)?;
+            let (artifact, own, found) = described(path, &file, &options)?;
+            if let Some(found) = found.filter(|found| *found != own) {
+                let what =
+                    format!("its checksum is {own}, the shards say '{}'; fetch both again", found.escape_debug());
+                return Err(Error::corrupt(0, what).in_file(file.path()));
+            }
+            Ok(artifact)
+        }
         None => undescribed(path, &options),
     }
 }
 
-/// A directory with its header.
-fn described(path: &Path, file: &InputFile, options: &Options) -> Result<ArtifactFile> {
+/// Opens a part of an artifact and gives the checksum of its header, which its shards need not have any more.
+///
+/// # Errors
+/// Those of opening any directory; [`Error::Corrupt`] when there is no header.
+pub(crate) fn open_part(path: &Path, access: Access, limits: &Limits) -> Result<(ArtifactFile, String)> {
+    let missing = || Error::corrupt(0, format!("{HEADER_FILE} is missing; write the part again")).in_file(path);
+    let header = InputFile::open(source::member(path, HEADER_FILE)?.ok_or_else(missing)?, Access::Read)?;
+    let (artifact, own, _) = described(path, &header, &Options { access, limits: *limits })?;
+    Ok((artifact, own))
+}
+
+/// A directory with its header, the checksum of the header, and what the shards say it is.
+fn described(path: &Path, file: &InputFile, options: &Options) -> Result<(ArtifactFile, String, Option<String>)> {
     let (header, crc) = Header::read_text(file, &options.limits).map_err(|e| e.in_file(file.path()))?;
     let source = source::open_shards(path, options)?;
-    if let Some(found) = source.metadata().get(HEADER_SUM)
-        && *found != format!("{crc:08x}")
-    {
-        let what = format!("its checksum is {crc:08x}, the shards say '{}'; fetch both again", found.escape_debug());
-        return Err(Error::corrupt(0, what).in_file(file.path()));
-    }
+    let found = source.metadata().get(HEADER_SUM).cloned();
     let places = places(header.tensors(), &source).map_err(|e| e.in_file(path))?;
     let mut attached = Vec::new();
     for entry in header.files() {
@@ -169,7 +184,7 @@ fn described(path: &Path, file: &InputFile, options: &Options) -> Result<Artifac
         })?;
         attached.push(content(&entry.name, InputFile::open(found, options.access)?, &options.limits)?);
     }
-    build(path, header, source, places, attached)
+    Ok((build(path, header, source, places, attached)?, format!("{crc:08x}"), found))
 }
 
 /// The content of an attached file: of `config.json`, what it was before it said how weights are quantized.

@@ -6,8 +6,9 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::checksum::{chunks, from_hex, to_hex};
-use super::coded::Coding;
+use super::coded::{self, Coding};
 use super::identity::Identity;
+use super::writer::Whole;
 use crate::codec::Codec;
 use crate::codec::extra::Extras;
 use crate::codecs;
@@ -183,6 +184,11 @@ impl Entry {
         self.extras
     }
 
+    /// What it says besides tensor and codec.
+    pub(crate) fn how(&self) -> Whole {
+        Whole { transposed: self.transposed, rate: self.rate, extras: self.extras }
+    }
+
     /// Whether a plane is coded.
     #[must_use]
     pub fn is_coded(&self) -> bool {
@@ -199,6 +205,18 @@ impl Entry {
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         self.planes.iter().map(|p| p.bytes).sum()
+    }
+
+    /// Bytes of all planes in the file as headers foretell them: of planes whose length is open what the rate asks for,
+    /// of all others what they take as they are.
+    ///
+    /// # Errors
+    /// Those of [`Entry::unplaced`].
+    pub(crate) fn foretold_bytes(&self) -> Result<u64> {
+        let entry = Self::unplaced(self.info.clone(), self.codec, self.transposed)?;
+        let mut entry = entry.with_extras(self.extras)?.at_rate(self.rate)?;
+        coded::plan(&mut entry)?;
+        Ok(entry.stored_bytes())
     }
 
     /// Bytes of a plane in memory.

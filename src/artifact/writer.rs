@@ -139,9 +139,7 @@ impl Writer {
         if planes.iter().zip(plain.entry.planes()).all(|(plane, place)| plane.coding == place.coding) {
             return Ok(plain);
         }
-        let how =
-            Whole { transposed: plain.entry.transposed(), rate: plain.entry.rate(), extras: plain.entry.extras() };
-        self.whole(plain.entry.info().clone(), plain.entry.codec(), how, planes)
+        self.whole(plain.entry.info().clone(), plain.entry.codec(), plain.entry.how(), planes)
     }
 
     /// Starts a tensor whose codings, coded lengths and rate are known.
@@ -376,6 +374,31 @@ pub(crate) fn planned<'a>(
         end = align(end + bytes);
     }
     Header::new(&Limits::DEFAULT, metadata.clone(), provenance.clone(), None, entries, files)
+}
+
+/// The header of the artifact that has these entries and files, whose own places may be any.
+///
+/// # Errors
+/// [`Error::Invalid`] when a name occurs twice.
+pub(crate) fn assembled(
+    tensors: impl IntoIterator<Item = Entry>,
+    attached: &[AttachedFile],
+    metadata: BTreeMap<String, String>,
+    provenance: Provenance,
+) -> Result<Header> {
+    let mut end = ALIGN;
+    let mut entries = Vec::new();
+    for entry in tensors {
+        let entry = place(entry, end)?;
+        end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
+        entries.push(entry);
+    }
+    let mut files = Vec::new();
+    for file in attached {
+        files.push(AttachedFile { offset: end, ..file.clone() });
+        end = align(end + file.bytes);
+    }
+    Header::new(&Limits::DEFAULT, metadata, provenance, None, entries, files)
 }
 
 impl TensorWriter {

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use super::progress::Bar;
 use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
-use crate::compress::{Options, Quantized, Report, compress_as, plan_as};
+use crate::compress::{Options, Part, Progress, Quantized, Report, compress_as, compress_part, plan_as, plan_part};
 use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
 use crate::fit::outliers::Share;
@@ -30,6 +30,10 @@ pub(super) struct Arguments {
     /// Most bytes of one shard of a directory
     #[arg(long, default_value_t = MAX_SHARD_BYTES, value_name = "BYTES")]
     max_shard_size: u64,
+    /// Write only what falls to process I of N, such as 3/8, into a part of the output; tenpak merge-index makes the
+    /// directory whole when all N are there. The processes may run anywhere and in any order
+    #[arg(long, value_name = "I/N", conflicts_with = "max_loss")]
+    shard: Option<Part>,
     #[command(flatten)]
     choice: Choice,
     /// Statistics of the model's inputs, from `tenpak calibrate`
@@ -200,12 +204,18 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let stats = arguments.stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
     let options = options.with_stats(stats, arguments.fit.is_some(), &source)?.for_quantized(&source, quantized)?;
     let start = Instant::now();
-    let report = match &arguments.output {
-        Some(output) if !arguments.dry_run => {
+    let most = arguments.max_shard_size;
+    let report = match (&arguments.output, arguments.shard) {
+        (Some(output), shard) if !arguments.dry_run => {
             let bar = Bar::new(context.common, context.signals);
-            compress_as(&source, output, &options, arguments.max_shard_size, &mut |progress| bar.step(progress))?
+            let step = &mut |progress: Progress<'_>| bar.step(progress);
+            match shard {
+                Some(part) => compress_part(&source, output, &options, most, part, step)?,
+                None => compress_as(&source, output, &options, most, step)?,
+            }
         }
-        _ => plan_as(&source, arguments.output.as_deref(), &options, arguments.max_shard_size)?,
+        (output, Some(part)) => plan_part(&source, output.as_deref(), &options, most, part)?,
+        (output, None) => plan_as(&source, output.as_deref(), &options, most)?,
     };
     let time = start.elapsed();
     let output = arguments.output.as_deref();

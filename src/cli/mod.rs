@@ -22,6 +22,7 @@ mod export;
 mod inspect;
 mod man;
 mod materialize;
+mod merge_index;
 mod plan;
 mod progress;
 mod report;
@@ -61,6 +62,7 @@ enum Verb {
     Diff(diff::Arguments),
     Export(export::Arguments),
     Materialize(materialize::Arguments),
+    MergeIndex(merge_index::Arguments),
     Plan(plan::Arguments),
     Codecs(codecs::Arguments),
     Devices(devices::Arguments),
@@ -184,6 +186,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Verb::Diff(arguments) => diff::run(arguments, &mut context),
         Verb::Export(arguments) => export::run(arguments, &mut context),
         Verb::Materialize(arguments) => materialize::run(arguments, &mut context),
+        Verb::MergeIndex(arguments) => merge_index::run(arguments, &mut context),
         Verb::Plan(arguments) => plan::run(arguments, &mut context),
         Verb::Codecs(_) => Ok(codecs::run(&mut context)),
         Verb::Devices(_) => Ok(devices::run(&mut context)),

@@ -6,12 +6,13 @@
 
 use std::path::Path;
 
-use super::{Options, Report, fill, plan, planned_header, size};
+use super::{Options, Report, TensorReport, attach, fill, plan, planned_header, provenance, size};
 use crate::artifact::header::Header;
 use crate::artifact::{HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
-use crate::export::{To, card, hf};
+use crate::export::hf::{self, Cut};
+use crate::export::{To, card};
 use crate::output::{self, OutputDirectory, preflight};
 use crate::source::{Kind, Source};
 
@@ -22,10 +23,8 @@ use crate::source::{Kind, Source};
 pub fn plan_as(source: &Source, target: Option<&Path>, options: &Options, max_shard_bytes: u64) -> Result<Report> {
     let Some(target) = target.filter(|target| To::of(target) == To::Hf) else { return plan(source, options) };
     let directory = Directory::of(source, max_shard_bytes)?;
-    let settled = size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
-    let (tensors, options) = (settled.reports(source)?, &settled.options);
-    let header = planned_header(source, options, &tensors)?;
-    Ok(directory.report(Report::new(tensors, &header, None), &directory.plan(&header)?, target))
+    let Foretold { tensors, header, cut, .. } = directory.foretell(source, options)?;
+    Ok(directory.report(Report::new(tensors, &header, None), &directory.plan(&header, &cut)?, target))
 }
 
 /// Compresses a source into the form that the name of `target` asks for.
@@ -45,17 +44,19 @@ pub fn compress_as(
     }
     OutputDirectory::check(target, options.force, HEADER_FILE, super::inputs(source, options))?;
     let directory = Directory::of(source, max_shard_bytes)?;
-    let settled = size::settled(source, options, |header| Ok(directory.plan(header)?.bytes()))?;
-    let (tensors, options) = (settled.reports(source)?, &settled.options);
-    let header = planned_header(source, options, &tensors)?;
-    preflight(target, header.file_bytes() + directory.plan(&header)?.bytes())?;
+    let Foretold { options, tensors, header, cut } = directory.foretell(source, options)?;
+    preflight(target, header.file_bytes() + directory.plan(&header, &cut)?.bytes())?;
     let mut writer = Writer::nameless_in(output::directory(target))?;
     let total = tensors.iter().map(|t| t.source_bytes).sum::<u64>();
     let stored = header.content_bytes() - header.attached_bytes();
-    let (tensors, provenance) =
-        fill(source, tensors, options, &mut writer, &mut |p| on_progress(Progress { total: total + stored, ..p }))?;
+    let tensors =
+        fill(source, 0, tensors, &options, &mut writer, &mut |p| on_progress(Progress { total: total + stored, ..p }))?;
+    attach(source, &mut writer)?;
+    let provenance = provenance(source, &options, |file| Ok(file.digest()?.into()))?;
     let artifact = writer.reopen(source.metadata().clone(), provenance)?;
-    let plan = directory.plan(artifact.header())?;
+    // The rates that a loss asks for are known only now.
+    let cut = if options.recipe.loss().is_some() { Cut::of(artifact.tensors(), max_shard_bytes)? } else { cut };
+    let plan = directory.plan(artifact.header(), &cut)?;
     let identity = artifact.header().identity();
     let report = directory.report(Report::new(tensors, artifact.header(), Some(identity)), &plan, target);
     plan.write(&artifact, target, &mut |p| {
@@ -64,15 +65,24 @@ pub fn compress_as(
     Ok(report)
 }
 
+/// What a directory will be, from headers alone.
+pub(super) struct Foretold {
+    /// Options that ask for no size.
+    pub options: Options,
+    pub tensors: Vec<TensorReport>,
+    pub header: Header,
+    pub cut: Cut,
+}
+
 /// What a directory takes from its source.
-struct Directory {
-    config: Option<Vec<u8>>,
-    model: String,
+pub(super) struct Directory {
+    pub config: Option<Vec<u8>>,
+    pub model: String,
     max_shard_bytes: u64,
 }
 
 impl Directory {
-    fn of(source: &Source, max_shard_bytes: u64) -> Result<Self> {
+    pub fn of(source: &Source, max_shard_bytes: u64) -> Result<Self> {
         let config = source.attached().iter().find(|f| f.name() == crate::artifact::config::CONFIG);
         let config = match config {
             Some(found) => {
@@ -91,8 +101,16 @@ impl Directory {
         Ok(Self { config, model, max_shard_bytes })
     }
 
-    fn plan(&self, header: &Header) -> Result<hf::Plan> {
-        hf::Plan::new(header, self.config.as_deref(), &self.model, self.max_shard_bytes)
+    pub fn foretell(&self, source: &Source, options: &Options) -> Result<Foretold> {
+        let cut = |header: &Header| Cut::of(header.tensors(), self.max_shard_bytes);
+        let settled = size::settled(source, options, |header| Ok(self.plan(header, &cut(header)?)?.bytes()))?;
+        let tensors = settled.reports(source)?;
+        let header = planned_header(source, &settled.options, &tensors)?;
+        Ok(Foretold { options: settled.options, tensors, cut: cut(&header)?, header })
+    }
+
+    fn plan(&self, header: &Header, cut: &Cut) -> Result<hf::Plan> {
+        hf::Plan::new(header, self.config.as_deref(), &self.model, cut)
     }
 
     /// The report of the artifact, with the figures of the directory.

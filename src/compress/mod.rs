@@ -12,7 +12,11 @@ mod fitting;
 mod forecast;
 mod form;
 mod import;
+mod manifest;
+mod merge;
+mod part;
 mod rated;
+mod sample;
 mod size;
 mod whole;
 
@@ -39,6 +43,8 @@ use budget::Budget;
 pub(crate) use encode::encode_tensor;
 pub use forecast::{Expected, Frontier, Point, frontier};
 pub use form::{compress_as, plan_as};
+pub use merge::{Merged, merge};
+pub use part::{Part, compress_part, plan_part};
 pub(crate) use rated::padded;
 use size::Settled;
 
@@ -291,6 +297,8 @@ pub struct Report {
     pub notes: Vec<String>,
     /// Identity of the artifact; `None` for a plan.
     pub identity: Option<Identity>,
+    /// Which part of an artifact this is, where it is not all of it.
+    pub part: Option<Part>,
 }
 
 impl Report {
@@ -304,6 +312,7 @@ impl Report {
             files: Vec::new(),
             notes: Vec::new(),
             identity,
+            part: None,
         }
     }
 }
@@ -379,7 +388,9 @@ pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: 
     let options = &settled.options;
     let mut writer = Writer::create(target, options.force)?;
     writer.output().preflight(planned.file_bytes)?;
-    let (tensors, provenance) = fill(source, planned.tensors, options, &mut writer, on_progress)?;
+    let tensors = fill(source, 0, planned.tensors, options, &mut writer, on_progress)?;
+    attach(source, &mut writer)?;
+    let provenance = provenance(source, options, |file| Ok(file.digest()?.into()))?;
     let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
     Ok(Report::new(tensors, &header, Some(header.identity())))
 }
@@ -389,19 +400,20 @@ fn inputs<'a>(source: &'a Source, options: &'a Options) -> impl Iterator<Item = 
     source.inputs().chain(options.stats.as_deref().and_then(Stats::file).map(source::SourceFile::file))
 }
 
-/// Writes all tensors and files of a source, and gives what became of each and where it came from.
+/// Writes tensors of a source from number `first` on, as they are planned, and gives what became of each.
 fn fill(
     source: &Source,
+    first: usize,
     planned: Vec<TensorReport>,
     options: &Options,
     writer: &mut Writer,
     on_progress: &mut OnProgress<'_>,
-) -> Result<(Vec<TensorReport>, Provenance)> {
+) -> Result<Vec<TensorReport>> {
     let total = planned.iter().map(|t| t.source_bytes).sum();
     let mut done = 0;
     let mut tensors = Vec::with_capacity(planned.len());
     let mut budget = Budget::new(source, &planned, options)?;
-    for (index, mut planned) in planned.into_iter().enumerate() {
+    for (index, mut planned) in (first..).zip(planned) {
         if let Some(budget) = &budget {
             budget.tell(index, &mut planned)?;
         }
@@ -421,8 +433,7 @@ fn fill(
         done += bytes;
     }
     budget.map_or(Ok(()), |budget| budget.check())?;
-    attach(source, writer)?;
-    Ok((tensors, provenance(source, options, |file| Ok(file.digest()?.into()))?))
+    Ok(tensors)
 }
 
 /// Attaches the files that a source carries along.
@@ -476,20 +487,25 @@ fn report(
 pub(crate) fn provenance(
     source: &Source,
     options: &Options,
-    digest: impl Fn(&crate::file::InputFile) -> Result<Identity>,
+    digest: impl Fn(&InputFile) -> Result<Identity>,
 ) -> Result<Provenance> {
-    let file = |f: &crate::source::SourceFile| {
+    let file = |f: &source::SourceFile| {
         Ok(SourceFile { name: f.name().to_owned(), bytes: f.file().len(), blake3: digest(f.file())? })
     };
-    Ok(Provenance {
+    Ok(Provenance { sources: recorded(source, options).map(file).collect::<Result<_>>()?, ..origin(options) })
+}
+
+/// What provenance says apart from files.
+fn origin(options: &Options) -> Provenance {
+    Provenance {
         tool: concat!("tenpak ", env!("CARGO_PKG_VERSION")).to_owned(),
         recipe: options.recipe.to_toml(),
         nonfinite: options.nonfinite.name().to_owned(),
-        sources: source
-            .files()
-            .iter()
-            .chain(options.stats.as_deref().and_then(Stats::file))
-            .map(file)
-            .collect::<Result<_>>()?,
-    })
+        sources: Vec::new(),
+    }
+}
+
+/// The files that provenance names.
+fn recorded<'a>(source: &'a Source, options: &'a Options) -> impl Iterator<Item = &'a source::SourceFile> {
+    source.files().iter().chain(options.stats.as_deref().and_then(Stats::file))
 }

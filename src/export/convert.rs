@@ -121,7 +121,7 @@ pub struct Conversion {
     pub to: To,
     /// Replace an existing output.
     pub force: bool,
-    /// Most bytes of one shard of a directory; a tensor's planes stay together.
+    /// Most bytes of one shard of a directory, as headers foretell them; a tensor's planes stay together.
     pub max_shard_bytes: u64,
     /// Quantize anew, from their decoded weights, matrices that an engine has no layout for.
     pub allow_requantize: bool,
@@ -216,7 +216,8 @@ fn checkpoint(artifact: &ArtifactFile, how: &Conversion) -> Result<engine::Plan<
 fn directory(artifact: &ArtifactFile, how: &Conversion) -> Result<hf::Plan> {
     let config = card::config_index(artifact.header()).map(|index| artifact.attached(index)).transpose()?;
     let model = card::model_name(config.as_deref(), artifact.path());
-    hf::Plan::new(artifact.header(), config.as_deref(), &model, how.max_shard_bytes)
+    let cut = hf::Cut::of(artifact.tensors(), how.max_shard_bytes)?;
+    hf::Plan::new(artifact.header(), config.as_deref(), &model, &cut)
 }
 
 /// Writes one file.

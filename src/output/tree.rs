@@ -5,7 +5,7 @@
 //! the target as it was and nothing beside it.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::{directory, exists, free_bytes, taken};
@@ -100,6 +100,35 @@ impl OutputDirectory {
     pub fn file(&self, name: &str) -> Result<File> {
         let path = self.temp.path().join(name);
         OpenOptions::new().write(true).create_new(true).open(path).map_err(|e| Error::io(self.target.join(name), e))
+    }
+
+    /// A new file in it, of these bytes.
+    ///
+    /// # Errors
+    /// Those of [`OutputDirectory::file`].
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.file(name)?.write_all(bytes).map_err(|e| Error::io(self.target.join(name), e))
+    }
+
+    /// Takes a file of the same file system into it by a second name, of another one by a copy.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn link(&self, name: &str, from: &Path) -> Result<()> {
+        let path = self.temp.path().join(name);
+        if std::fs::hard_link(from, &path).is_err() {
+            std::fs::copy(from, &path).map_err(|e| Error::io(self.target.join(name), e))?;
+        }
+        Ok(())
+    }
+
+    /// Writes over the beginning of a file in it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn rewrite(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let file = OpenOptions::new().write(true).open(self.temp.path().join(name));
+        file.and_then(|file| super::write_all_at(&file, 0, bytes)).map_err(|e| Error::io(self.target.join(name), e))
     }
 
     /// Makes everything durable and gives the directory its name.

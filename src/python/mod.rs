@@ -56,7 +56,7 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 #[pyfunction]
 #[pyo3(signature = (
     source, output, codec, target_bits, target_size, max_loss, allocate, recipe, roles, rules, include, exclude, all,
-    stats, fit, coded, outliers, nonfinite, allow_requantize, max_shard_size, force, threads, mmap, dry_run, progress
+    stats, fit, coded, outliers, nonfinite, allow_requantize, max_shard_size, shard, force, threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -81,6 +81,7 @@ fn compress(
     nonfinite: &str,
     allow_requantize: bool,
     max_shard_size: u64,
+    shard: Option<(u32, u32)>,
     force: bool,
     threads: usize,
     mmap: bool,
@@ -124,10 +125,16 @@ fn compress(
         let stats = stats.as_deref().map(|path| Stats::open(path, &access)).transpose()?;
         let quantized = wishes.quantized;
         let options = wishes.with_stats(stats, fit_asked, &opened)?.for_quantized(&opened, quantized)?;
-        let report = match (&output, dry_run) {
-            (Some(output), false) => engine::compress_as(&opened, output, &options, max_shard_size, on_progress)?,
-            (None, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),
-            (output, true) => engine::plan_as(&opened, output.as_deref(), &options, max_shard_size)?,
+        let most = max_shard_size;
+        let part = shard.map(|(number, of)| engine::Part::new(number, of)).transpose()?;
+        let report = match (output.as_deref(), part, dry_run) {
+            (Some(output), None, false) => engine::compress_as(&opened, output, &options, most, on_progress)?,
+            (Some(output), Some(part), false) => {
+                engine::compress_part(&opened, output, &options, most, part, on_progress)?
+            }
+            (None, _, false) => return Err(Error::invalid("no output, pass one or dry_run=True")),
+            (output, None, true) => engine::plan_as(&opened, output, &options, most)?,
+            (output, Some(part), true) => engine::plan_part(&opened, output, &options, most, part)?,
         };
         let seconds = start.elapsed().as_secs_f64();
         json(&report::Compress::new(&source, output.as_deref(), &opened, &report, seconds))
@@ -234,6 +241,16 @@ fn materialize(
         let chain = deltas.iter().map(crate::artifact::ArtifactFile::open).collect::<Result<Vec<_>>>()?;
         let written = deltas::materialize(&opened, &chain, &output, force, on_progress)?;
         json(&report::Materialize::new(&output, &written))
+    })
+}
+
+/// Puts the parts of a directory together; the report as JSON.
+#[pyfunction]
+fn merge_index(py: Python<'_>, directory: PathBuf) -> PyResult<String> {
+    interruptible(py, 0, None, |on_progress| {
+        let start = std::time::Instant::now();
+        let merged = engine::merge(&directory, on_progress)?;
+        json(&report::MergeIndex::new(&directory, &merged, start.elapsed().as_secs_f64()))
     })
 }
 
@@ -378,6 +395,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(delta, module)?)?;
     module.add_function(wrap_pyfunction!(export, module)?)?;
     module.add_function(wrap_pyfunction!(materialize, module)?)?;
+    module.add_function(wrap_pyfunction!(merge_index, module)?)?;
     module.add_function(wrap_pyfunction!(codecs_json, module)?)?;
     module.add_function(wrap_pyfunction!(decode_plane, module)?)?;
     module.add_function(wrap_pyfunction!(encode, module)?)?;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +113,40 @@ def test_export_goes_both_ways_in_python(cli: Cli, tmp_path: Path, sample_model:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(tenpak.CorruptError, match=r"'tokenizer\.json' is missing"):
         tenpak.open(folder)
+
+
+# Written in parts
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parts_in_any_order_become_the_directory_of_one_process(tmp_path: Path, rng: np.random.Generator) -> None:
+    model, how = gpt2(tmp_path / "m", rng), {"codec": "int4_g8_v1", "max_shard_size": 2000}
+    whole = tenpak.compress(model, tmp_path / "whole", **how)
+    for n in (1, 2, 4):
+        for i in reversed(range(1, n + 1)):
+            report = tenpak.compress(model, tmp_path / f"d{n}", shard=(i, n), **how)
+            assert report["part"] == {"number": i, "of": n}
+        merged = tenpak.merge_index(tmp_path / f"d{n}")
+        assert merged["identity"] == whole["identity"] and merged["parts"] == n
+        assert tree(tmp_path / f"d{n}") == tree(tmp_path / "whole")
+    with pytest.raises(tenpak.InvalidError, match="no shard 3/2"):
+        tenpak.compress(model, tmp_path / "x", shard=(3, 2))
+
+
+def test_a_killed_worker_leaves_nothing_that_counts_and_is_run_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    model, folder, how = gpt2(tmp_path / "m", rng), tmp_path / "d", {"codec": "int4_g8_v1", "max_shard_size": 2000}
+    tenpak.compress(model, folder, shard=(1, 2), **how)
+    before = tree(folder)
+    code = "import os, sys, tenpak\ndef die(done, total, name):\n    if 2 * done > total: os.kill(os.getpid(), 9)\n"
+    code += f"tenpak.compress(sys.argv[1], sys.argv[2], shard=(2, 2), progress=die, **{how})"
+    assert subprocess.run([sys.executable, "-c", code, model, folder], check=False).returncode == -9
+    assert {name: data for name, data in tree(folder).items() if ".tmp" not in name} == before
+    with pytest.raises(tenpak.InvalidError, match="1 of 2 parts are missing.*--shard 2/2"):
+        tenpak.merge_index(folder)
+    tenpak.compress(model, folder, shard=(2, 2), **how)
+    tenpak.merge_index(folder)
+    tenpak.compress(model, tmp_path / "whole", **how)
+    assert tree(folder) == tree(tmp_path / "whole")

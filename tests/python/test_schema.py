@@ -24,6 +24,7 @@ VERBS = (
     "diff",
     "export",
     "materialize",
+    "merge-index",
     "plan",
     "codecs",
     "devices",
@@ -293,6 +294,27 @@ def test_compress_into_a_directory_prints_what_the_schema_says(cli: Cli, tmp_pat
     assert plan["files"] == done["files"] and plan["file_bytes"] == done["file_bytes"]
     assert {Path(f["path"]): f["bytes"] for f in done["files"]} == {p: p.stat().st_size for p in folder.iterdir()}
     assert done["file_bytes"] == sum(f["bytes"] for f in done["files"])
+
+
+def test_parts_and_what_puts_them_together_print_what_the_schema_says(
+    cli: Cli, tmp_path: Path, sample_model: Path
+) -> None:
+    folder = tmp_path / "d"
+    how = ("--codec", "int4_g32_fp16_v1", "--max-shard-size", 100_000)
+    for shard in ("1/2", "2/2"):
+        plan = assert_valid(
+            cli.json("compress", sample_model, "-o", folder, "--dry-run", "--shard", shard, *how), "compress"
+        )
+        done = assert_valid(cli.json("compress", sample_model, "-o", folder, "--shard", shard, *how), "compress")
+        assert plan["files"] == done["files"] and f"{done['part']['number']}/{done['part']['of']}" == shard
+        own = folder / f"part-0000{shard[0]}-of-00002"
+        assert {Path(f["path"]): f["bytes"] for f in done["files"]} == {p: p.stat().st_size for p in own.iterdir()}
+        assert_valid(cli.json("verify", own), "verify")
+    merged = assert_valid(cli.json("merge-index", folder), "merge-index")
+    assert {Path(f["path"]): f["bytes"] for f in merged["files"]} == {p: p.stat().st_size for p in folder.iterdir()}
+    whole = cli.json("compress", sample_model, "-o", tmp_path / "whole", *how)
+    assert (merged["identity"], merged["total"]) == (whole["identity"], whole["total"])
+    assert assert_valid(cli.json("verify", folder), "verify")["identity"] == whole["identity"]
 
 
 def test_plan_prints_what_the_schema_says(cli: Cli, sample_model: Path) -> None:

@@ -126,6 +126,7 @@ def test_docstrings_give_shapes_and_errors() -> None:
         tenpak.delta,
         tenpak.export,
         tenpak.materialize,
+        tenpak.merge_index,
         tenpak.verify,
         tenpak.open,
     )
@@ -137,7 +138,8 @@ def test_docstrings_give_shapes_and_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["compress", "decompress", "delta", "export", "materialize", "verify", "encode", "decode", "open"]
+    "name",
+    ["compress", "decompress", "delta", "export", "materialize", "merge_index", "verify", "encode", "decode", "open"],
 )
 def test_public_functions_are_annotated(name: str) -> None:
     signature = inspect.signature(getattr(tenpak, name))
@@ -152,6 +154,7 @@ def test_options_are_keywords() -> None:
         "delta": ["base", "variant", "output"],
         "export": ["artifact", "output", "to"],
         "materialize": ["base", "deltas", "output"],
+        "merge_index": ["directory"],
         "verify": ["path"],
         "open": ["path"],
     }
