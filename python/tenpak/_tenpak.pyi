@@ -250,6 +250,7 @@ def cuda_plan(
     outliers: bool,
     multiprocessors: int,
     shared_bytes: int,
+    wgmma: bool,
 ) -> str: ...
 def cuda_devices() -> str: ...
 def cuda_cache_plan(
