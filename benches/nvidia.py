@@ -6,6 +6,7 @@ codec with f64 products of its decoded weights first. Without a device everythin
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -115,17 +116,32 @@ def payload(layer: QuantizedLinear) -> int:
 
 
 @torch.inference_mode()
-def ours(codec: str, n: int, k: int, m: int, dense: bool | None = None) -> tuple[float, int]:
-    """Return seconds of a product and bytes of the weights; with `dense` decoded first, or never."""
+def ours(codec: str, n: int, k: int, m: int, dense: bool | None = None, wgmma: bool = True) -> tuple[float, int]:
+    """Return seconds of a product and bytes of the weights; with `dense` decoded first, or never; as before Hopper."""
     made = layers(codec, n, k)
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
     before = backend.DENSE
     if dense is not None:
         backend.DENSE = 0 if dense else 1 << 30
+    with without_wgmma() if not wgmma else contextlib.nullcontext():
+        try:
+            return graph_seconds([lambda layer=layer: layer(x) for layer in made]), payload(made[0])
+        finally:
+            backend.DENSE = before
+
+
+@contextlib.contextmanager
+def without_wgmma() -> Iterator[None]:
+    """Have a device without the instructions of Hopper: it is opened anew, which is when it is asked."""
+    os.environ["TENPAK_WGMMA"] = "0"
+    backend._devices.clear()
+    backend._sizes.clear()
     try:
-        return graph_seconds([lambda layer=layer: layer(x) for layer in made]), payload(made[0])
+        yield
     finally:
-        backend.DENSE = before
+        del os.environ["TENPAK_WGMMA"]
+        backend._devices.clear()
+        backend._sizes.clear()
 
 
 _theirs: dict[tuple[int, int, int], float] = {}
@@ -379,6 +395,15 @@ def products(table: Table, copy: Callable[[], float]) -> None:
         table.row(f"t({m}) / t(1), {CODECS[0]}", f"<= {goal}", lambda m=m: f"{seconds(m) / seconds(1):.2f}")
     for m, goal in ((1, "1.5"), (16, "3"), (64, "8")):
         table.row(f"_weight_int4pack_mm / ours, m={m}", f">= {goal}", lambda m=m: f"{packed(n, k, m) / seconds(m):.2f}")
+    for m in (256, 512, 2048, 8192):
+        for codec in (CODECS[0], "int8_sym_g128_fp16_v1"):
+            table.row(
+                f"{codec} m={m}, mma.sync / wgmma",
+                "> 1 from MANY on",
+                lambda m=m, codec=codec: (
+                    f"{ours(codec, n, k, m, False, False)[0] / ours(codec, n, k, m, False)[0]:.2f}"
+                ),
+            )
     for m in (128, 256, 512, 1024, 2048):
         table.row(
             f"decoded first / fused, m={m}, {CODECS[0]}",
@@ -421,7 +446,7 @@ def once(missing: str | None) -> int:
     for codec in codecs:
         for n, k in ((33, 100), (130, 256)):
             layer = QuantizedLinear.from_linear(torch.nn.Linear(k, n, bias=False), codec).cuda()
-            for m in (1, 5, 20, 70):
+            for m in (1, 5, 20, 70, 260):
                 for dtype in (torch.float32, torch.bfloat16):
                     layer(torch.randn(m, k, device="cuda").to(dtype))
             layer.decode(torch.bfloat16)

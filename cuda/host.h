@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 #include <ucontext.h>
@@ -159,7 +160,7 @@ static void run_block() {
             }
         }
         // Some thread waits for one that will never come.
-        if (++rounds > (1u << 24)) abort();
+        if (++rounds > (1u << 21)) abort();
     }
     block.backwards = !block.backwards;
 }
@@ -346,4 +347,124 @@ DEVICE float shuffle_xor(float x, u32 mask) {
         for (u32 l = 0; l < 32; l++) w.out[l][0] = float_of_bits(w.in[l][0]);
     });
     return warp.out[host::lane() ^ mask][0];
+}
+
+// ---- Hopper ----
+
+namespace host {
+
+// A barrier by its definition: a phase ends when all have arrived and all bytes have come. What is to come comes when
+// somebody waits for it, and not before.
+struct Barrier {
+    u32 count, arrived;
+    u64 expected, phase;
+    struct Bytes {
+        void *to;
+        const void *from;
+        u32 bytes;
+    };
+    std::vector<Bytes> coming;
+};
+static std::map<u64 *, Barrier> barriers;
+
+static void settle(Barrier &barrier) {
+    if (barrier.arrived == barrier.count && barrier.expected == 0) {
+        barrier.arrived = 0;
+        barrier.phase++;
+    }
+}
+
+// A product on its way: what each lane of a warp brought to it. Shared memory is read when it is waited for.
+struct Product {
+    u32 a[32][4];
+    float *d[32];
+    u64 b;
+};
+struct Batches {
+    std::vector<Product> open;
+    std::vector<std::vector<Product>> closed;
+};
+static std::map<u32, Batches> batches;
+
+static void multiply(const Product &product) {
+    u64 first = (product.b & 0x3fff) << 4, along = (product.b >> 16 & 0x3fff) << 4, rows = (product.b >> 32 & 0x3fff) << 4;
+    if (product.b >> 46) abort(); // nothing is swizzled
+    const u8 *shared = shared_memory();
+    for (u32 l = 0; l < 32; l++)
+        for (u32 i = 0; i < 64; i++) {
+            u32 row = l / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + l % 4 * 2 + i % 2;
+            float sum = product.d[l][i];
+            for (u32 k = 0; k < 16; k++) {
+                u32 word = product.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+                const u8 *b = shared + first + k / 8 * along + column / 8 * rows + column % 8 * 16 + k % 8 * 2;
+                sum += (float)(half(word >> k % 2 * 16) * half(read<u16>(b)));
+            }
+            product.d[l][i] = sum;
+        }
+}
+
+} // namespace host
+
+DEVICE void barrier_init(u64 *barrier, u32 count) { host::barriers[barrier] = {count, 0, 0, 0, {}}; }
+DEVICE void barriers_ready() {}
+DEVICE void barrier_arrive(u64 *barrier) {
+    host::Barrier &state = host::barriers.at(barrier);
+    state.arrived++;
+    host::settle(state);
+}
+DEVICE void barrier_expect(u64 *barrier, u32 bytes) {
+    host::barriers.at(barrier).expected += bytes;
+    barrier_arrive(barrier);
+}
+DEVICE void copy_bulk(void *to, const void *from, u32 bytes, u64 *barrier) {
+    if ((size_t)to % 16 || (size_t)from % 16 || bytes % 16) abort();
+    host::barriers.at(barrier).coming.push_back({to, from, bytes});
+}
+DEVICE void barrier_wait(u64 *barrier, u32 parity) {
+    host::Barrier &state = host::barriers.at(barrier);
+    while (state.phase % 2 == parity) {
+        if (state.coming.empty()) {
+            host::leave(&state.phase);
+            continue;
+        }
+        for (auto &bytes : state.coming) {
+            memcpy(bytes.to, bytes.from, bytes.bytes);
+            state.expected -= bytes.bytes;
+        }
+        state.coming.clear();
+        host::settle(state);
+    }
+}
+DEVICE u64 matrices_at(const void *first, u32 along, u32 rows) {
+    u64 at = (const u8 *)first - host::shared_memory();
+    if (at % 16 || at >> 18) abort();
+    return at >> 4 | (u64)(along >> 4) << 16 | (u64)(rows >> 4) << 32;
+}
+DEVICE void group_fence() {}
+DEVICE void group_multiply_add(float (&d)[64], const u32 a[4], u64 b) {
+    u32 number = host::block.current / 32, own = host::lane();
+    host::Batches &batches = host::batches[number];
+    host::Warp &warp = host::block.warps[number];
+    if (warp.arrived == 0) batches.open.push_back({});
+    host::Product &product = batches.open.back();
+    memcpy(product.a[own], a, 16);
+    product.d[own] = d;
+    product.b = b;
+    host::together([](host::Warp &) {});
+}
+DEVICE void group_commit() {
+    host::together([](host::Warp &) {
+        host::Batches &batches = host::batches[host::block.current / 32];
+        batches.closed.push_back(std::move(batches.open));
+        batches.open.clear();
+    });
+}
+template <int LEFT> DEVICE void group_wait() {
+    host::together([](host::Warp &) {
+        auto &closed = host::batches[host::block.current / 32].closed;
+        while (closed.size() > LEFT) {
+            for (host::Product &product : closed.front()) host::multiply(product);
+            closed.erase(closed.begin());
+        }
+    });
 }

@@ -4,6 +4,9 @@
 // Work: a block takes a row of a tile. With `ends`, which say where the rows of each of `experts` matrices end, a tile
 // has rows of one of them only; tiles that there are none for are left as they are. What decides the shape: a row needs
 // its greatest magnitude before its first number is written, and a block finds that without another kernel.
+//
+// With MATRICES the order is that of `wgmma.cu`: for each octet w and each q of four all rows, of each 16 bytes, which are
+// pair q of octet w of every quarter t.
 #include "fragments.cuh"
 #include "tiles.cuh"
 
@@ -33,7 +36,18 @@ KERNEL void __launch_bounds__(256) tenpak_prepare(
     for (u32 o = threadIdx.x; o < blocks * OCTETS; o += 256) {
         float eight[8] = {};
         if (!empty) load_activations(x, column_scales, row, o * 8, cols, eight);
-        own[vector_of(o / OCTETS, o % OCTETS, r, tile_rows)] = fragment(eight, factor);
+        uint4 four = fragment(eight, factor);
+#if MATRICES
+        // Word q of (octet w, quarter t): 16 bytes of a row are those of all four t.
+        u32 block = o / OCTETS, w = o % 4, t = o % OCTETS / 4;
+        u32 *words = (u32 *)own + (((size_t)block * 16 + w * 4) * tile_rows + r) * 4 + t;
+        words[0] = four.x;
+        words[4 * tile_rows] = four.y;
+        words[8 * tile_rows] = four.z;
+        words[12 * tile_rows] = four.w;
+#else
+        own[vector_of(o / OCTETS, o % OCTETS, r, tile_rows)] = four;
+#endif
     }
     if (threadIdx.x == 0) inverses[blockIdx.y * tile_rows + r] = scaled && !empty ? inverse_of(magnitude) : 1.0f;
 }

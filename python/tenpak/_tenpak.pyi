@@ -253,6 +253,7 @@ def cuda_plan(
     outliers: bool,
     multiprocessors: int,
     shared_bytes: int,
+    wgmma: bool,
 ) -> str: ...
 def cuda_devices() -> str: ...
 def cuda_cache_plan(

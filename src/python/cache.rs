@@ -328,7 +328,7 @@ pub(super) fn cuda_cache_plan(
     let mut plan = Value::Null;
     computed(py, true, || {
         let of = attention(format, sizes, dtype)?;
-        let attended = of.plan(Hardware { multiprocessors, shared_bytes })?;
+        let attended = of.plan(Hardware { multiprocessors, shared_bytes, wgmma: false })?;
         plan = json!({
             "append": step_json(&append_step(&of.format, of.numbers, of.sequences, count)?),
             "attend": step_json(&attended.attend),

@@ -145,7 +145,8 @@ pub(super) fn cuda_compile<'py>(
     Ok((PyBytes::new(py, &compiled.cubin), compiled.log))
 }
 
-/// How a product would be computed on a device with so many multiprocessors and bytes of shared memory, as JSON.
+/// How a product would be computed on a device with so many multiprocessors and bytes of shared memory, with instructions
+/// of Hopper or without, as JSON.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "what a plan depends on")]
 pub(super) fn cuda_plan(
@@ -159,6 +160,7 @@ pub(super) fn cuda_plan(
     outliers: bool,
     multiprocessors: usize,
     shared_bytes: usize,
+    wgmma: bool,
 ) -> PyResult<String> {
     let mut plan = Value::Null;
     computed(py, true, || {
@@ -175,7 +177,7 @@ pub(super) fn cuda_plan(
             aligned,
             outliers,
         };
-        let product = Product::new(&problem, Hardware { multiprocessors, shared_bytes })?;
+        let product = Product::new(&problem, Hardware { multiprocessors, shared_bytes, wgmma })?;
         let decode = Variant::new(Kernel::Decode, &layout, numbers, aligned && cols.is_multiple_of(32), &[])?;
         let workspace = product.workspace;
         plan = json!({

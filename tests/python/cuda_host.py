@@ -72,10 +72,11 @@ def plan(
     outliers: bool = False,
     multiprocessors: int = 4,
     shared_bytes: int = 100 << 10,
+    wgmma: bool = False,
 ) -> dict[str, Any]:
     """Return how the backend would compute a product."""
     shape = (rows * experts, cols, experts)
-    text = _tenpak.cuda_plan(codec, shape, m, dtype, exact, aligned, outliers, multiprocessors, shared_bytes)
+    text = _tenpak.cuda_plan(codec, shape, m, dtype, exact, aligned, outliers, multiprocessors, shared_bytes, wgmma)
     out: dict[str, Any] = json.loads(text)
     return out
 
@@ -185,7 +186,8 @@ def multiply(
         )  # fmt: skip
     else:
         inverses, results, partial, counters = space_of
-        library.gemm(
+        function = library.wgmma if step["kernel"] == "wgmma" else library.gemm
+        function(
             matrix.by_reference, at(parts["fragments"]), inverses, at(ends), experts, results, partial, counters, m,
             grid_of(step), step["shared"],
         )  # fmt: skip

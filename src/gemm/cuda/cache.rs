@@ -372,8 +372,8 @@ const _: () = assert!(BLOCK == 32 && GROUP == 32);
 mod tests {
     use super::*;
 
-    const H200: Hardware = Hardware { multiprocessors: 132, shared_bytes: 232_448 };
-    const SMALL: Hardware = Hardware { multiprocessors: 16, shared_bytes: 101_376 };
+    const H200: Hardware = Hardware { multiprocessors: 132, shared_bytes: 232_448, wgmma: true };
+    const SMALL: Hardware = Hardware { multiprocessors: 16, shared_bytes: 101_376, wgmma: false };
 
     fn attention(dim: usize, bits: u32, m: usize, per_head: usize, longest: usize) -> Attention {
         let format = KvFormat::new(8, dim, bits, bits).unwrap();

@@ -14,6 +14,12 @@ use crate::gemm::kept;
 /// The oldest devices whose instructions the kernels use: bfloats and asynchronous copies came with Ampere.
 const OLDEST: (u32, u32) = (8, 0);
 
+/// The devices that have the instructions of `wgmma.cu`; no later ones do.
+const HOPPER: (u32, u32) = (9, 0);
+
+/// The environment variable that is `0` where `wgmma.cu` is not wanted, read when a device is opened.
+pub const WGMMA_VARIABLE: &str = "TENPAK_WGMMA";
+
 /// A step whose kernel is on the device.
 #[derive(Debug, Clone)]
 pub(super) struct Ready {
@@ -36,6 +42,7 @@ pub struct Device {
     described: Described,
     architecture: String,
     folder: Option<PathBuf>,
+    wgmma: bool,
     pub(super) context: Arc<Context>,
     kernels: Mutex<HashMap<Variant, Function>>,
 }
@@ -49,7 +56,8 @@ impl Device {
         let described = driver::describe(index)?;
         let architecture = architecture(&described)?;
         let context = Arc::new(Context::of(index)?);
-        Ok(Self { described, architecture, folder: kept::usual_folder(), context, kernels: Mutex::default() })
+        let wgmma = described.capability == HOPPER && std::env::var_os(WGMMA_VARIABLE).is_none_or(|value| value != "0");
+        Ok(Self { described, architecture, folder: kept::usual_folder(), wgmma, context, kernels: Mutex::default() })
     }
 
     /// The device, as its driver describes it.
@@ -64,6 +72,7 @@ impl Device {
         Hardware {
             multiprocessors: self.described.multiprocessors.max(1),
             shared_bytes: self.described.shared_bytes.max(2 * STATIC_BYTES),
+            wgmma: self.wgmma,
         }
     }
 
@@ -129,7 +138,7 @@ fn architecture(described: &Described) -> Result<String> {
         ))));
     }
     // Hopper's own instructions are those of 9.0a, which later devices do not have.
-    Ok(format!("{major}{minor}{}", if described.capability == (9, 0) { "a" } else { "" }))
+    Ok(format!("{major}{minor}{}", if described.capability == HOPPER { "a" } else { "" }))
 }
 
 #[cfg(test)]

@@ -151,7 +151,7 @@ impl Device {
         }
         let multiply = &ready.multiply;
         match multiply.step.variant.kernel() {
-            Kernel::Gemm => {
+            Kernel::Gemm | Kernel::Wgmma => {
                 let mut parameters = [
                     parameter(&mut planes),
                     parameter(&mut fragments),

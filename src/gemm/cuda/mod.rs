@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | `decode.cu` | – | f32, bit for bit the specification |
 //! | `exact.cu` | [`Act::F32`](super::Act), [`Act::Int8`](super::Act), scales of groups in 32 bits | f32 |
-//! | `gemv.cu`, `gemm.cu` | otherwise | halves, one rounding from the specification |
+//! | `gemv.cu`, `gemm.cu`, `wgmma.cu` | otherwise | halves, one rounding from the specification |
 //! | `outliers.cu` | behind the others, for [`Raw`] | added as they are, in f32 |
 //!
 //! Caches of keys and values have kernels of their own, for those who hold their memory:

@@ -5,16 +5,20 @@
 //! | any, in f32 throughout, or scales of groups beyond halves | `exact.cu` |
 //! | 1 to [`FEW`] | `gemv.cu` |
 //! | more, or a stack of matrices | `prepare.cu`, then `gemm.cu` |
+//! | [`MANY`] and more of one matrix, on Hopper | `prepare.cu`, then `wgmma.cu` |
 //!
 //! Where there are outliers, `outliers.cu` adds them in the end.
 
-use super::source::{Kernel, Variant, has_pairs};
+use super::source::{Kernel, Variant, has_pairs, is_looked_up};
 use crate::error::{Error, Result};
 use crate::layout::Grouped;
 use crate::tensor::DType;
 
 /// Most rows of activations of `gemv.cu`: two tiles of tensor cores.
 pub const FEW: usize = 16;
+
+/// Rows of activations from which `wgmma.cu` is taken where there is its instruction: two of its tiles.
+pub const MANY: usize = 256;
 
 /// Columns of a block of columns; see `fragments.cuh`.
 const BLOCK: usize = 128;
@@ -25,6 +29,10 @@ const FUSED_BYTES: usize = 64 << 10;
 const EXACT_ROWS: usize = 32;
 const GEMM_ROWS: usize = 128;
 const GEMM_WARPS: usize = 4;
+/// Rows of activations and of weights of a tile of `wgmma.cu`, of which a block has two or four, and its stages.
+const WGMMA_ROWS: usize = 128;
+const WGMMA_WEIGHTS: usize = 64;
+const WGMMA_STAGES: usize = 5;
 const OUTLIER_ROWS: usize = 32;
 /// Most blocks that share the columns of one result: their sums are added up by one of them.
 const SHARES: usize = 16;
@@ -36,6 +44,8 @@ pub struct Hardware {
     pub multiprocessors: usize,
     /// Bytes of shared memory that a block may have at most.
     pub shared_bytes: usize,
+    /// Whether it has the instructions of `wgmma.cu`, and they are wanted.
+    pub wgmma: bool,
 }
 
 /// What is to be multiplied.
@@ -113,6 +123,8 @@ impl Product {
             problem.exact()
         } else if experts == 1 && m <= FEW {
             problem.few(hardware)
+        } else if hardware.wgmma && experts == 1 && m >= MANY && problem.is_aligned() {
+            problem.hopper(hardware)
         } else {
             problem.many(hardware)
         }?;
@@ -126,7 +138,7 @@ impl Product {
         let [_, y, z] = self.multiply.grid;
         match self.multiply.variant.kernel() {
             Kernel::Gemv => y,
-            Kernel::Gemm => z,
+            Kernel::Gemm | Kernel::Wgmma => z,
             _ => 1,
         }
     }
@@ -212,6 +224,24 @@ impl Problem {
         Ok(Product { prepare, multiply, outliers: None, tile_rows: count(tile_rows, 64)?, workspace })
     }
 
+    fn hopper(&self, hardware: Hardware) -> Result<Product> {
+        // Registers hold the results of two tiles of weights beside codes of 4 bits.
+        let weight_tiles = if self.layout.bits() == 4 && !is_looked_up(&self.layout) { 2 } else { 1 };
+        let weights = 2 * WGMMA_WEIGHTS * weight_tiles;
+        let (tiles, row_blocks) = (self.tiles(WGMMA_ROWS), self.rows.div_ceil(weights));
+        let shares = self.shares(tiles * row_blocks, hardware.multiprocessors, 8);
+        let own = [
+            ("M_BLOCK", count(WGMMA_ROWS, 128)?),
+            ("WEIGHT_TILES", count(weight_tiles, 2)?),
+            ("STAGES", count(WGMMA_STAGES, 8)?),
+        ];
+        let shared = WGMMA_STAGES * WGMMA_ROWS * BLOCK * 2;
+        let multiply = self.step(Kernel::Wgmma, &own, [tiles, row_blocks, shares], 256, shared)?;
+        let prepare = Some(self.step(Kernel::Prepare, &[("MATRICES", 1)], [WGMMA_ROWS, tiles, 1], 256, 0)?);
+        let workspace = self.workspace(tiles * WGMMA_ROWS, shares, tiles * row_blocks);
+        Ok(Product { prepare, multiply, outliers: None, tile_rows: count(WGMMA_ROWS, 128)?, workspace })
+    }
+
     /// How many blocks share the columns of a result, so that there are `wanted` blocks in all, each with at least `least`
     /// blocks of columns.
     fn shares(&self, blocks: usize, wanted: usize, least: usize) -> usize {
@@ -247,8 +277,8 @@ mod tests {
     use super::*;
     use crate::codecs;
 
-    const H200: Hardware = Hardware { multiprocessors: 132, shared_bytes: 232_448 };
-    const SMALL: Hardware = Hardware { multiprocessors: 16, shared_bytes: 101_376 };
+    const H200: Hardware = Hardware { multiprocessors: 132, shared_bytes: 232_448, wgmma: true };
+    const SMALL: Hardware = Hardware { multiprocessors: 16, shared_bytes: 101_376, wgmma: false };
 
     fn problem(id: &str, m: usize, rows: usize, cols: usize) -> Problem {
         let layout = *codecs::get(id).unwrap().grouped().unwrap();
@@ -276,7 +306,14 @@ mod tests {
         assert_eq!(kernels(&plan(4, 8192)), ["gemv"]);
         assert_eq!(kernels(&plan(16, 8192)), ["prepare", "gemv"]);
         assert_eq!(kernels(&plan(17, 8192)), ["prepare", "gemm"]);
-        assert_eq!(kernels(&plan(4096, 8192)), ["prepare", "gemm"]);
+        assert_eq!(kernels(&plan(4096, 8192)), ["prepare", "wgmma"]);
+        assert_eq!(kernels(&plan(255, 8192)), ["prepare", "gemm"]);
+        let without = Hardware { wgmma: false, ..H200 };
+        let many = problem("int4_g128_fp16_v1", 4096, 8192, 8192);
+        assert_eq!(kernels(&Product::new(&many, without).unwrap()), ["prepare", "gemm"]);
+        let stack = Problem { experts: 8, ..many };
+        assert_eq!(kernels(&Product::new(&stack, H200).unwrap()), ["prepare", "gemm"]);
+        assert_eq!(kernels(&plan(4096, 8200)), ["prepare", "gemm"], "rows that are not whole runs");
         let wide = problem("int4_g8_v1", 4, 64, 64);
         assert_eq!(kernels(&Product::new(&wide, H200).unwrap()), ["exact"], "scales beyond halves");
         let exact = Problem { exact: true, ..problem("int4_g8_fp16_v1", 4, 64, 64) };
@@ -304,6 +341,12 @@ mod tests {
                                 Kernel::Exact => assert!(x * 32 >= rows && y * value("M_TILE") >= m, "{what}"),
                                 Kernel::Gemv => {
                                     assert!(x * 16 * value("ROW_TILES") >= rows && 8 * value("M_TILES") >= m, "{what}");
+                                }
+                                Kernel::Wgmma => {
+                                    let weights = 128 * value("WEIGHT_TILES");
+                                    assert!(x * value("M_BLOCK") >= m && y * weights >= rows, "{what}");
+                                    assert_eq!(*shared as usize, value("STAGES") * value("M_BLOCK") * 256, "{what}");
+                                    assert_eq!(plan.tile_rows as usize, value("M_BLOCK"), "{what}");
                                 }
                                 _ => assert!(x * value("M_BLOCK") >= m && y * 32 * value("WARPS") >= rows, "{what}"),
                             }

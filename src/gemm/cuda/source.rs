@@ -23,6 +23,8 @@ pub enum Kernel {
     Gemv,
     /// Products with many, and those of stacks of matrices.
     Gemm,
+    /// Products with many more, by instructions of sm_90a.
+    Wgmma,
     /// What outliers add to products and weights.
     Outliers,
     /// Tokens into a cache of keys and values.
@@ -39,6 +41,7 @@ const PTX: &str = include_str!("../../../cuda/ptx.cuh");
 const DEQUANT: &str = include_str!("../../../cuda/dequant.cuh");
 const NUMBERS: &str = include_str!("../../../cuda/numbers.cuh");
 const HALVES: &str = include_str!("../../../cuda/halves.cuh");
+const HOPPER: &str = include_str!("../../../cuda/hopper.cuh");
 const FRAGMENTS: &str = include_str!("../../../cuda/fragments.cuh");
 const SPLITS: &str = include_str!("../../../cuda/splits.cuh");
 const TILES: &str = include_str!("../../../cuda/tiles.cuh");
@@ -46,7 +49,8 @@ const CACHE: &str = include_str!("../../../cuda/cache.cuh");
 
 impl Kernel {
     /// Every kernel of matrices.
-    pub const ALL: [Self; 6] = [Self::Decode, Self::Exact, Self::Prepare, Self::Gemv, Self::Gemm, Self::Outliers];
+    pub const ALL: [Self; 7] =
+        [Self::Decode, Self::Exact, Self::Prepare, Self::Gemv, Self::Gemm, Self::Wgmma, Self::Outliers];
     /// Every kernel of caches.
     pub const OF_CACHES: [Self; 4] = [Self::Append, Self::Attend, Self::Merge, Self::Recall];
 
@@ -59,6 +63,7 @@ impl Kernel {
             Self::Prepare => "prepare",
             Self::Gemv => "gemv",
             Self::Gemm => "gemm",
+            Self::Wgmma => "wgmma",
             Self::Outliers => "outliers",
             Self::Append => "append",
             Self::Attend => "attend",
@@ -75,7 +80,7 @@ impl Kernel {
 
     /// Whether it reads weights, and so has the constants of a layout.
     const fn reads_weights(self) -> bool {
-        matches!(self, Self::Decode | Self::Exact | Self::Gemv | Self::Gemm)
+        matches!(self, Self::Decode | Self::Exact | Self::Gemv | Self::Gemm | Self::Wgmma)
     }
 
     /// The texts that it is made of, in the order in which they include each other.
@@ -88,6 +93,17 @@ impl Kernel {
             Self::Gemm => {
                 &[PTX, DEQUANT, NUMBERS, HALVES, FRAGMENTS, SPLITS, TILES, include_str!("../../../cuda/gemm.cu")]
             }
+            Self::Wgmma => &[
+                PTX,
+                DEQUANT,
+                NUMBERS,
+                HALVES,
+                FRAGMENTS,
+                HOPPER,
+                SPLITS,
+                TILES,
+                include_str!("../../../cuda/wgmma.cu"),
+            ],
             Self::Outliers => &[PTX, NUMBERS, include_str!("../../../cuda/outliers.cu")],
             Self::Append => &[PTX, NUMBERS, CACHE, include_str!("../../../cuda/append.cu")],
             Self::Attend => &[PTX, NUMBERS, CACHE, HALVES, include_str!("../../../cuda/attend.cu")],
@@ -187,6 +203,12 @@ fn number_type(numbers: DType) -> Result<u32> {
 #[must_use]
 pub fn has_pairs(layout: &Grouped) -> bool {
     layout.bank().is_some() || layout.group() == ROW || layout.scale() == Float::F16
+}
+
+/// Whether codes stand for levels of a table or a bank.
+#[must_use]
+pub fn is_looked_up(layout: &Grouped) -> bool {
+    matches!(layout.levels(), Levels::Table(_) | Levels::Bank(_))
 }
 
 /// The levels that codes are looked up in, as C writes numbers.
