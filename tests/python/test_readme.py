@@ -46,19 +46,27 @@ def run(snippet: str, folder: Path) -> str:
 
 
 def test_the_python_snippet_works(folder: Path) -> None:
-    snippet, _, _ = blocks("python")
+    snippet, *_ = blocks("python")
     assert len(run(snippet, folder).split()) == 3
 
 
 def test_the_snippet_of_transformers_works(folder: Path) -> None:
     for module in ("torch", "transformers", "accelerate"):
         pytest.importorskip(module, reason=f"{module} is not installed; pip install 'tenpak[torch,hf]'")
-    _, snippet, _ = blocks("python")
+    _, snippet, *_ = blocks("python")
     assert "codec=int4_g32_fp16_v1, 5.000 bits/weight" in run(snippet, folder)
 
 
 def test_the_snippet_of_graphics_devices_works(folder: Path) -> None:
     for module in ("torch", "transformers", "accelerate"):
         pytest.importorskip(module, reason=f"{module} is not installed; pip install 'tenpak[torch,hf]'")
-    _, _, snippet = blocks("python")
+    *_, snippet = blocks("python")
     assert "bits/weight, backend=wgpu" in run(snippet, folder)
+
+
+def test_the_snippet_of_caches_and_drafts_works(folder: Path) -> None:
+    for module in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(module, reason=f"{module} is not installed; pip install 'tenpak[torch,hf]'")
+    _, _, snippet, _ = blocks("python")
+    texts = run(snippet, folder).splitlines()
+    assert all("The old house" in text for text in texts if "house" in text) and " of " in texts[-1]
