@@ -342,7 +342,7 @@ def test_gguf_refuses_what_it_has_no_names_for(made: Made, tmp_path: Path) -> No
     weight = np.ones((64, 64), np.float32)
     config = json.loads((made.model / "config.json").read_text())
     for change, name, match in [
-        ({"model_type": "gpt2"}, "model.norm.weight", "model type 'gpt2' has no table of names"),
+        ({"model_type": "opt"}, "model.norm.weight", "model type 'opt' has no table of names"),
         ({}, "model.extra.weight", "tensor 'model.extra.weight' has no place"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "model.norm.weight", "positions are scaled by 'yarn'"),
         ({"hidden_size": None}, "model.norm.weight", r"config\.json: .*hidden_size|config\.json: invalid type"),

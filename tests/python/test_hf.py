@@ -23,42 +23,11 @@ pytest.importorskip("accelerate", reason="accelerate is not installed; pip insta
 
 import safetensors.torch  # noqa: E402
 import tenpak.torch as tt  # noqa: E402
+from families import CONFIGS  # noqa: E402
 from tenpak.huggingface import TenpakConfig, TenpakQuantizer  # noqa: E402
 from tenpak.huggingface import _load as loading  # noqa: E402
 from torch import nn  # noqa: E402
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "llama tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
-    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
-    ),
-    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3 moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4),
-}
-CONFIGS |= {
-    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=32),
-    "opt": lambda: transformers.OPTConfig(
-        vocab_size=96, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=0,
-    ),
-}  # fmt: skip
 #: Ends of the messages that transformers gives when it does not find what it looks for.
 COMPLAINTS = ("MISSING", "UNEXPECTED", "MISMATCH", "newly initialized", "not used")
 
@@ -144,8 +113,9 @@ def test_a_directory_of_planes_loads_and_gives_the_logits_of_the_decoded_weights
     dense = [
         name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D", "Embedding")
     ]
-    assert not dense, dense
-    assert len(quantized(model)) >= 11 and type(model).__name__ == type(made(kind).reference()).__name__
+    # What is too small for a codec stays as it is.
+    assert all(name.endswith("shared_expert_gate") for name in dense), dense
+    assert len(quantized(model)) >= 10 and type(model).__name__ == type(made(kind).reference()).__name__
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -43,8 +43,9 @@ pub(in crate::export) fn choose(
         }
         let (rows, cols) = sides(entry)?;
         let module = info.name().strip_suffix(".weight").filter(|module| !module.is_empty());
-        let Some(module) = module.filter(|_| info.shape().len() == 2 && !entry.transposed()) else {
-            let what = if entry.transposed() { "is a Conv1D" } else { "is no matrix called *.weight" };
+        let turned = entry.transposed() && !format.turns();
+        let Some(module) = module.filter(|_| info.shape().len() == 2 && !turned) else {
+            let what = if turned { "is a Conv1D" } else { "is no matrix called *.weight" };
             let what = format!("{} {what}, which {} has no layout for", info.name(), format.name());
             if requantize {
                 notes.push(format!("decoded: {what}"))

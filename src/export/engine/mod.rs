@@ -46,6 +46,11 @@ pub(super) trait Holds: Sync {
     /// Why a matrix of this layout cannot be held as it is; groups are known to be whole.
     fn refuses(&self, layout: &Grouped, rows: usize, cols: usize) -> Option<String>;
 
+    /// Whether matrices that the source holds as `[in, out]` have a place, as all others `[out, in]`.
+    fn turns(&self) -> bool {
+        false
+    }
+
     /// The codecs to quantize anew with, the first that fits being taken.
     fn codecs(&self) -> &'static [&'static str];
 

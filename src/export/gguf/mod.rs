@@ -1,8 +1,9 @@
 //! GGUF: one file that llama.cpp and whatever is built on it load.
 //!
 //! Matrices keep their codes and scales: groups become blocks of 32, a scale that spans more is repeated. Rows of queries
-//! and keys are reordered where the architecture asks for it. Everything else is decoded: vectors to F32, embeddings to
-//! their own dtype. All integers are little-endian:
+//! and keys are reordered where the architecture asks for it, and the matrices of a layer's experts become one stack.
+//! Everything else is decoded: vectors, positions and routers to F32, embeddings to their own dtype. All integers are
+//! little-endian:
 //!
 //! | what | bytes |
 //! |---|---|
@@ -13,15 +14,18 @@
 //! | data | from the next multiple of 32, each tensor on a multiple of 32 |
 
 mod architecture;
+mod blocks;
 mod keys;
 mod tokenizer;
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use architecture::Architecture;
+use architecture::{Architecture, Place};
+use blocks::{BLOCK, blocks, reordered, turned};
 use keys::Value;
 
-use super::engine::{Become, Holds, Matrix, choose, matrix};
+use super::engine::{Become, Holds, choose, matrix};
 use super::{Exported, Job, Options, card};
 use crate::artifact::{ArtifactFile, Entry, config};
 use crate::compress::OnProgress;
@@ -33,8 +37,6 @@ use crate::tensor::DType;
 /// The target.
 pub(super) struct Gguf;
 
-/// Weights of a block.
-const BLOCK: usize = 32;
 /// What the data and every tensor in it begin on a multiple of.
 const ALIGN: u64 = 32;
 
@@ -87,10 +89,11 @@ impl Type {
         }
     }
 
-    /// The type of decoded weights.
-    fn dense(entry: &Entry) -> (Self, DType) {
+    /// The type of decoded weights, of a tensor called `name`.
+    fn dense(entry: &Entry, name: &str) -> (Self, DType) {
+        let single = ["position_embd.", ".ffn_gate_inp", "_norm."].iter().any(|part| name.contains(part));
         match entry.info().dtype() {
-            _ if entry.info().shape().len() < 2 => (Self::F32, DType::F32),
+            _ if single || entry.info().shape().len() < 2 => (Self::F32, DType::F32),
             DType::F16 => (Self::F16, DType::F16),
             DType::BF16 => (Self::Bf16, DType::BF16),
             _ => (Self::F32, DType::F32),
@@ -125,6 +128,10 @@ impl Holds for Gguf {
         (!cols.is_multiple_of(BLOCK)).then(|| format!("its {cols} columns do not fill blocks of {BLOCK}"))
     }
 
+    fn turns(&self) -> bool {
+        true
+    }
+
     fn codecs(&self) -> &'static [&'static str] {
         &["int4_g32_fp16_v1"]
     }
@@ -137,14 +144,18 @@ struct Out {
     kind: Type,
     /// Heads whose rows are reordered.
     heads: Option<u64>,
+    /// Whether one is added to the elements.
+    adds_one: bool,
+    /// Whether the source holds the matrix as `[in, out]`.
+    turned: bool,
     from: From,
     bytes: u64,
 }
 
 /// Where a tensor comes from.
 enum From {
-    /// Tensor of the artifact.
-    Entry(usize),
+    /// Tensors of the artifact, one or those of a stack.
+    Entries(Vec<usize>),
     /// Numbers that follow from the config.
     Numbers(Vec<f32>),
 }
@@ -173,16 +184,32 @@ impl Plan {
         let architecture = Architecture::of(&text)?;
         let entries = artifact.tensors();
         let (becomes, mut notes) = choose(entries, &Gguf, requantize)?;
-        let mut outs = Vec::new();
+        let kind = |index: usize, name: &str| match &becomes[index] {
+            Become::Dense => Type::dense(&entries[index], name).0,
+            Become::Packed { layout, .. } => Type::of(layout).expect("layouts that are not held are refused"),
+        };
+        let (mut outs, mut stacks) = (Vec::new(), HashMap::new());
         for (index, entry) in entries.iter().enumerate() {
-            let Some((name, heads)) = architecture.tensor(entry.info().name())? else { continue };
-            let kind = match &becomes[index] {
-                Become::Dense => Type::dense(entry).0,
-                Become::Packed { layout, .. } => Type::of(layout).expect("layouts that are not held are refused"),
+            let (name, heads, adds_one, turned) = match architecture.place(entry.info().name())? {
+                Place::Nowhere => continue,
+                Place::Own { name, heads, adds_one, turned } => (name, heads, adds_one, turned),
+                Place::Expert { name, number } => {
+                    let stack = stacks.entry(name.clone()).or_insert_with(|| {
+                        outs.push(Out::new(name, kind(index, ""), entry, None, false, false));
+                        (outs.len() - 1, vec![None; architecture.experts()])
+                    });
+                    stack.1[number as usize] = Some(index);
+                    continue;
+                }
             };
-            let dimensions = entry.info().shape().iter().rev().copied().collect();
-            let bytes = kind.bytes(entry.info().elements());
-            outs.push(Out { name, dimensions, kind, heads, from: From::Entry(index), bytes });
+            let mut out = Out::new(name, kind(index, ""), entry, heads, adds_one, turned);
+            out.kind = kind(index, &out.name);
+            out.bytes = out.kind.bytes(entry.info().elements());
+            out.from = From::Entries(vec![index]);
+            outs.push(out);
+        }
+        for (at, stack) in stacks.into_values() {
+            outs[at].stack(entries, &stack, |index| kind(index, ""))?;
         }
         if let Some(numbers) = architecture.rope_factors()? {
             let (count, name) = (numbers.len() as u64, "rope_freqs.weight".to_owned());
@@ -192,6 +219,8 @@ impl Plan {
                 dimensions: vec![count],
                 kind: Type::F32,
                 heads: None,
+                adds_one: false,
+                turned: false,
                 from: From::Numbers(numbers),
                 bytes,
             });
@@ -239,7 +268,12 @@ impl Plan {
                     let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
                     out.write_at(at, &bytes)?;
                 }
-                From::Entry(index) => self.tensor(tensor, *index, &mut job, target, &out, at)?,
+                From::Entries(indices) => {
+                    let bytes = tensor.bytes / indices.len() as u64;
+                    for (place, &index) in (0..).zip(indices) {
+                        self.tensor(tensor, index, &mut job, target, &out, at + place * bytes)?;
+                    }
+                }
             }
             at += tensor.bytes;
         }
@@ -266,14 +300,34 @@ impl Plan {
                 job.tick(entry, entry.info().bytes())
             }
             Become::Dense => {
-                let dtype = Type::dense(entry).1;
-                if tensor.heads.is_some() {
+                let dtype = Type::dense(entry, &tensor.name).1;
+                if tensor.heads.is_some() || tensor.adds_one || (tensor.turned && !entry.transposed()) {
                     let mut all = Vec::new();
                     job.source_order(index, dtype, target, &mut |bytes| {
                         all.extend_from_slice(bytes);
                         Ok(())
                     })?;
-                    return out.write_at(at, &reordered(all, entry.info().shape()[0], tensor.heads));
+                    if tensor.adds_one {
+                        all = all
+                            .as_chunks()
+                            .0
+                            .iter()
+                            .flat_map(|w| (f32::from_le_bytes(*w) + 1.0).to_le_bytes())
+                            .collect();
+                    }
+                    if tensor.turned {
+                        all = turned(&all, entry.info().shape(), dtype);
+                    }
+                    return out
+                        .write_at(at, &reordered(all, tensor.dimensions.last().copied().unwrap_or(1), tensor.heads));
+                }
+                if entry.transposed() {
+                    let mut at = at;
+                    return job.matrix_order(index, dtype, &mut |bytes| {
+                        out.write_at(at, bytes)?;
+                        at += bytes.len() as u64;
+                        Ok(())
+                    });
                 }
                 let mut at = at;
                 job.source_order(index, dtype, target, &mut |bytes| {
@@ -286,47 +340,42 @@ impl Plan {
     }
 }
 
-/// The blocks of a matrix, row after row.
-fn blocks(matrix: &Matrix<'_>, kind: Type) -> Vec<u8> {
-    let layout = matrix.layout;
-    let (stride, groups) = (layout.code_stride(matrix.cols), layout.groups(matrix.cols));
-    let mut out = Vec::with_capacity(usize::try_from(kind.bytes((matrix.rows * matrix.cols) as u64)).unwrap_or(0));
-    for row in 0..matrix.rows {
-        let codes = &matrix.codes()[row * stride..][..stride];
-        for block in 0..matrix.cols / BLOCK {
-            let group = row * groups + block * BLOCK / layout.group();
-            out.extend_from_slice(&matrix.scales()[2 * group..][..2]);
-            if kind == Type::Q4_1 {
-                out.extend_from_slice(&matrix.offsets()[2 * group..][..2]);
-            }
-            if kind == Type::Q8_0 {
-                // Levels, in two's complement.
-                out.extend(codes[block * BLOCK..][..BLOCK].iter().map(|code| code ^ 0x80));
-            } else {
-                // The first half of the block lies in the low bits, the second in the high ones; ours alternate.
-                let pairs = &codes[block * BLOCK / 2..][..BLOCK / 2];
-                let code = |i: usize| pairs[i / 2] >> (4 * (i % 2)) & 15;
-                out.extend((0..BLOCK / 2).map(|i| code(i) | code(i + BLOCK / 2) << 4));
-            }
+impl Out {
+    /// A tensor of the artifact that comes from nowhere yet.
+    fn new(name: String, kind: Type, entry: &Entry, heads: Option<u64>, adds_one: bool, turned: bool) -> Self {
+        let mut dimensions: Vec<u64> = entry.info().shape().iter().rev().copied().collect();
+        if turned {
+            dimensions.reverse();
         }
+        // A matrix of one row is a vector there.
+        if name.ends_with(".ffn_gate_inp_shexp.weight") {
+            dimensions.truncate(1);
+        }
+        Self { name, dimensions, kind, heads, adds_one, turned, from: From::Entries(Vec::new()), bytes: 0 }
     }
-    out
-}
 
-/// Rows of heads in the order of rotary embeddings that turn neighbours: row `2 j + t` of a head is row `t * half + j`.
-fn reordered(bytes: Vec<u8>, rows: u64, heads: Option<u64>) -> Vec<u8> {
-    let Some(heads) = heads else { return bytes };
-    let (rows, heads) = (usize::try_from(rows).unwrap_or(1), usize::try_from(heads).unwrap_or(1));
-    let (width, half) = (bytes.len() / rows.max(1), rows / heads / 2);
-    let mut out = Vec::with_capacity(bytes.len());
-    for head in 0..heads {
-        for j in 0..half {
-            for t in 0..2 {
-                out.extend_from_slice(&bytes[(head * 2 * half + t * half + j) * width..][..width]);
+    /// Makes this the stack of these tensors, one per expert.
+    fn stack(&mut self, entries: &[Entry], stack: &[Option<usize>], kind: impl Fn(usize) -> Type) -> Result<()> {
+        let mut indices = Vec::with_capacity(stack.len());
+        for (number, index) in stack.iter().enumerate() {
+            let what = || format!("expert {number} of '{}'", self.name);
+            let index = index.ok_or_else(|| Error::invalid(format!("{} is missing", what())))?;
+            let shape = entries[index].info().shape();
+            if kind(index) != self.kind || !shape.iter().rev().eq(&self.dimensions) {
+                let codec = entries[index].codec().id;
+                return Err(Error::invalid(format!(
+                    "{} is {shape:?} in {codec}, which is not what the others are; gguf has one stack of them: compress all \
+                     with one codec",
+                    what()
+                )));
             }
+            indices.push(index);
         }
+        self.bytes = indices.iter().map(|&index| self.kind.bytes(entries[index].info().elements())).sum();
+        self.dimensions.push(indices.len() as u64);
+        self.from = From::Entries(indices);
+        Ok(())
     }
-    out
 }
 
 /// Everything before the data.

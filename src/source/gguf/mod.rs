@@ -1,8 +1,9 @@
 //! GGUF, versions 2 and 3: one file of llama.cpp and whatever is built on it.
 //!
 //! Tensors of the architectures whose names [`crate::gguf`] knows get their names on Hugging Face, and rows of queries and
-//! keys that were reordered for rotary embeddings their old order; others keep the names of the file. A config and a
-//! tokenizer the file has only in keys of its own, which are not read.
+//! keys that were reordered for rotary embeddings their old order; others, and those that the file has in another form than a
+//! model (stacked experts, shifted norms, turned matrices), keep the names of the file. A config and a tokenizer the
+//! file has only in keys of its own, which are not read.
 
 mod header;
 mod kind;
@@ -45,10 +46,10 @@ fn read(file: &InputFile, options: &Options) -> Result<Vec<SourceTensor>> {
         Some(Value::Text(name)) => name.as_str(),
         _ => "",
     };
-    let known = gguf::ARCHITECTURES.iter().find(|(_, own, _)| *own == architecture);
+    let known = gguf::KNOWN.iter().find(|kind| kind.name == architecture);
     let heads = |name: &str| -> Result<Option<u64>> {
         let part = name.strip_prefix("blk.").and_then(|rest| rest.split('.').nth(1)).unwrap_or_default();
-        if !known.is_some_and(|(_, _, reorders)| *reorders) || !matches!(part, "attn_q" | "attn_k") {
+        if !known.is_some_and(|kind| kind.reorders) || !matches!(part, "attn_q" | "attn_k") {
             return Ok(None);
         }
         let all = number(&format!("{architecture}.attention.head_count"));
@@ -69,7 +70,7 @@ fn read(file: &InputFile, options: &Options) -> Result<Vec<SourceTensor>> {
                 Some(heads) => reordered(tensor, heads)?,
                 None => Order::C,
             };
-            let name = known.and_then(|_| gguf::hugging_face(&tensor.name)).unwrap_or_else(|| tensor.name.clone());
+            let name = gguf::hugging_face(architecture, &tensor.name).unwrap_or_else(|| tensor.name.clone());
             let info = |dtype, shape| TensorInfo::within(&options.limits, name.clone(), dtype, shape);
             let place = |info| SourceTensor::new(info, Store::File(0), tensor.offset, order);
             let blocks = match tensor.kind {
