@@ -171,7 +171,7 @@ fn paths_that_are_no_checkpoint_say_so() {
     assert_refused(&write(dir.path(), "x.dat", b"\x80\x02}q\x00."), &["pickle", "save_file"]);
     assert_refused(&write(dir.path(), "x.pth", b"anything"), &["pickle", "save_file"]);
     assert_refused(&write(dir.path(), "x.h5", b"\x89HDF\r\n\x1a\n"), &["HDF5", "h5py"]);
-    assert_refused(&write(dir.path(), "x.gguf", b"GGUF\x03\0\0\0"), &["GGUF"]);
+    assert_refused(&write(dir.path(), "x.gguf", b"GGUF\x03\0\0\0"), &["cut off", "byte 8"]);
     assert_refused(&write(dir.path(), "x.tenpak", b"\x89TNPK\r\n\x1a\x01\0\0\0"), &["tenpak decompress"]);
     assert_refused(&write(dir.path(), "x.txt", b"hello"), &["no known checkpoint"]);
 }
