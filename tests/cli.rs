@@ -292,8 +292,9 @@ fn the_manual_has_a_page_for_every_verb_with_all_its_options() {
     let shell = Shell::new();
     let help = shell.run("--help", 0);
     let verbs = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
-    let verbs: Vec<_> =
-        verbs.filter_map(|line| line.split_whitespace().next()).filter(|verb| *verb != "help").collect();
+    // Lines that go on with a description begin further to the right.
+    let verbs = verbs.filter_map(|line| line.strip_prefix("  ")).filter(|line| !line.starts_with(' '));
+    let verbs: Vec<_> = verbs.filter_map(|line| line.split(' ').next()).filter(|verb| *verb != "help").collect();
     assert!(verbs.contains(&"compress") && verbs.contains(&"man"), "{help}");
     shell.run("man pages", 0);
     let page = |name: &str| String::from_utf8(shell.bytes(&format!("pages/{name}.1"))).unwrap().replace('\\', "");

@@ -252,8 +252,8 @@ def export(
         Directory or file to write.
     to
         ``hf`` for a Hugging Face directory of safetensors, ``tenpak`` for one file: both ways lose nothing.
-        ``compressed-tensors``, ``gptq``, ``awq``, ``mlx``, ``gguf`` (one file) or ``onnx`` (a graph for each matrix) for
-        other engines: codes and scales exactly as they are, or an error; embeddings and heads are decoded.
+        ``compressed-tensors``, ``gptq``, ``awq``, ``mlx``, ``gguf`` (one file) or ``onnx`` (a graph for each matrix)
+        for other engines: codes and scales exactly as they are, or an error; embeddings and heads are decoded.
         ``safetensors`` for a directory of decoded weights.
     codec
         Of a checkpoint's linear weights, instead of the engine's first whose groups divide all rows; the rest stays as

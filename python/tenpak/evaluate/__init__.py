@@ -12,6 +12,7 @@ PyTorch and transformers are needed (``pip install "tenpak[eval]"``) and are imp
 >>> print(report.rows[0].fidelity.kld)  # doctest: +SKIP
 """
 
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path as _Path
 
@@ -35,6 +36,8 @@ def evaluate(
     artifacts: Iterable[Path] = (),
     codecs: Iterable[str] = (),
     recipes: Iterable[Path] = (),
+    methods: Iterable[str] = (),
+    method_text: Path | None = None,
     stats: Path | None = None,
     fit: str | None = None,
     tokens: int | None = DEFAULT_TOKENS,
@@ -66,6 +69,11 @@ def evaluate(
         embedding, head, norms and routers stay as they are.
     recipes
         TOML files that say which codec for which tensor, as for ``tenpak compress``.
+    methods
+        Other quantizers that are run on the model first, see :func:`tenpak.methods.run`: 4 bits in groups of 128, or
+        of their own.
+    method_text
+        UTF-8 text that those which need data see; never the one that is scored.
     stats, fit
         Statistics and fit that codecs and recipes are compressed with, as for :func:`tenpak.compress`; never statistics
         of the text that is scored.
@@ -94,12 +102,12 @@ def evaluate(
     Returns
     -------
     Evaluation
-        The figures: of the source model, and of each artifact, codec and recipe, in this order.
+        The figures: of the source model, and of each artifact, codec, recipe and method, in this order.
 
     Raises
     ------
     ImportError
-        PyTorch or transformers is missing.
+        PyTorch, transformers or a method is missing.
     InvalidError
         An argument is out of range, the text is empty or shorter than a window, a codec is unknown, or an artifact is
         not of this model.
@@ -124,27 +132,30 @@ def evaluate(
     text_bytes = _plan.read_text(path)
     _plan.check_model(folder)
     found, size = _plan.candidates(map(_Path, artifacts), codecs, map(_Path, recipes), folder, mmap, stats, fit)
+    others, other_text = _plan.known_methods(methods), None if method_text is None else _Path(method_text)
     check_libraries("tenpak eval")
     from .run import run
 
-    plan = _plan.Plan(
-        folder,
-        path,
-        text_bytes,
-        size,
-        found,
-        tokens,
-        context,
-        window_batch,
-        dtype,
-        compute,
-        threads,
-        cache_bytes,
-        mmap,
-        stats,
-        fit,
-    )
-    return run(plan, progress)
+    with tempfile.TemporaryDirectory(prefix="tenpak-") as made:
+        found += _plan.quantized_by(others, folder, _Path(made), other_text)
+        plan = _plan.Plan(
+            folder,
+            path,
+            text_bytes,
+            size,
+            found,
+            tokens,
+            context,
+            window_batch,
+            dtype,
+            compute,
+            threads,
+            cache_bytes,
+            mmap,
+            stats,
+            fit,
+        )
+        return run(plan, progress)
 
 
 def check_libraries(verb: str) -> None:

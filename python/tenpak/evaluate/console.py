@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import _tenpak
 from .._console import Bar, check_output, guarded, tokens, write
 from .._errors import InvalidError
+from ..methods import METHODS
 from . import DEFAULT_CACHE_BYTES, DEFAULT_TOKENS, evaluate, plot
 from .plan import COMPUTES, DTYPES
 
@@ -39,6 +40,15 @@ def _parser() -> argparse.ArgumentParser:
         help="codecs to measure on the matrices inside the decoder's layers, or 'all'; see `tenpak codecs`",
     )
     add("--recipe", metavar="FILE", nargs="+", action="extend", default=[], help="TOML recipes to compress with")
+    add(
+        "--method",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="other quantizers to run and measure, where they are installed: " + ", ".join(METHODS),
+    )
+    add("--method-text", metavar="FILE", help="text for those methods that need data, another than --text")
     add("--stats", metavar="FILE", help="statistics that codecs and recipes are compressed with, of another text")
     add(
         "--fit",
@@ -95,6 +105,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             artifacts=options.artifact,
             codecs=options.codec,
             recipes=options.recipe,
+            methods=options.method,
+            method_text=options.method_text,
             stats=options.stats,
             fit=options.fit,
             tokens=options.tokens,

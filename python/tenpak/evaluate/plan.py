@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import _artifact, codecs, compress
+from .. import _artifact, codecs, compress, methods
 from .._errors import InvalidError
 from .report import Sizes
 
@@ -152,6 +152,45 @@ def candidates(
             raise InvalidError(f"{path}: {error}") from error
         found.append(Candidate(path.name, "recipe", recipe=text))
     return found, Sizes(plain["total"]["weights"], plain["source_bytes"])
+
+
+def known_methods(names: Iterable[str]) -> list[str]:
+    """Return names of other quantizers once each.
+
+    Raises
+    ------
+    ImportError
+        One is not installed.
+    InvalidError
+        One is unknown.
+    """
+    for name in (chosen := list(dict.fromkeys(names))):
+        methods.check(name)
+    return chosen
+
+
+def quantized_by(names: Sequence[str], model: Path, folder: Path, text: Path | None) -> list[Candidate]:
+    """Run other quantizers on a model and return the rows of what they made.
+
+    Parameters
+    ----------
+    names
+        The methods; see :func:`tenpak.methods.run`.
+    model
+        Directory of the model.
+    folder
+        Where artifacts are put.
+    text
+        What methods see that need data.
+    """
+    found = []
+    plain = compress(model, dry_run=True, codec="raw_v1")["tensors"] if names else []
+    for name in names:
+        path = folder / f"{name}.tenpak"
+        methods.run(name, model, path, text=text)
+        check_match(_artifact.open(path), plain, model)
+        found.append(Candidate(name, "artifact", artifact=path))
+    return found
 
 
 def _known(ids: Iterable[str]) -> list[str]:
