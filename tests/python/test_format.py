@@ -18,7 +18,7 @@ from conftest import NUMPY, Cli, dtype_name, read_safetensors, write_safetensors
 
 Array = npt.NDArray[Any]
 
-CAMPAIGN = int(os.environ.get("TENPAK_CAMPAIGN", "2000"))
+CAMPAIGN = int(os.environ.get("TENPAK_CAMPAIGN", "1000"))
 
 SHAPES = [
     (),
