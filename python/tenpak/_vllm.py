@@ -35,6 +35,9 @@ OTHERWISE = "serve another export instead: tenpak export --to compressed-tensors
 #: What one fused layer is made of, where the model does not say.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+#: What the table of embeddings is called, where the model does not say.
+TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+
 
 class TenpakConfig(QuantizationConfig):
     """The ``quantization_config`` of a directory of planes.
@@ -103,7 +106,7 @@ class TenpakConfig(QuantizationConfig):
             codec = self._codec(prefix)
             return UnquantizedLinearMethod() if codec is None else TenpakLinearMethod(codec, prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            entry = self._entry(prefix)
+            entry = self._entry(prefix) if prefix else self._table(layer)
             return UnquantizedEmbeddingMethod() if entry is None else TenpakEmbeddingMethod(entry["codec"])
         if any(name.startswith(f"{prefix}.") for name in self.tensors) and type(layer).__name__.endswith("MoE"):
             raise UnsupportedError(f"'{prefix}' is a mixture of experts, which is not served from planes; {OTHERWISE}")
@@ -111,6 +114,18 @@ class TenpakConfig(QuantizationConfig):
 
     def _entry(self, prefix: str) -> dict[str, Any] | None:
         return self.tensors.get(f"{prefix}.weight") or self.tensors.get(f"{prefix}.weight".removeprefix("model."))
+
+    def _table(self, layer: Any) -> dict[str, Any] | None:
+        """Return the entry of the embedding in a model that does not name it; such models have one."""
+        shape = [layer.org_vocab_size, layer.embedding_dim]
+        found = [
+            entry
+            for name, entry in self.tensors.items()
+            if name.removesuffix(".weight").rpartition(".")[2] in TABLES and list(entry["shape"]) == shape
+        ]
+        if len(found) > 1:
+            raise UnsupportedError(f"{len(found)} embeddings of shape {shape}, unnamed in the model; {OTHERWISE}")
+        return found[0] if found else None
 
     def _codec(self, prefix: str) -> str | None:
         """Return the codec that all parts of a layer have, None where none is quantized."""

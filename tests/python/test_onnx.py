@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tenpak
+import torch
 from conftest import write_safetensors
+from transformers import AutoModelForCausalLM
 
 CODECS = ["int4_sym_g32_fp16_v1", "int4_sym_g128_fp16_v1", "int4_zp_g64_fp16_v1", "int8_sym_g32_fp16_v1"]
 
@@ -46,6 +50,43 @@ def test_onnxruntime_multiplies_by_what_tenpak_decodes(sample_model: Path, tmp_p
 def step(weights: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> float:
     """No less than any step between two levels of a matrix."""
     return float(np.abs(weights).max())
+
+
+@pytest.mark.parametrize(("engine", "codec"), [("awq", "int4_zp_g32_fp16_v1"), ("gptq", "int4_sym_g32_fp16_v1")])
+def test_genai_runs_the_whole_model_that_its_builder_made_of_an_export(
+    sample_model: Path, tmp_path: Path, engine: str, codec: str
+) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    exported, graph, decoded = tmp_path / engine, tmp_path / "graph", tmp_path / "decoded"
+    tenpak.export(sample_model, exported, engine, codec=codec)
+    tenpak.compress(exported, tmp_path / "m.tenpak")
+    tenpak.decompress(tmp_path / "m.tenpak", decoded, dtype="F32")
+    # Activations stay floats, and what was not quantized stays so: the builder would round both by itself.
+    options = [
+        "accuracy_level=1",
+        "include_hidden_states=true",
+        "shared_embeddings=false",
+        "nodes_to_exclude=/lm_head/MatMul",
+    ]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    paths = ["-i", str(exported), "-o", str(graph), "-c", str(tmp_path / "cache")]
+    subprocess.run([*builder, *paths, "--extra_options", *options], check=True, capture_output=True)
+    ids = torch.tensor([[5, 17, 2, 90, 33, 8, 41, 3]])
+    model = genai.Model(str(graph))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=16, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids.numpy().astype(np.int32))
+    found = np.array(generator.get_output("hidden_states"))
+    with torch.no_grad():
+        out = AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32)(ids, output_hidden_states=True)
+    expected = out.hidden_states[-1].numpy()
+    # Sums of floats in another order, layer after layer; one code off by one moves them by a hundredth.
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    # The model on its own, without the quantization, is much farther away.
+    with torch.no_grad():
+        other = AutoModelForCausalLM.from_pretrained(sample_model, dtype=torch.float32)(ids, output_hidden_states=True)
+    assert np.abs(other.hidden_states[-1].numpy() - expected).max() > 1e-2 * np.abs(expected).max()
 
 
 def test_a_plan_foretells_every_byte_and_what_is_left_out_is_named(sample_model: Path, tmp_path: Path) -> None:

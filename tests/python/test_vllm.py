@@ -84,7 +84,8 @@ def served(made: Made, config: Any) -> dict[str, Any]:
         "o": stand_in.RowParallelLinear(HIDDEN, HIDDEN, config, f"{at}.o_proj"),
         "gate_up": stand_in.MergedColumnParallelLinear(HIDDEN, [MLP, MLP], config, f"{LAYER}.mlp.gate_up_proj"),
         "down": stand_in.RowParallelLinear(MLP, HIDDEN, config, f"{LAYER}.mlp.down_proj"),
-        "embed": stand_in.VocabParallelEmbedding(TOKENS, HIDDEN, config, "model.embed_tokens"),
+        # vLLM's Llama does not say how its table is called.
+        "embed": stand_in.VocabParallelEmbedding(TOKENS, HIDDEN, config, ""),
     }
     head = stand_in.ParallelLMHead(TOKENS, HIDDEN, config, "lm_head")
     head.weight = layers["embed"].weight  # tied
@@ -153,7 +154,22 @@ def test_a_layer_that_is_not_quantized_is_left_to_vllm(vllm: Any, tmp_path: Path
     assert type(layer.quant_method) is stand_in.UnquantizedLinearMethod
     table = stand_in.VocabParallelEmbedding(TOKENS, HIDDEN, config, "model.embed_tokens")
     assert type(table.quant_method) is stand_in.UnquantizedEmbeddingMethod
+    unnamed = stand_in.VocabParallelEmbedding(TOKENS, HIDDEN, config, "")
+    assert type(unnamed.quant_method) is stand_in.UnquantizedEmbeddingMethod
     assert config.get_quant_method(torch.nn.LayerNorm(3), "model.norm") is None
+
+
+def test_a_table_is_found_by_its_own_name_and_by_its_shape(vllm: Any, tmp_path: Path) -> None:
+    made = Made(tmp_path, "int4_g32_fp16_v1", all=True)
+    config = made.quantization()
+    for name in ("model.embed_tokens", ""):
+        layer = stand_in.VocabParallelEmbedding(TOKENS, HIDDEN, config, name)
+        assert layer.quant_method.codec == "int4_g32_fp16_v1"
+    other = stand_in.VocabParallelEmbedding(TOKENS + 1, HIDDEN, config, "")
+    assert type(other.quant_method) is stand_in.UnquantizedEmbeddingMethod
+    config.tensors["draft.embed_tokens.weight"] = config.tensors["model.embed_tokens.weight"]
+    with pytest.raises(tenpak.UnsupportedError, match=r"2 embeddings of shape \[100, 128\].*compressed-tensors"):
+        stand_in.VocabParallelEmbedding(TOKENS, HIDDEN, config, "")
 
 
 def test_what_cannot_be_served_is_refused_with_the_way_round(vllm: Any, tmp_path: Path) -> None:

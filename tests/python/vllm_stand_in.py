@@ -178,6 +178,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, tokens: int, cols: int, config: Any, prefix: str) -> None:
         super().__init__()
         self.tokens, self.padded = tokens, -(-tokens // 64) * 64
+        self.org_vocab_size, self.embedding_dim = tokens, cols
         self.quant_method = config.get_quant_method(self, prefix) or UnquantizedEmbeddingMethod()
         self.quant_method.create_weights(
             self, cols, [self.padded // size], cols, self.padded, torch.float32, weight_loader=self.weight_loader
