@@ -6,6 +6,9 @@ llama.cpp for minutes. llama.cpp rounds activations to 8 bits, so logits agree t
 
 ``python tests/engines.py --compressed-tensors 0.15.0 0.17.0`` has transformers load what is exported with each of these
 versions of compressed-tensors, installed into an environment of its own beside everything else that is here.
+
+``python tests/engines.py --gptqmodel`` has GPTQModel (``pip install gptqmodel``) load what is exported to GPTQ and AWQ,
+every matrix exactly, and quantize the model itself, which is then taken over exactly.
 """
 
 from __future__ import annotations
@@ -34,6 +37,15 @@ CODECS = (
 )
 #: What every version of compressed-tensors reads; some fail to load zero points.
 SYMMETRIC = ("int4_sym_g32_fp16_v1", "int4_sym_g128_fp16_v1", "int8_sym_g32_fp16_v1", "int8_sym_v1")
+#: What GPTQModel loads.
+GPTQMODEL = (
+    ("gptq", "int4_sym_g32_fp16_v1"),
+    ("gptq", "int4_sym_g128_fp16_v1"),
+    ("gptq", "int4_zp_g32_fp16_v1"),
+    ("gptq", "int8_sym_g32_fp16_v1"),
+    ("awq", "int4_zp_g32_fp16_v1"),
+    ("awq", "int4_sym_g128_fp16_v1"),
+)
 TEXT = "The old house stood at the end of"
 
 
@@ -124,6 +136,48 @@ def compressed_tensors(model: Path) -> int:
     return wrong
 
 
+def gptqmodel(model: Path) -> int:
+    """Print a row per export and one for GPTQModel's own quantizing; return how many differ."""
+    from tenpak import methods
+
+    wrong = 0
+    for way, codec in GPTQMODEL:
+        with tempfile.TemporaryDirectory() as folder:
+            out, artifact = Path(folder) / "out", Path(folder) / "m.tenpak"
+            tenpak.export(model, out, way, codec=codec)
+            tenpak.compress(out, artifact)
+            count, difference = against_gptqmodel(out, way, artifact)
+        wrong += difference != 0 or count == 0
+        print(f"{way:4} {codec:24} {count} matrices, largest difference {difference}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        text, artifact = Path(folder) / "text", Path(folder) / "m.tenpak"
+        text.write_text(" ".join([TEXT] * 400))
+        methods.run("gptqmodel", model, artifact, group=32, text=text, samples=8, length=64)
+        opened = tenpak.open(artifact)
+        own = [name for name in opened if name.endswith("_proj.weight")]
+        exact = [name for name in own if opened[name].codec == "int4_sym_g32_fp16_v1"]
+    wrong += not own or exact != own
+    print(f"its own quantizing, group 32: {len(exact)} of {len(own)} matrices are taken over as they are", flush=True)
+    return wrong
+
+
+def against_gptqmodel(directory: Path, way: str, artifact: Path) -> tuple[int, float]:
+    """Count the matrices that GPTQModel loads, and give their largest difference from the artifact's in F16."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    backend = BACKEND.TORCH_AWQ if way == "awq" else BACKEND.TORCH
+    loaded = GPTQModel.load(str(directory), backend=backend, device="cpu", dtype=torch.float16)
+    opened, count, worst = tenpak.open(artifact), 0, 0.0
+    for name, module in loaded.model.named_modules():
+        if hasattr(module, "qweight"):
+            identity = torch.eye(module.in_features, dtype=torch.float16)
+            with torch.no_grad():
+                weights = module(identity).T if way == "awq" else module.dequantize_weight().T
+            wanted = torch.tensor(opened.decode(f"{name}.weight").astype(np.float16))
+            worst, count = max(worst, float((weights.float() - wanted.float()).abs().max())), count + 1
+    return count, worst
+
+
 def at_version(version: str, arguments: list[str]) -> int:
     """Run this program with another version of compressed-tensors, and everything else as it is here."""
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +201,10 @@ def main() -> int:
     parser.add_argument("model", type=Path, nargs="?", default=HERE / "data" / "tiny-books")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--compressed-tensors", nargs="*", metavar="VERSION", help="none for the one that is installed")
+    parser.add_argument("--gptqmodel", action="store_true", help="GPTQModel on exports, and its own quantizing")
     arguments = parser.parse_args()
+    if arguments.gptqmodel:
+        return int(gptqmodel(arguments.model) > 0)
     if arguments.compressed_tensors is None:
         checks: list[Callable[[], int]] = [lambda: codecs(arguments.model, arguments.tokens), families]
         return int(sum(check() for check in checks) > 0)

@@ -80,6 +80,9 @@ def _auto_round(job: _Job) -> None:
 
 def _gptqmodel(job: _Job) -> None:
     """GPTQ with symmetric codes and columns in their order."""
+    if (os.cpu_count() or 1) < 3:
+        # By itself it takes half of the processors and then asks for two of them.
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
 
