@@ -310,7 +310,7 @@ fn parts_that_do_not_fit_are_refused_by_name() {
             &["'m.g_idx'", "column 32", "group 2", "2 groups"],
         ),
         (GPTQ, with(ints("m.g_idx", &[63], 0..63)), &["'m.g_idx'", "[63]", "[64]"]),
-        (GPTQ, with(ints("m.qzeros", &[2, 3], 0..6)), &["'m.weight'", "2, 4 or 8 bits"]),
+        (GPTQ, with(ints("m.qzeros", &[2, 5], 0..10)), &["'m.weight'", "2, 3, 4 or 8 bits"]),
         (
             r#"{"quantization_config":{"quant_method":"gptq","bits":4,"group_size":16}}"#,
             without(""),
