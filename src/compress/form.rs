@@ -58,8 +58,9 @@ pub fn compress_as(
     OutputDirectory::check(target, options.force, HEADER_FILE, super::inputs(source, options))?;
     let directory = Directory::of(source, max_shard_bytes)?;
     let Foretold { options, tensors, header, cut } = directory.foretell(source, options)?;
-    preflight(target, header.file_bytes() + directory.plan(&header, &cut)?.bytes())?;
     let mut begun = begin(source, &options, (target, Target::Directory(max_shard_bytes)), &tensors)?;
+    let bytes = header.file_bytes() + directory.plan(&header, &cut)?.bytes();
+    preflight(target, bytes.saturating_sub(begun.writer.kept_bytes()))?;
     let total = tensors.iter().map(|t| t.source_bytes).sum::<u64>();
     let stored = header.content_bytes() - header.attached_bytes();
     let tensors =

@@ -181,10 +181,10 @@ pub fn compress_part(
     let unknown = reads(source, &foretold.options, part, |_| Ok(Identity([0; 32])))?;
     let header = planned(source, &foretold, &own, &unknown)?;
     std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
-    preflight(&home, 2 * header.file_bytes())?;
     let job = job(source, &foretold, max_shard_bytes)?;
     let planned = foretold.tensors[own.tensors.clone()].to_vec();
     let mut begun = begin(source, &foretold.options, (target, Target::Part(part, max_shard_bytes)), &planned)?;
+    preflight(&home, (2 * header.file_bytes()).saturating_sub(begun.writer.kept_bytes()))?;
     let total = planned.iter().map(|t| t.source_bytes).sum::<u64>();
     let stored = header.content_bytes() - header.attached_bytes();
     let tensors = fill(source, own.tensors.start, planned, &foretold.options, &mut begun, &mut |p| {
