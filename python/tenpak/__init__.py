@@ -140,9 +140,9 @@ def compress(
     force
         Replace an existing output; with ``shard`` an existing part; with ``resume`` also a journal of another run.
     resume
-        Keep a journal of finished tensors beside the output (``OUTPUT.journal``), and go on with the one that a run with
-        the same source, options and version has left when it was stopped, whatever stopped it. The output has the bytes
-        of a run that was not stopped; the journal is gone then. A journal of another run is refused.
+        Keep a journal of finished tensors beside the output (``OUTPUT.journal``), and go on with the one that a run
+        with the same source, options and version has left when it was stopped, whatever stopped it. The output has the
+        bytes of a run that was not stopped; the journal is gone then. A journal of another run is refused.
     threads
         Worker threads; 0 for one per core.
     mmap
