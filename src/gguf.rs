@@ -12,6 +12,8 @@ pub(crate) struct Kind {
     pub model: &'static str,
     /// The architecture in GGUF.
     pub name: &'static str,
+    /// The class of the library that loads such a model.
+    pub class: &'static str,
     /// What stands before the number of a layer, and tensors outside of layers.
     pub layers: &'static [&'static str],
     pub outer: Names,
@@ -27,29 +29,43 @@ pub(crate) struct Kind {
 }
 
 impl Kind {
-    /// Whether tensors are in the file what they are in the model, neither turned nor shifted; experts, which are stacked,
-    /// apart.
-    fn is_plain(&self) -> bool {
-        !self.norms_add_one && self.layers == LLAMA.layers
+    /// Whether a matrix of a layer lies in the file with its two dimensions swapped.
+    pub fn turns(&self, part: &str) -> bool {
+        self.name == "gpt2" && !part.ends_with("_norm")
+    }
+
+    /// What a tensor of the file is on Hugging Face, where it has a name in these tables.
+    pub fn hugging_face(&self, name: &str) -> Option<Theirs> {
+        let (module, end) = name.rsplit_once('.').filter(|(_, end)| matches!(*end, "weight" | "bias"))?;
+        let theirs = |names: Names, own: &str| names.iter().find(|(_, known)| *known == own).map(|(theirs, _)| *theirs);
+        let shifted = |own: &str| self.norms_add_one && end == "weight" && own.ends_with("_norm");
+        if let Some(outer) = theirs(self.outer, module) {
+            let name = format!("{outer}.{end}");
+            return Some(Theirs { name, turned: false, shifted: shifted(module), stacked: false });
+        }
+        let (layer, part) = module.strip_prefix("blk.")?.split_once('.')?;
+        let layer: u32 = layer.parse().ok()?;
+        let full = |inner: &str| format!("{}{layer}.{inner}.{end}", self.layers[0]);
+        if let Some(expert) = theirs(self.experts, part).filter(|_| end == "weight") {
+            return Some(Theirs { name: full(expert), turned: false, shifted: false, stacked: true });
+        }
+        let inner = self.inner.iter().find_map(|names| theirs(names, part))?;
+        let turned = end == "weight" && self.turns(part);
+        Some(Theirs { name: full(inner), turned, shifted: shifted(part), stacked: false })
     }
 }
 
-/// The name of a tensor on Hugging Face, where it has one in these tables and is what it is there.
-pub(crate) fn hugging_face(architecture: &str, name: &str) -> Option<String> {
-    let (module, end) = name.rsplit_once('.').filter(|(_, end)| matches!(*end, "weight" | "bias"))?;
-    let theirs = |names: Names, own: &str| names.iter().find(|(_, known)| *known == own).map(|(theirs, _)| *theirs);
-    let kinds = KNOWN.iter().filter(|kind| kind.name == architecture && kind.is_plain());
-    for kind in kinds {
-        if let Some(outer) = theirs(kind.outer, module) {
-            return Some(format!("{outer}.{end}"));
-        }
-        let Some((layer, part)) = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else { continue };
-        let layer: u32 = layer.parse().ok()?;
-        if let Some(inner) = kind.inner.iter().find_map(|names| theirs(names, part)) {
-            return Some(format!("{}{layer}.{inner}.{end}", kind.layers[0]));
-        }
-    }
-    None
+/// A tensor of a file as a model has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Theirs {
+    /// Its name; that of an expert has a star for its number.
+    pub name: String,
+    /// Whether its two dimensions are swapped in the file.
+    pub turned: bool,
+    /// Whether the file has one more than the model.
+    pub shifted: bool,
+    /// Whether it is a stack of the matrices of all experts.
+    pub stacked: bool,
 }
 
 const OUTER: Names = &[("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
@@ -129,6 +145,7 @@ const QWEN_EXPERTS: Names = &[
 const LLAMA: Kind = Kind {
     model: "llama",
     name: "llama",
+    class: "LlamaForCausalLM",
     layers: &["model.layers."],
     outer: OUTER,
     inner: &[ATTENTION, NORM_AFTER, MLP],
@@ -141,6 +158,7 @@ const LLAMA: Kind = Kind {
 const GEMMA2: Kind = Kind {
     model: "gemma2",
     name: "gemma2",
+    class: "Gemma2ForCausalLM",
     inner: &[ATTENTION, NORMS_AROUND, MLP],
     reorders: false,
     norms_add_one: true,
@@ -150,18 +168,20 @@ const GEMMA2: Kind = Kind {
 /// Every model type that has a place.
 pub(crate) const KNOWN: &[Kind] = &[
     LLAMA,
-    Kind { model: "mistral", ..LLAMA },
+    Kind { model: "mistral", class: "MistralForCausalLM", ..LLAMA },
     Kind {
         model: "mixtral",
+        class: "MixtralForCausalLM",
         inner: &[ATTENTION, NORM_AFTER, MIXTRAL],
         experts: MIXTRAL_EXPERTS,
         normalizes_experts: Some(true),
         ..LLAMA
     },
-    Kind { model: "qwen2", name: "qwen2", reorders: false, ..LLAMA },
-    Kind { model: "qwen3", name: "qwen3", reorders: false, ..LLAMA },
+    Kind { model: "qwen2", class: "Qwen2ForCausalLM", name: "qwen2", reorders: false, ..LLAMA },
+    Kind { model: "qwen3", class: "Qwen3ForCausalLM", name: "qwen3", reorders: false, ..LLAMA },
     Kind {
         model: "qwen2_moe",
+        class: "Qwen2MoeForCausalLM",
         name: "qwen2moe",
         inner: &[ATTENTION, NORM_AFTER, QWEN_MOE],
         experts: QWEN_EXPERTS,
@@ -171,6 +191,7 @@ pub(crate) const KNOWN: &[Kind] = &[
     },
     Kind {
         model: "qwen3_moe",
+        class: "Qwen3MoeForCausalLM",
         name: "qwen3moe",
         inner: &[ATTENTION, NORM_AFTER, QWEN_MOE],
         experts: QWEN_EXPERTS,
@@ -178,12 +199,13 @@ pub(crate) const KNOWN: &[Kind] = &[
         normalizes_experts: Some(true),
         ..LLAMA
     },
-    Kind { model: "gemma", name: "gemma", reorders: false, norms_add_one: true, ..LLAMA },
+    Kind { model: "gemma", class: "GemmaForCausalLM", name: "gemma", reorders: false, norms_add_one: true, ..LLAMA },
     GEMMA2,
-    Kind { model: "gemma3_text", name: "gemma3", ..GEMMA2 },
-    Kind { model: "phi3", name: "phi3", inner: &[FUSED], reorders: false, ..LLAMA },
+    Kind { model: "gemma3_text", class: "Gemma3ForCausalLM", name: "gemma3", ..GEMMA2 },
+    Kind { model: "phi3", class: "Phi3ForCausalLM", name: "phi3", inner: &[FUSED], reorders: false, ..LLAMA },
     Kind {
         model: "gpt2",
+        class: "GPT2LMHeadModel",
         name: "gpt2",
         layers: &["transformer.h.", "h."],
         outer: GPT2_OUTER,

@@ -224,7 +224,7 @@ const OFF: f64 = 0.02;
 
 /// What a reader must know: codecs that were changed, weights that were repaired, input that was not used.
 fn notes(report: &Report, source: &Source) -> Vec<String> {
-    let mut notes = Vec::new();
+    let mut notes = source.notes().to_vec();
     for t in &report.tensors {
         if t.changed_codec {
             notes.push(format!("{} is stored in {}: {}", t.name, t.codec.id, t.reason));

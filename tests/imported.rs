@@ -310,7 +310,7 @@ fn parts_that_do_not_fit_are_refused_by_name() {
             &["'m.g_idx'", "column 32", "group 2", "2 groups"],
         ),
         (GPTQ, with(ints("m.g_idx", &[63], 0..63)), &["'m.g_idx'", "[63]", "[64]"]),
-        (GPTQ, with(ints("m.qzeros", &[2, 3], 0..6)), &["'m.weight'", "2, 4 or 8 bits"]),
+        (GPTQ, with(ints("m.qzeros", &[2, 5], 0..10)), &["'m.weight'", "2, 3, 4 or 8 bits"]),
         (
             r#"{"quantization_config":{"quant_method":"gptq","bits":4,"group_size":16}}"#,
             without(""),
@@ -477,7 +477,7 @@ fn hostile_headers_of_gguf_are_refused_for_what_is_wrong_with_them() {
         (gguf_file(&[("k", 77, vec![])], &[], 64), "corrupt", "unknown type 77"),
         (gguf_file(&[("k", 4, vec![0; 4]), ("k", 4, vec![0; 4])], &[], 0), "corrupt", "'k' occurs twice"),
         (gguf_file(&[("general.alignment", 4, vec![24, 0, 0, 0])], &[], 0), "corrupt", "a power of two"),
-        (gguf_file(&[("split.count", 2, vec![3, 0])], &[], 0), "unsupported", "llama-gguf-split --merge"),
+        (gguf_file(&[("split.count", 2, vec![3, 0])], &[], 0), "invalid", "llama-gguf-split --merge"),
         (gguf_file(&[], &[("a", &[32, 2], 999, 0)], 36), "unsupported", "'a' has type 999"),
         (gguf_file(&[], &[("a", &[33, 2], 2, 0)], 36), "corrupt", "no whole blocks"),
         (gguf_file(&[], &[("a", &[1; 9], 0, 0)], 36), "limit", "dimensions of a tensor"),

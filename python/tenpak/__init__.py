@@ -69,6 +69,7 @@ def compress(
     max_shard_size: int = 5_000_000_000,
     shard: tuple[int, int] | None = None,
     force: bool = False,
+    resume: bool = False,
     threads: int = 0,
     mmap: bool = True,
     dry_run: bool = False,
@@ -137,7 +138,11 @@ def compress(
         directory, which :func:`merge_index` makes whole when all parts are there. The processes may run anywhere and in
         any order and need the same source, options and version. Not with ``max_loss``.
     force
-        Replace an existing output; with ``shard`` an existing part.
+        Replace an existing output; with ``shard`` an existing part; with ``resume`` also a journal of another run.
+    resume
+        Keep a journal of finished tensors beside the output (``OUTPUT.journal``), and go on with the one that a run
+        with the same source, options and version has left when it was stopped, whatever stopped it. The output has the
+        bytes of a run that was not stopped; the journal is gone then. A journal of another run is refused.
     threads
         Worker threads; 0 for one per core.
     mmap
@@ -155,7 +160,7 @@ def compress(
     Raises
     ------
     NonfiniteError, InvalidError, CorruptError, UnsupportedError, LimitError, OSError, KeyboardInterrupt
-        Nothing is left behind.
+        Nothing is left behind, but with ``resume`` the journal.
     """
     return _report(
         _tenpak.compress(
@@ -181,6 +186,7 @@ def compress(
             max_shard_size,
             shard,
             force,
+            resume,
             threads,
             mmap,
             dry_run,

@@ -163,6 +163,7 @@ def compress(
     max_shard_size: int,
     shard: tuple[int, int] | None,
     force: bool,
+    resume: bool,
     threads: int,
     mmap: bool,
     dry_run: bool,

@@ -348,6 +348,12 @@ impl Serialize for Entry {
     }
 }
 
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        EntryJson::deserialize(d)?.build().map_err(serde::de::Error::custom)
+    }
+}
+
 /// The entries of a header, and what was wrong with the first bad one.
 pub(super) struct EntriesIn {
     pub entries: Vec<Entry>,

@@ -12,7 +12,7 @@ pub(crate) mod coded;
 pub(crate) mod config;
 pub mod delta;
 pub(crate) mod directory;
-mod entry;
+pub(crate) mod entry;
 pub mod header;
 mod identity;
 pub mod map;

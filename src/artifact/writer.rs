@@ -95,6 +95,18 @@ impl Writer {
         Ok(Self { out: OutputFile::create(target, force)?, tensors: Vec::new(), files: Vec::new(), end: ALIGN })
     }
 
+    /// Goes on with an artifact that was given up, from tensors that lie in the file already, one after another from the
+    /// start on.
+    pub(crate) fn resumed(out: OutputFile, tensors: Vec<Entry>) -> Self {
+        let end = tensors.iter().fold(ALIGN, end_of);
+        Self { out, tensors, files: Vec::new(), end }
+    }
+
+    /// Bytes of what was kept.
+    pub(crate) fn kept_bytes(&self) -> u64 {
+        self.end - ALIGN
+    }
+
     /// The file under way, for checks before anything is written.
     pub fn output(&self) -> &OutputFile {
         &self.out
@@ -325,6 +337,38 @@ impl Writer {
     }
 }
 
+/// Where the next tensor begins.
+fn end_of(end: u64, entry: &Entry) -> u64 {
+    entry.planes().last().map_or(end, |p| align(p.offset + p.bytes))
+}
+
+/// How many of these tensors, from the first on, lie in the file as their entries say: one after another, whole and
+/// undamaged.
+pub(crate) fn whole_tensors(file: &std::fs::File, entries: &[Entry]) -> Result<usize> {
+    let mut end = ALIGN;
+    let mut piece = crate::error::try_zeroed(CHUNK.try_into().unwrap_or(0), || "a chunk".to_owned())?;
+    let sound = |entry: &Entry, end: u64, piece: &mut [u8]| {
+        let placed = place(entry.clone(), end).is_ok_and(|placed| {
+            placed.planes().iter().zip(entry.planes()).all(|(wanted, found)| wanted.offset == found.offset)
+        });
+        placed
+            && entry.planes().iter().all(|plane| {
+                plane.crc32c.iter().zip((0..plane.bytes).step_by(piece.len())).all(|(&crc, at)| {
+                    let len = usize::try_from(CHUNK.min(plane.bytes - at)).unwrap_or(0);
+                    let piece = &mut piece[..len];
+                    crate::output::read_exact_at(file, plane.offset + at, piece).is_ok() && crc32c::crc32c(piece) == crc
+                })
+            })
+    };
+    for (index, entry) in entries.iter().enumerate() {
+        if !sound(entry, end, &mut piece) {
+            return Ok(index);
+        }
+        end = end_of(end, entry);
+    }
+    Ok(entries.len())
+}
+
 /// Gives the planes of an entry their offsets from `at` on.
 pub(super) fn place(mut entry: Entry, at: u64) -> Result<Entry> {
     let mut at = at;
@@ -365,7 +409,7 @@ pub(crate) fn planned<'a>(
         coded::plan(&mut entry)?;
         let mut entry = place(entry, end)?;
         entry.planes_mut().iter_mut().for_each(|plane| plane.crc32c = vec![0; chunks(plane.bytes)].into());
-        end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
+        end = end_of(end, &entry);
         entries.push(entry);
     }
     let mut files = Vec::new();
@@ -390,7 +434,7 @@ pub(crate) fn assembled(
     let mut entries = Vec::new();
     for entry in tensors {
         let entry = place(entry, end)?;
-        end = entry.planes().last().map_or(end, |p| align(p.offset + p.bytes));
+        end = end_of(end, &entry);
         entries.push(entry);
     }
     let mut files = Vec::new();

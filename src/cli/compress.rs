@@ -9,7 +9,9 @@ use clap::{Args, ValueEnum};
 use super::progress::Bar;
 use super::report::{loss, pace, phrase, shape, table, thousands};
 use super::{Context, Input, Outcome};
-use crate::compress::{Options, Part, Progress, Quantized, Report, compress_as, compress_part, plan_as, plan_part};
+use crate::compress::{
+    Options, Part, Progress, Quantized, Report, compress_as, compress_part, leftover, plan_as, plan_part,
+};
 use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
 use crate::fit::outliers::Share;
@@ -53,9 +55,13 @@ pub(super) struct Arguments {
     /// Print what would be written, to the byte (coded planes apart), from headers alone, and write nothing
     #[arg(long)]
     dry_run: bool,
-    /// Replace an existing output
+    /// Replace an existing output, and a journal of another run
     #[arg(long)]
     force: bool,
+    /// Keep a journal of finished tensors beside the output (OUTPUT.journal), and go on with the one that a run with the same
+    /// input and options has left when it was stopped, whatever stopped it; the output is the same, byte for byte
+    #[arg(long)]
+    resume: bool,
     /// Print every tensor, not only the sums per codec
     #[arg(long)]
     per_tensor: bool,
@@ -198,6 +204,7 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let options = Options {
         target_bytes,
         coded: arguments.coded,
+        resume: arguments.resume,
         ..Options::new(recipe, arguments.nonfinite.parse()?, arguments.force)
     };
     let access = context.source_options();
@@ -207,6 +214,10 @@ pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Ou
     let most = arguments.max_shard_size;
     let report = match (&arguments.output, arguments.shard) {
         (Some(output), shard) if !arguments.dry_run => {
+            // The report says so too, but at the end of what may be hours.
+            if let Some(note) = leftover(output, shard).filter(|_| !arguments.resume) {
+                context.warn(note);
+            }
             let bar = Bar::new(context.common, context.signals);
             let step = &mut |progress: Progress<'_>| bar.step(progress);
             match shard {

@@ -133,6 +133,13 @@ impl Context<'_> {
         self.out.push(b'\n');
     }
 
+    /// Says something before the work begins.
+    fn warn(&self, note: impl std::fmt::Display) {
+        if !self.common.quiet {
+            drop(writeln!(io::stderr().lock(), "tenpak: note: {note}"));
+        }
+    }
+
     /// Prints one line of text.
     fn line(&mut self, text: impl std::fmt::Display) {
         writeln!(self.out, "{text}").expect("memory takes it");

@@ -6,15 +6,28 @@
 
 use std::path::Path;
 
-use super::{Options, Report, TensorReport, attach, fill, plan, planned_header, provenance, size};
+use super::journal::Journal;
+use super::part::Part;
+use super::{Begun, Options, Report, TensorReport, attach, begin, fill, plan, planned_header, provenance, size};
+use crate::artifact::HEADER_FILE;
 use crate::artifact::header::Header;
-use crate::artifact::{HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::export::hf::{self, Cut};
 use crate::export::{To, card};
 use crate::output::{self, OutputDirectory, preflight};
 use crate::source::{Kind, Source};
+
+/// What an artifact is to become.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Target {
+    /// One file.
+    File,
+    /// A directory, with the most bytes of a shard.
+    Directory(u64),
+    /// A part of a directory, with the same.
+    Part(Part, u64),
+}
 
 /// What will be written at `target`, or, without one, as one file; see [`plan`].
 ///
@@ -45,12 +58,14 @@ pub fn compress_as(
     OutputDirectory::check(target, options.force, HEADER_FILE, super::inputs(source, options))?;
     let directory = Directory::of(source, max_shard_bytes)?;
     let Foretold { options, tensors, header, cut } = directory.foretell(source, options)?;
-    preflight(target, header.file_bytes() + directory.plan(&header, &cut)?.bytes())?;
-    let mut writer = Writer::nameless_in(output::directory(target))?;
+    let mut begun = begin(source, &options, (target, Target::Directory(max_shard_bytes)), &tensors)?;
+    let bytes = header.file_bytes() + directory.plan(&header, &cut)?.bytes();
+    preflight(target, bytes.saturating_sub(begun.writer.kept_bytes()))?;
     let total = tensors.iter().map(|t| t.source_bytes).sum::<u64>();
     let stored = header.content_bytes() - header.attached_bytes();
     let tensors =
-        fill(source, 0, tensors, &options, &mut writer, &mut |p| on_progress(Progress { total: total + stored, ..p }))?;
+        fill(source, 0, tensors, &options, &mut begun, &mut |p| on_progress(Progress { total: total + stored, ..p }))?;
+    let Begun { mut writer, journal, notes } = begun;
     attach(source, &mut writer)?;
     let provenance = provenance(source, &options, |file| Ok(file.digest()?.into()))?;
     let artifact = writer.reopen(source.metadata().clone(), provenance)?;
@@ -58,10 +73,12 @@ pub fn compress_as(
     let cut = if options.recipe.loss().is_some() { Cut::of(artifact.tensors(), max_shard_bytes)? } else { cut };
     let plan = directory.plan(artifact.header(), &cut)?;
     let identity = artifact.header().identity();
-    let report = directory.report(Report::new(tensors, artifact.header(), Some(identity)), &plan, target);
+    let mut report = directory.report(Report::new(tensors, artifact.header(), Some(identity)), &plan, target);
     plan.write(&artifact, target, &mut |p| {
         on_progress(Progress { done: total + p.done, total: total + p.total, tensor: p.tensor })
     })?;
+    report.notes.extend(notes);
+    report.notes.extend(journal.map(Journal::finish).unwrap_or_default());
     Ok(report)
 }
 

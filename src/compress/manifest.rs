@@ -39,6 +39,22 @@ pub(super) struct Job {
     pub shards: u64,
 }
 
+impl Job {
+    /// What the first thing is called in which two jobs differ.
+    pub fn differs(&self, other: &Self) -> Option<&'static str> {
+        let shards = self.max_shard_bytes == other.max_shard_bytes && self.shards == other.shards;
+        let differ = [
+            ("version of tenpak", self.tool == other.tool),
+            ("source or statistics", self.source == other.source && self.tensors == other.tensors),
+            ("recipe", self.recipe == other.recipe),
+            ("option --nonfinite", self.nonfinite == other.nonfinite),
+            ("option --coded", self.coded == other.coded),
+            ("option --max-shard-size", shards),
+        ];
+        differ.into_iter().find(|(_, same)| !same).map(|(what, _)| what)
+    }
+}
+
 /// A file that provenance names; its digest is in the manifest of one part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use super::OnProgress;
-use super::manifest::{Job, Manifest};
+use super::manifest::Manifest;
 use super::part::{Part, parts_in};
 use crate::artifact::directory::open_part;
 use crate::artifact::writer::assembled;
@@ -127,19 +127,11 @@ fn find(dir: &Path) -> Result<Vec<Found>> {
 
 /// Checks that a part is of the same run as another.
 fn same(first: &Found, other: &Manifest, part: Part) -> Result<()> {
-    let (a, b): (&Job, &Job) = (&first.manifest.job, &other.job);
-    let differ = [
-        ("number of parts", first.manifest.of == other.of),
-        ("version of tenpak", a.tool == b.tool),
-        ("source or statistics", a.source == b.source && a.tensors == b.tensors),
-        ("recipe", a.recipe == b.recipe),
-        ("option --nonfinite", a.nonfinite == b.nonfinite),
-        ("option --coded", a.coded == b.coded),
-        ("option --max-shard-size", a.max_shard_bytes == b.max_shard_bytes && a.shards == b.shards),
-    ];
-    match differ.into_iter().find(|(_, same)| !same) {
+    let differ =
+        if first.manifest.of == other.of { first.manifest.job.differs(&other.job) } else { Some("number of parts") };
+    match differ {
         None => Ok(()),
-        Some((what, _)) => {
+        Some(what) => {
             let from = Part::new(first.manifest.part, first.manifest.of)?;
             Err(Error::invalid(format!(
                 "part {part} has another {what} than part {from}; remove the one that is not wanted, or write it again"

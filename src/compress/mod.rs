@@ -12,6 +12,7 @@ mod fitting;
 mod forecast;
 mod form;
 mod import;
+mod journal;
 mod manifest;
 mod merge;
 mod part;
@@ -42,7 +43,10 @@ use crate::tensor;
 use budget::Budget;
 pub(crate) use encode::encode_tensor;
 pub use forecast::{Expected, Frontier, Point, frontier};
+use form::Target;
 pub use form::{compress_as, plan_as};
+use journal::Journal;
+pub use journal::leftover;
 pub use merge::{Merged, merge};
 pub use part::{Part, compress_part, plan_part};
 pub(crate) use rated::padded;
@@ -148,6 +152,8 @@ pub struct Options {
     pub coded: bool,
     /// Replace an existing output.
     pub force: bool,
+    /// Keep a journal of finished tensors beside the output, and go on with the one that a run that was stopped has left.
+    pub resume: bool,
     /// What is known of the inputs of the weights, for the fits of the recipe that need it.
     pub stats: Option<Arc<Stats>>,
     /// What to do with matrices that are quantized already.
@@ -159,7 +165,7 @@ impl Options {
     #[must_use]
     pub fn new(recipe: Recipe, nonfinite: Nonfinite, force: bool) -> Self {
         let quantized = Quantized::default();
-        Self { recipe, nonfinite, target_bytes: None, coded: false, force, stats: None, quantized }
+        Self { recipe, nonfinite, target_bytes: None, coded: false, force, resume: false, stats: None, quantized }
     }
 
     /// Says what to do with a checkpoint that is quantized already; where it is kept, the recipe becomes that of raw tensors.
@@ -380,19 +386,46 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 ///
 /// # Errors
 /// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
-/// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind.
+/// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind, unless
+/// [`Options::resume`] asks for a journal, which is gone once the output is complete.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
     output::refuse_input(target, inputs(source, options))?;
     let settled = size::settled(source, options, |header| Ok(header.file_bytes()))?;
     let planned = plan_settled(source, &settled)?;
     let options = &settled.options;
-    let mut writer = Writer::create(target, options.force)?;
-    writer.output().preflight(planned.file_bytes)?;
-    let tensors = fill(source, 0, planned.tensors, options, &mut writer, on_progress)?;
+    let mut begun = begin(source, options, (target, Target::File), &planned.tensors)?;
+    let writer = &mut begun.writer;
+    writer.output().preflight(planned.file_bytes.saturating_sub(writer.kept_bytes()))?;
+    let tensors = fill(source, 0, planned.tensors, options, &mut begun, on_progress)?;
+    let Begun { mut writer, journal, notes } = begun;
     attach(source, &mut writer)?;
     let provenance = provenance(source, options, |file| Ok(file.digest()?.into()))?;
     let Written { header, .. } = writer.finish(source.metadata().clone(), provenance, None)?;
-    Ok(Report::new(tensors, &header, Some(header.identity())))
+    let mut report = Report::new(tensors, &header, Some(header.identity()));
+    report.notes.extend(notes);
+    report.notes.extend(journal.map(Journal::finish).unwrap_or_default());
+    Ok(report)
+}
+
+/// An artifact under way, or what a journal has of it.
+struct Begun {
+    writer: Writer,
+    journal: Option<Journal>,
+    notes: Vec<String>,
+}
+
+/// Starts an artifact, with a journal where one is asked for.
+fn begin(source: &Source, options: &Options, to: (&Path, Target), planned: &[TensorReport]) -> Result<Begun> {
+    if options.resume {
+        let (journal, writer) = Journal::open(source, options, to, planned)?;
+        return Ok(Begun { writer, journal: Some(journal), notes: Vec::new() });
+    }
+    let (writer, part) = match to {
+        (target, Target::File) => (Writer::create(target, options.force)?, None),
+        (target, Target::Directory(_)) => (Writer::nameless_in(output::directory(target))?, None),
+        (target, Target::Part(part, _)) => (Writer::nameless_in(target)?, Some(part)),
+    };
+    Ok(Begun { writer, journal: None, notes: leftover(to.0, part).into_iter().collect() })
 }
 
 /// Every file that is read.
@@ -406,7 +439,7 @@ fn fill(
     first: usize,
     planned: Vec<TensorReport>,
     options: &Options,
-    writer: &mut Writer,
+    Begun { writer, journal, .. }: &mut Begun,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Vec<TensorReport>> {
     let total = planned.iter().map(|t| t.source_bytes).sum();
@@ -420,12 +453,24 @@ fn fill(
         let name = planned.name.clone();
         let bytes = planned.source_bytes;
         let mut tick = |part: u64| on_progress(Progress { done: done + part, total, tensor: &name });
-        let (mut report, mut tensor) = encode_tensor(source, index, planned, options, writer, &mut tick)?;
-        if options.coded {
-            tensor = writer.coded(tensor)?;
-            report.stored_bytes = tensor.stored_bytes();
-        }
-        writer.keep(tensor)?;
+        let report = match journal.as_mut().map(|journal| journal.next(&planned)).transpose()?.flatten() {
+            Some(report) => {
+                tick(bytes)?;
+                report
+            }
+            None => {
+                let (mut report, mut tensor) = encode_tensor(source, index, planned, options, writer, &mut tick)?;
+                if options.coded {
+                    tensor = writer.coded(tensor)?;
+                    report.stored_bytes = tensor.stored_bytes();
+                }
+                let entry = writer.keep(tensor)?.clone();
+                if let Some(journal) = journal {
+                    journal.note(writer, &entry, &report)?;
+                }
+                report
+            }
+        };
         if let Some(budget) = &mut budget {
             budget.spend(index, &report)?;
         }

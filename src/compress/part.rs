@@ -14,11 +14,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::form::{Directory, Foretold};
+use super::form::{Directory, Foretold, Target};
+use super::journal::Journal;
 use super::manifest::{self, Job, Manifest, Read};
-use super::{Options, Report, attach, fill, inputs, origin, recorded, sample};
+use super::{Begun, Options, Report, attach, begin, fill, inputs, origin, recorded, sample};
 use crate::artifact::header::Header;
-use crate::artifact::{HEADER_FILE, Identity, Provenance, SourceFile, Writer};
+use crate::artifact::{HEADER_FILE, Identity, Provenance, SourceFile};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::export::To;
@@ -180,15 +181,16 @@ pub fn compress_part(
     let unknown = reads(source, &foretold.options, part, |_| Ok(Identity([0; 32])))?;
     let header = planned(source, &foretold, &own, &unknown)?;
     std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
-    preflight(&home, 2 * header.file_bytes())?;
     let job = job(source, &foretold, max_shard_bytes)?;
-    let mut writer = Writer::nameless_in(target)?;
     let planned = foretold.tensors[own.tensors.clone()].to_vec();
+    let mut begun = begin(source, &foretold.options, (target, Target::Part(part, max_shard_bytes)), &planned)?;
+    preflight(&home, (2 * header.file_bytes()).saturating_sub(begun.writer.kept_bytes()))?;
     let total = planned.iter().map(|t| t.source_bytes).sum::<u64>();
     let stored = header.content_bytes() - header.attached_bytes();
-    let tensors = fill(source, own.tensors.start, planned, &foretold.options, &mut writer, &mut |p| {
+    let tensors = fill(source, own.tensors.start, planned, &foretold.options, &mut begun, &mut |p| {
         on_progress(Progress { total: total + stored, ..p })
     })?;
+    let Begun { mut writer, journal, notes } = begun;
     if own.attaches {
         attach(source, &mut writer)?;
     }
@@ -207,8 +209,10 @@ pub fn compress_part(
     }
     out.write(manifest::NAME, &manifest.print()?)?;
     let done = Report::new(tensors, artifact.header(), Some(identity));
-    let report = report(done, &plan, &manifest, part, &own, &foretold.cut, target)?;
+    let mut report = report(done, &plan, &manifest, part, &own, &foretold.cut, target)?;
     out.commit()?;
+    report.notes.extend(notes);
+    report.notes.extend(journal.map(Journal::finish).unwrap_or_default());
     Ok(report)
 }
 

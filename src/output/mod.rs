@@ -40,6 +40,33 @@ impl OutputFile {
     /// [`Error::Invalid`] when the target exists and `force` is not set, is not a regular file or is a symbolic link that
     /// points to nothing; [`Error::Io`] when its directory cannot be written.
     pub fn create(target: &Path, force: bool) -> Result<Self> {
+        let target = Self::check(target, force)?;
+        let dir = directory(&target);
+        if let Some(file) = nameless(dir) {
+            return Ok(Self { target, file, named: None, force });
+        }
+        let temp = tempfile::Builder::new()
+            .prefix(".tenpak-")
+            .suffix(".tmp")
+            .tempfile_in(dir)
+            .map_err(|e| Error::io(&target, e))?;
+        let (file, path) = temp.into_parts();
+        Ok(Self { target, file, named: Some(path), force })
+    }
+
+    /// Starts a file that will be called `target`, which passed [`OutputFile::check`], and until then is `path` in the same
+    /// file system, open as `file`. It stays there when the work is given up.
+    pub(crate) fn kept(target: PathBuf, force: bool, file: File, path: &Path) -> Result<Self> {
+        let mut named = tempfile::TempPath::try_from_path(path).map_err(|e| Error::io(path, e))?;
+        named.disable_cleanup(true);
+        Ok(Self { target, file, named: Some(named), force })
+    }
+
+    /// Checks that a file can be called `target`, and says what that is behind a symbolic link.
+    ///
+    /// # Errors
+    /// Those of [`OutputFile::create`] that concern the target.
+    pub(crate) fn check(target: &Path, force: bool) -> Result<PathBuf> {
         match std::fs::metadata(target) {
             Ok(found) if !found.is_file() => {
                 return Err(Error::invalid(format!("output {} exists and is not a file", target.display())));
@@ -56,18 +83,7 @@ impl OutputFile {
             Err(_) => {}
         }
         // A symbolic link keeps pointing; what it points to is replaced.
-        let target = std::fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
-        let dir = directory(&target);
-        if let Some(file) = nameless(dir) {
-            return Ok(Self { target, file, named: None, force });
-        }
-        let temp = tempfile::Builder::new()
-            .prefix(".tenpak-")
-            .suffix(".tmp")
-            .tempfile_in(dir)
-            .map_err(|e| Error::io(&target, e))?;
-        let (file, path) = temp.into_parts();
-        Ok(Self { target, file, named: Some(path), force })
+        Ok(std::fs::canonicalize(target).unwrap_or_else(|_| target.to_owned()))
     }
 
     /// Starts a file in `dir` that never gets a name and is gone with its handle.
@@ -112,6 +128,14 @@ impl OutputFile {
     /// [`Error::Io`].
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         read_exact_at(&self.file, offset, out).map_err(|e| Error::io(&self.target, e))
+    }
+
+    /// Makes what was written so far durable.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io(&self.target, e))
     }
 
     /// The file as a stream, for writers that need one.

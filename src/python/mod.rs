@@ -56,7 +56,8 @@ fn main(py: Python<'_>, argv: Vec<OsString>) -> PyResult<u8> {
 #[pyfunction]
 #[pyo3(signature = (
     source, output, codec, target_bits, target_size, max_loss, allocate, recipe, roles, rules, include, exclude, all,
-    stats, fit, coded, outliers, nonfinite, allow_requantize, max_shard_size, shard, force, threads, mmap, dry_run, progress
+    stats, fit, coded, outliers, nonfinite, allow_requantize, max_shard_size, shard, force, resume,
+    threads, mmap, dry_run, progress
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn compress(
@@ -83,6 +84,7 @@ fn compress(
     max_shard_size: u64,
     shard: Option<(u32, u32)>,
     force: bool,
+    resume: bool,
     threads: usize,
     mmap: bool,
     dry_run: bool,
@@ -114,7 +116,7 @@ fn compress(
         };
         let options = engine::Options::new(request.recipe()?, nonfinite.parse()?, force);
         let quantized = engine::Quantized::wanted(request.asks() || stats.is_some(), allow_requantize);
-        Ok(engine::Options { target_bytes: target_size, coded, quantized, ..options })
+        Ok(engine::Options { target_bytes: target_size, coded, resume, quantized, ..options })
     };
     let wishes = wishes().map_err(|e| run::raise(py, e))?;
     let fit_asked = fit.is_some();

@@ -5,7 +5,7 @@
 //! | safetensors | one file | in the file |
 //! | Hugging Face | a directory: `model.safetensors.index.json`, `model.safetensors`, or the one `*.safetensors` | in the shards |
 //! | npy, npz | an array, a zip of arrays | in the file; deflated members in an unlinked temporary file |
-//! | GGUF | one file | in the file |
+//! | GGUF | one file, or the first of several parts of a model | in the files |
 //! | JSON bundle | `{"tensors": [{"name", "shape", "data"}]}` | in an unlinked temporary file |
 //!
 //! [`Source`] is one concrete type rather than a trait: once the headers are read nothing is left that differs. Opening
@@ -80,7 +80,7 @@ pub enum Kind {
     Npy,
     /// A JSON bundle of tensors.
     JsonBundle,
-    /// A GGUF file.
+    /// A GGUF file, or several that are one model.
     Gguf,
 }
 
@@ -211,12 +211,14 @@ pub struct Source {
     config: Option<serde_json::Value>,
     metadata: BTreeMap<String, String>,
     activation_stats: BTreeMap<String, Vec<f32>>,
+    notes: Vec<String>,
 }
 
 impl Source {
     fn new(kind: Kind, files: Vec<SourceFile>, tensors: Vec<SourceTensor>) -> Self {
         let (metadata, activation_stats) = (BTreeMap::new(), BTreeMap::new());
-        Self { kind, files, attached: Vec::new(), spool: None, tensors, config: None, metadata, activation_stats }
+        let (attached, notes) = (Vec::new(), Vec::new());
+        Self { kind, files, attached, spool: None, tensors, config: None, metadata, activation_stats, notes }
     }
 
     /// Checks what no container can check alone, and marks the weights that are stored `[in, out]`.
@@ -297,6 +299,12 @@ impl Source {
     #[must_use]
     pub fn activation_stats(&self) -> &BTreeMap<String, Vec<f32>> {
         &self.activation_stats
+    }
+
+    /// What a reader of it should know: what of the checkpoint is not taken over, and why.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Whether some of its matrices are quantized already.

@@ -73,13 +73,17 @@ pub(super) fn unquantized(files: Vec<SourceFile>) -> Result<Vec<SourceFile>> {
         }
         let len = usize::try_from(own.file.len()).map_err(|_| Error::invalid("config.json is larger than memory"))?;
         let text = config::unquantized(&own.file.read(0, len)?);
-        let path = own.file.path().to_owned();
-        let io = |e| Error::io(&path, e);
-        let mut spool = tempfile::tempfile().map_err(io)?;
-        spool.write_all(&text).map_err(io)?;
-        Ok(SourceFile { file: InputFile::from_file(&path, spool, Access::Read)?, name: own.name })
+        made(own.file.path(), &own.name, &text)
     };
     files.into_iter().map(edit).collect()
+}
+
+/// A file that is in no directory, of a content that follows from what lies at `path`.
+pub(super) fn made(path: &Path, name: &str, text: &[u8]) -> Result<SourceFile> {
+    let io = |e| Error::io(path, e);
+    let mut spool = tempfile::tempfile().map_err(io)?;
+    spool.write_all(text).map_err(io)?;
+    Ok(SourceFile { file: InputFile::from_file(path, spool, Access::Read)?, name: name.to_owned() })
 }
 
 #[cfg(test)]

@@ -132,6 +132,28 @@ def test_compress_writes_the_same_bytes_whatever_the_options_of_speed(tmp_path: 
     assert len(written) == 1
 
 
+def test_a_run_that_was_stopped_goes_on_with_what_it_had_finished(tmp_path: Path, sample_model: Path) -> None:
+    whole, out = tmp_path / "whole.tenpak", tmp_path / "m.tenpak"
+    tenpak.compress(sample_model, whole, codec="int4_g16_fp16_v1")
+    seen: list[str] = []
+
+    def stop(done: int, total: int, tensor: str) -> None:
+        seen.append(tensor)
+        if len(set(seen)) == 4:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        tenpak.compress(sample_model, out, codec="int4_g16_fp16_v1", resume=True, progress=stop)
+    assert not out.exists()
+    assert (tmp_path / "m.tenpak.journal").is_dir()
+    with pytest.raises(tenpak.InvalidError, match=r"m\.tenpak\.journal is of a run with another recipe"):
+        tenpak.compress(sample_model, out, codec="int4_g32_fp16_v1", resume=True)
+    report = tenpak.compress(sample_model, out, codec="int4_g16_fp16_v1", resume=True)
+    assert "3 tensors were finished by a run that was stopped" in report["notes"]
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "m.tenpak.journal").exists()
+
+
 def test_a_dry_run_writes_nothing_and_knows_the_length(tmp_path: Path, sample_model: Path) -> None:
     out = tmp_path / "a.tenpak"
     plan = tenpak.compress(sample_model, out, codec="int4_g32_fp16_v1", dry_run=True)

@@ -62,10 +62,10 @@ def assert_bits(found: Array, expected: Array) -> None:
 
 
 def packed(numbers: Array, bits: int, axis: int = 1) -> Array:
-    """Numbers in words of 32 bits along an axis, low bits first."""
-    numbers = np.moveaxis(numbers.astype(np.uint32), axis, -1)
-    numbers = numbers.reshape(*numbers.shape[:-1], -1, 32 // bits)
-    words = np.bitwise_or.reduce(numbers << np.arange(0, 32, bits, dtype=np.uint32), axis=-1, dtype=np.uint32)
+    """Numbers in words of 32 bits along an axis, low bits first, across words."""
+    numbers = np.moveaxis(numbers.astype(np.uint8), axis, -1)
+    digits = np.unpackbits(numbers[..., None], axis=-1, count=bits, bitorder="little")
+    words = np.packbits(digits.reshape(*numbers.shape[:-1], -1), axis=-1, bitorder="little").view(np.uint32)
     return np.ascontiguousarray(np.moveaxis(words, -1, axis)).view(np.int32)
 
 
@@ -137,7 +137,7 @@ def test_compressed_tensors_packs_what_comes_in(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, 128), (8, 64), (2, 64)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, 128), (8, 64), (2, 64), (3, 64), (5, 32), (6, 64)])
 def test_mlx_quantizes_what_comes_in(tmp_path: Path, dtype: str, bits: int, group: int) -> None:
     mx = pytest.importorskip("mlx.core")
     values = (np.random.default_rng(3).normal(size=(16, 256)) / 20).astype(np.float32)
@@ -148,18 +148,18 @@ def test_mlx_quantizes_what_comes_in(tmp_path: Path, dtype: str, bits: int, grou
     own = {"group_size": group, "bits": bits}
     (source / "config.json").write_text(json.dumps({"quantization": own, "quantization_config": own}))
     found, told = imported(source)
-    words = np.array(codes).view(np.uint32)
-    numbers = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & np.uint32((1 << bits) - 1)
+    digits = np.unpackbits(np.array(codes).view(np.uint8), axis=-1, bitorder="little").reshape(16, 256, bits)
+    numbers = np.packbits(digits, axis=-1, bitorder="little")
     scale, bias = (np.repeat(np.array(p.astype(mx.float32)), group, 1) for p in (scales, biases))
     assert_bits(found, numbers.reshape(16, 256).astype(np.float32) * scale + bias)
-    held = {(4, 128): "int4_g128_fp16_v1", (8, 64): "raw_v1"}.get((bits, group), "int4_g32_fp16_v1")
+    held = "raw_v1" if bits > 4 else {(4, 128): "int4_g128_fp16_v1"}.get((bits, group), "int4_g32_fp16_v1")
     assert told["codec"] == held, told["reason"]
     exact = np.array(mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), **own))
     np.testing.assert_allclose(found, exact, rtol=0, atol=2.0**-23 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize(("bits", "group"), [(2, 64), (4, 32), (4, -1), (8, 64)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 32), (3, -1), (4, 32), (4, -1), (8, 64)])
 def test_gptq_written_from_its_description_comes_in(tmp_path: Path, version: str, bits: int, group: int) -> None:
     random, rows, cols = np.random.default_rng(bits), 32, 128
     groups = 1 if group < 0 else cols // group

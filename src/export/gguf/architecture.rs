@@ -238,7 +238,7 @@ impl Architecture {
             "attn_k" if self.kind.reorders => Some(self.kv_heads()),
             _ => None,
         };
-        let turned = gpt2 && end == "weight" && !own.ends_with("_norm");
+        let turned = end == "weight" && self.kind.turns(own);
         let name = format!("blk.{layer}.{own}.{end}");
         Ok(Place::Own { name, heads: heads.map(u64::from), adds_one: adds_one(own), turned })
     }

@@ -18,7 +18,7 @@ mod blocks;
 mod keys;
 mod tokenizer;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use architecture::{Architecture, Place};
@@ -231,6 +231,7 @@ impl Plan {
         let all = [Type::F32, Type::F16, Type::Bf16, Type::Q8_0, Type::Q4_0, Type::Q4_1];
         let most = all.into_iter().max_by_key(|&kind| weights(kind)).unwrap_or(Type::F32);
         let mut keys = architecture.keys(&card::model_name(Some(&text), artifact.path()))?;
+        pass_through(artifact.header().metadata(), &mut keys);
         keys.push(("general.file_type".to_owned(), Value::U32(most.file_type())));
         keys.push(("general.quantization_version".to_owned(), Value::U32(2)));
         let rows = outs.iter().find(|out| out.name == "token_embd.weight").map_or(0, |out| out.dimensions[1]);
@@ -375,6 +376,19 @@ impl Out {
         self.dimensions.push(indices.len() as u64);
         self.from = From::Entries(indices);
         Ok(())
+    }
+}
+
+/// Adds what the file that the model came from says of it: author, license and whatever else is a text.
+fn pass_through(metadata: &BTreeMap<String, String>, keys: &mut Vec<(String, Value)>) {
+    for (key, text) in metadata {
+        let Some(key) = key.strip_prefix("gguf.").filter(|key| key.starts_with("general.")) else { continue };
+        let value = Value::Text(text.clone());
+        match keys.iter_mut().find(|(known, _)| known == key) {
+            Some((known, own)) if known == "general.name" => *own = value,
+            Some(_) => {}
+            None => keys.push((key.to_owned(), value)),
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use crate::source::quoted;
 const VERSION: u64 = 4;
 /// What tensors begin on a multiple of, unless a key says otherwise.
 const ALIGNMENT: u64 = 32;
+/// The most elements of a list that is kept; the largest vocabularies have a quarter of that.
+const TOKENS: u64 = 1 << 20;
 /// Lists of lists are this deep at most.
 const DEPTH: u32 = 4;
 
@@ -22,13 +24,28 @@ const DEPTH: u32 = 4;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     Integer(i128),
+    Float(f64),
+    Bool(bool),
     Text(String),
-    /// A float, a truth value or a list, which nothing here depends on.
+    /// A list of a tokenizer.
+    Texts(Vec<String>),
+    Floats(Vec<f32>),
+    Integers(Vec<i32>),
+    /// Any other list, and texts that are none, which nothing here depends on.
     Other,
 }
 
+/// What is kept of a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// Numbers and short texts.
+    Short,
+    /// Texts and lists of any length that a header may have: those of a tokenizer.
+    All,
+}
+
 /// A tensor as the header states it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Tensor {
     pub name: String,
     /// Outermost dimension first.
@@ -74,7 +91,8 @@ impl Header {
         let keys = (0..keys).try_fold(BTreeMap::new(), |mut all, _| {
             let (at, key) = (head.at, head.text(limits.name_bytes)?);
             let kind = head.u32()?;
-            let value = head.value(kind, 0)?;
+            let keep = if key.starts_with("tokenizer.") { Keep::All } else { Keep::Short };
+            let value = head.value(kind, 0, keep)?;
             match all.insert(key.clone(), value) {
                 None => Ok(all),
                 Some(_) => Err(Error::corrupt(at, format!("key {} occurs twice", quoted(&key)))),
@@ -159,7 +177,7 @@ impl<R: Read> Head<'_, R> {
         String::from_utf8(bytes).map_err(|_| Error::corrupt(at, "a name is not UTF-8"))
     }
 
-    fn value(&mut self, kind: u32, depth: u32) -> Result<Value> {
+    fn value(&mut self, kind: u32, depth: u32, keep: Keep) -> Result<Value> {
         let at = self.at;
         let Some(size) = size(kind) else {
             return match kind {
@@ -169,20 +187,20 @@ impl<R: Read> Head<'_, R> {
                 }
                 8 => {
                     let len = self.u64()?;
-                    // Templates of chats are long, and nothing here looks at them.
-                    if len > self.limits.name_bytes {
+                    if keep == Keep::Short && len > self.limits.name_bytes {
                         return self.skip(len).map(|()| Value::Other);
                     }
-                    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-                    self.fill(&mut bytes)?;
-                    Ok(String::from_utf8(bytes).map_or(Value::Other, Value::Text))
+                    Ok(self.long_text(len)?.map_or(Value::Other, Value::Text))
                 }
                 9 if depth < DEPTH => {
                     let (of, count) = (self.u32()?, self.u64()?);
+                    if depth == 0 && keep == Keep::All && matches!(of, 5 | 6 | 8) && count <= TOKENS {
+                        return self.list(of, count);
+                    }
                     match size_of_all(of, count) {
                         Some(bytes) => self.skip(bytes)?,
                         // Every element takes at least its length, so that a count beyond the file soon ends.
-                        None => (0..count).try_for_each(|_| self.value(of, depth + 1).map(drop))?,
+                        None => (0..count).try_for_each(|_| self.value(of, depth + 1, Keep::Short).map(drop))?,
                     }
                     Ok(Value::Other)
                 }
@@ -198,7 +216,54 @@ impl<R: Read> Head<'_, R> {
         Ok(match kind {
             0 | 2 | 4 | 10 => Value::Integer(unsigned.into()),
             1 | 3 | 5 | 11 => Value::Integer(signed.into()),
-            _ => Value::Other,
+            6 => {
+                let single = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                // The shortest number that is this single: 1e-5 and not 9.99999974e-6.
+                Value::Float(single.to_string().parse().unwrap_or(f64::from(single)))
+            }
+            7 => Value::Bool(bytes[0] != 0),
+            _ => Value::Float(f64::from_le_bytes(bytes)),
+        })
+    }
+
+    /// A text of a length that was read; nothing where it is not UTF-8.
+    fn long_text(&mut self, len: u64) -> Result<Option<String>> {
+        self.room(len)?;
+        let len = usize::try_from(len).map_err(|_| Error::corrupt(self.at, "a text is larger than memory"))?;
+        let mut bytes = crate::error::try_zeroed(len, || "a text of a GGUF file".to_owned())?;
+        self.fill(&mut bytes)?;
+        Ok(String::from_utf8(bytes).ok())
+    }
+
+    /// The elements of a list of texts or of numbers of four bytes, as they come.
+    fn list(&mut self, of: u32, count: u64) -> Result<Value> {
+        let mut bytes = [0; 4];
+        Ok(match of {
+            8 => {
+                let mut texts = Vec::new();
+                for _ in 0..count {
+                    let len = self.u64()?;
+                    texts.push(self.long_text(len)?);
+                }
+                // A token that is no text would shift all that follow.
+                texts.into_iter().collect::<Option<Vec<_>>>().map_or(Value::Other, Value::Texts)
+            }
+            5 => {
+                let mut numbers = Vec::new();
+                for _ in 0..count {
+                    self.fill(&mut bytes)?;
+                    numbers.push(i32::from_le_bytes(bytes));
+                }
+                Value::Integers(numbers)
+            }
+            _ => {
+                let mut numbers = Vec::new();
+                for _ in 0..count {
+                    self.fill(&mut bytes)?;
+                    numbers.push(f32::from_le_bytes(bytes));
+                }
+                Value::Floats(numbers)
+            }
         })
     }
 

@@ -173,11 +173,48 @@ fn store(float: Float, plane: &mut [u8], index: usize, x: f32) -> Option<()> {
     exact.then(|| float.store(plane, index, x))
 }
 
-/// Numbers of `bits` (1, 2, 4 or 8) bits of a row of words, low bits first, a byte each.
-pub(in crate::source) fn unpack(bits: u32, words: &[u8], out: &mut [u8]) {
-    for (index, code) in out.iter_mut().enumerate() {
-        *code = layout::load_bits(bits, words, index);
+/// The codes of rows of words, `cols` of at most 8 bits a row, low bits first, across words: a byte each.
+pub(in crate::source) fn unpack(bits: u32, words: &[u8], rows: usize, cols: usize) -> Result<Vec<u8>> {
+    let mut codes = try_zeroed(rows * cols, || "codes of a matrix".to_owned())?;
+    let stride = (words.len() / rows.max(1)).max(1);
+    for (words, codes) in words.chunks(stride).zip(codes.chunks_mut(cols.max(1))) {
+        for (index, code) in codes.iter_mut().enumerate() {
+            *code = load(bits, words, index);
+        }
     }
+    Ok(codes)
+}
+
+/// The `index`-th number of at most 8 bits, low bits first, which may span two bytes.
+fn load(bits: u32, words: &[u8], index: usize) -> u8 {
+    let at = index * bits as usize;
+    let two = u16::from_le_bytes([words[at / 8], words.get(at / 8 + 1).copied().unwrap_or(0)]);
+    let mask = u8::MAX >> (8 - bits);
+    (two >> (at % 8)).to_le_bytes()[0] & mask
+}
+
+/// Numbers of at most 8 bits that are packed along rows, low bits first, across words: those of `rows` rows from `first` on,
+/// `words` being `[…][cols]` from the word on that has the first of them.
+pub(in crate::source) fn unpack_along(bits: u32, words: &[u8], (first, rows): (u64, u64), cols: usize) -> Vec<u8> {
+    let bits_before = first * u64::from(bits) / 32 * 32;
+    let word = |at: usize, col: usize| {
+        let at = 4 * (at * cols + col);
+        words.get(at..at + 4).map_or(0, |word| u64::from(u32::from_le_bytes([word[0], word[1], word[2], word[3]])))
+    };
+    let mask = u8::MAX >> (8 - bits);
+    let number = |row: u64, col: usize| {
+        let at = row * u64::from(bits) - bits_before;
+        let index = usize::try_from(at / 32).unwrap_or(usize::MAX / 2);
+        let both = word(index, col) | word(index + 1, col) << 32;
+        (both >> (at % 32)).to_le_bytes()[0] & mask
+    };
+    (first..first + rows).flat_map(|row| (0..cols).map(move |col| number(row, col))).collect()
+}
+
+/// The rows of words that hold numbers of rows, see [`unpack_along`]: where they begin, and how many they are.
+pub(in crate::source) fn words_along(bits: u32, first: u64, rows: u64) -> (u64, u64) {
+    let from = first * u64::from(bits) / 32;
+    (from, ((first + rows) * u64::from(bits)).div_ceil(32) - from)
 }
 
 /// Little-endian floats of a dtype that f32 holds.
@@ -185,4 +222,50 @@ pub(in crate::source) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     let mut out = vec![0.0; bytes.len() / usize::try_from(dtype.size()).unwrap_or(1)];
     crate::tensor::to_f32(dtype, bytes, &mut out);
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers as bits one after the other, low ones first, in whole words.
+    fn pack(bits: u32, numbers: &[u8]) -> Vec<u8> {
+        let mut words = vec![0_u8; (numbers.len() * bits as usize).div_ceil(32) * 4];
+        for (index, &number) in numbers.iter().enumerate() {
+            for bit in 0..bits as usize {
+                let at = index * bits as usize + bit;
+                words[at / 8] |= (number >> bit & 1) << (at % 8);
+            }
+        }
+        words
+    }
+
+    fn word_of(words: &[u8], index: u64) -> [u8; 4] {
+        let at = usize::try_from(index).unwrap();
+        words.as_chunks().0[at]
+    }
+
+    #[test]
+    fn numbers_of_any_width_are_read_across_words() {
+        for bits in 1..=8 {
+            let number = |row: u64, col: u64| {
+                let any = (row * 37 + col * 11 + row * col).to_le_bytes()[0];
+                any & u8::MAX >> (8 - bits)
+            };
+            let cols = 5;
+            let along: Vec<Vec<u8>> =
+                (0..cols).map(|col| pack(bits, &(0..64).map(|row| number(row, col)).collect::<Vec<_>>())).collect();
+            for (first, count) in [(0, 64), (0, 1), (9, 3), (10, 1), (31, 2), (63, 1), (20, 30)] {
+                let (from, many) = words_along(bits, first, count);
+                let words: Vec<u8> =
+                    (from..from + many).flat_map(|word| along.iter().flat_map(move |col| word_of(col, word))).collect();
+                let expected: Vec<u8> =
+                    (first..first + count).flat_map(|row| (0..cols).map(move |col| number(row, col))).collect();
+                assert_eq!(unpack_along(bits, &words, (first, count), 5), expected, "{bits} bits from {first}");
+            }
+            let plain: Vec<u8> = (0..64).map(|col| number(3, col)).collect();
+            let both = [pack(bits, &plain), pack(bits, &plain)].concat();
+            assert_eq!(unpack(bits, &both, 2, 64).unwrap(), [plain.clone(), plain].concat(), "{bits} bits");
+        }
+    }
 }

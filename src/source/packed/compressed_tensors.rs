@@ -12,11 +12,10 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::block::{Block, floats, unpack};
+use super::block::{Block, floats, unpack, unpack_along, words_along};
 use super::parts::{self, FLOATS, Parts, check, sides, wrong};
 use super::{Addends, Levels, Matrix, Packed, Scheme};
-use crate::error::{Error, Result, try_zeroed};
-use crate::layout::load_bits;
+use crate::error::{Error, Result};
 use crate::source::{Source, SourceTensor};
 use crate::tensor::DType;
 
@@ -160,11 +159,7 @@ impl Matrix for PackQuantized {
         let count = usize::try_from(rows).map_err(|_| Error::invalid("the rows are larger than memory"))?;
         let bits = self.scheme.bits;
         let words = source.stored(&self.codes, first, rows)?;
-        let mut codes = try_zeroed(count * self.cols, || "codes of a matrix".to_owned())?;
-        let stride = words.len() / count.max(1);
-        for (words, codes) in words.chunks(stride.max(1)).zip(codes.chunks_mut(self.cols)) {
-            unpack(bits, words, codes);
-        }
+        let codes = unpack(bits, &words, count, self.cols)?;
         let scales = floats(self.scale.info().dtype(), &source.stored(&self.scale, first, rows)?);
         let addends = match &self.zeros {
             None => Addends::Middle,
@@ -189,16 +184,9 @@ impl PackQuantized {
                 false => Err(Error::unsupported(format!("a zero point is beyond the codes of {bits} bits"))),
             };
         }
-        let per_word = u64::from(32 / bits);
-        let (from, until) = (first / per_word, (first + rows).div_ceil(per_word));
-        let words = source.stored(zeros, from, until - from)?;
+        let (from, many) = words_along(bits, first, rows);
+        let words = source.stored(zeros, from, many)?;
         let groups = usize::try_from(zeros.matrix().1).unwrap_or(usize::MAX);
-        let mut out = Vec::with_capacity(usize::try_from(rows).unwrap_or(0) * groups);
-        for row in first..first + rows {
-            let word = usize::try_from(row / per_word - from).unwrap_or(usize::MAX);
-            let place = usize::try_from(row % per_word).unwrap_or(usize::MAX);
-            out.extend((0..groups).map(|group| load_bits(bits, &words[4 * (word * groups + group)..][..4], place)));
-        }
-        Ok(out)
+        Ok(unpack_along(bits, &words, (first, rows), groups))
     }
 }

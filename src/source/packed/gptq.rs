@@ -2,7 +2,7 @@
 //!
 //! | tensor | dtype | shape |
 //! |---|---|---|
-//! | `qweight` | I32 | `[cols * bits / 32, rows]`, packed along the columns, low bits first |
+//! | `qweight` | I32 | `[cols * bits / 32, rows]`, packed along the columns, low bits first, across words |
 //! | `qzeros` | I32 | `[groups, rows * bits / 32]`, packed along the rows: zero points, less one in the first version |
 //! | `scales` | F16, BF16 or F32 | `[groups, rows]` |
 //! | `g_idx`, not in all files | I32 | `[cols]`, the group of each column |
@@ -14,12 +14,11 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::block::{Block, floats, unpack};
+use super::block::{Block, floats, unpack, unpack_along, words_along};
 use super::compressed_tensors::order;
 use super::parts::{self, FLOATS, Parts, check, sides, wrong};
 use super::{ACT_ORDER, Addends, Levels, Matrix, Packed, Scheme, quoted};
-use crate::error::{Error, Result, try_zeroed};
-use crate::layout::load_bits;
+use crate::error::{Error, Result};
 use crate::source::{Source, SourceTensor};
 use crate::tensor::{DType, TensorInfo};
 
@@ -71,15 +70,17 @@ fn matrix(module: &str, said: &Said, parts: &Parts<'_>) -> Result<(TensorInfo, P
     let [words, rows] = sides(codes, &[DType::I32])?;
     let zeros = parts.need(module, ".qzeros")?;
     let [groups, zero_words] = sides(zeros, &[DType::I32])?;
-    let bits = [2, 4, 8].into_iter().find(|&bits: &u32| rows.checked_mul(bits.into()) == zero_words.checked_mul(32));
+    let bits = [2, 3, 4, 8].into_iter().find(|&bits: &u32| rows.checked_mul(bits.into()) == zero_words.checked_mul(32));
     let bits = bits.ok_or_else(|| {
         let what = format!(
-            "{zero_words} words of qzeros hold no zero points of {rows} rows in 2, 4 or 8 bits, which are read"
+            "{zero_words} words of qzeros hold no zero points of {rows} rows in 2, 3, 4 or 8 bits, which are read"
         );
         wrong(module, what)
     })?;
-    let cols = words.checked_mul(32).map(|all| all / u64::from(bits));
-    let cols = cols.ok_or_else(|| wrong(module, "its rows are larger than memory"))?;
+    let all = words.checked_mul(32).filter(|all| all.is_multiple_of(bits.into()));
+    let cols = all.map(|all| all / u64::from(bits));
+    let cols =
+        cols.ok_or_else(|| wrong(module, format!("{words} words a column are no whole codes of {bits} bits")))?;
     let scales = parts.need(module, ".scales")?;
     check(scales, FLOATS, &[groups, rows])?;
     let group = parts::group(module, cols, groups, &said.group)?;
@@ -123,22 +124,12 @@ impl Matrix for Gptq {
         let count = usize::try_from(rows).map_err(|_| Error::invalid("the rows are larger than memory"))?;
         let bits = self.scheme.bits;
         let words = source.stored(&self.codes, first, rows)?;
-        let mut codes = try_zeroed(count * self.cols, || "codes of a matrix".to_owned())?;
-        for (words, codes) in words.chunks(self.cols * bits as usize / 8).zip(codes.chunks_mut(self.cols)) {
-            unpack(bits, words, codes);
-        }
+        let codes = unpack(bits, &words, count, self.cols)?;
         let scales = floats(self.scales.info().dtype(), &source.stored(&self.scales, first, rows)?);
-        let per_word = u64::from(32 / bits);
-        let (from, until) = (first / per_word, (first + rows).div_ceil(per_word));
-        let words = source.stored(&self.zeros, from, until - from)?;
+        let (from, many) = words_along(bits, first, rows);
+        let words = source.stored(&self.zeros, from, many)?;
         let groups = usize::try_from(self.zeros.matrix().1).unwrap_or(usize::MAX);
-        let mut zeros = Vec::with_capacity(count * groups);
-        for row in first..first + rows {
-            let word = usize::try_from(row / per_word - from).unwrap_or(usize::MAX);
-            let place = usize::try_from(row % per_word).unwrap_or(usize::MAX);
-            let zero = |group| load_bits(bits, &words[4 * (word * groups + group)..][..4], place);
-            zeros.extend((0..groups).map(zero));
-        }
+        let mut zeros = unpack_along(bits, &words, (first, rows), groups);
         if self.less {
             let most = u8::MAX >> (8 - bits);
             if zeros.contains(&most) {

@@ -2,7 +2,7 @@
 //!
 //! | tensor | dtype | shape |
 //! |---|---|---|
-//! | `weight` | U32 | `[…, cols * bits / 32]`, low bits first |
+//! | `weight` | U32 | `[…, cols * bits / 32]`, low bits first, across words |
 //! | `scales`, `biases` | F16, BF16 or F32 | `[…, groups]` |
 //!
 //! `weight = scales * code + biases`. Where these are F32, which MLX itself does not choose, they may be those of codes
@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::block::{Block, floats, unpack};
 use super::parts::{self, FLOATS, Parts, check, wrong};
 use super::{Addends, Levels, Matrix, Packed, Scheme, quoted};
-use crate::error::{Error, Result, try_zeroed};
+use crate::error::{Error, Result};
 use crate::source::{Source, SourceTensor};
 use crate::tensor::{DType, TensorInfo};
 
@@ -53,13 +53,14 @@ fn matrix(
     parts: &Parts<'_>,
 ) -> Result<(TensorInfo, Packed)> {
     let (Some((&words, leading)), Some(bits)) =
-        (codes.info().shape().split_last(), [2, 4, 8].into_iter().find(|&width| width as usize == bits))
+        (codes.info().shape().split_last(), [2, 3, 4, 5, 6, 8].into_iter().find(|&width| width as usize == bits))
     else {
-        return Err(wrong(module, format!("codes of {bits} bits, of MLX's 2, 4 and 8 are read")));
+        return Err(wrong(module, format!("codes of {bits} bits, of MLX's 2, 3, 4, 5, 6 and 8 are read")));
     };
-    let cols = words.checked_mul(32).map(|all| all / u64::from(bits)).filter(|&cols| cols > 0);
-    let cols =
-        cols.ok_or_else(|| wrong(module, format!("{words} words a row, expected at least one that fits memory")))?;
+    let all = words.checked_mul(32).filter(|all| *all > 0 && all.is_multiple_of(bits.into()));
+    let cols = all.map(|all| all / u64::from(bits)).ok_or_else(|| {
+        wrong(module, format!("{words} words a row, expected some that whole codes of {bits} bits fill"))
+    })?;
     if !cols.is_multiple_of(group as u64) {
         return Err(wrong(module, format!("groups of {group} do not divide its {cols} columns")));
     }
@@ -98,10 +99,7 @@ impl Matrix for Mlx {
         let count = usize::try_from(rows).map_err(|_| Error::invalid("the rows are larger than memory"))?;
         let bits = self.scheme.bits;
         let words = source.stored(&self.codes, first, rows)?;
-        let mut codes = try_zeroed(count * self.cols, || "codes of a matrix".to_owned())?;
-        for (words, codes) in words.chunks(self.cols * bits as usize / 8).zip(codes.chunks_mut(self.cols)) {
-            unpack(bits, words, codes);
-        }
+        let codes = unpack(bits, &words, count, self.cols)?;
         let read =
             |part: &SourceTensor| -> Result<_> { Ok(floats(part.info().dtype(), &source.stored(part, first, rows)?)) };
         let (scales, offsets) = (read(&self.scales)?, Addends::Offsets(read(&self.biases)?));

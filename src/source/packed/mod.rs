@@ -18,10 +18,10 @@
 //! | `quant_method` of the config | read |
 //! |---|---|
 //! | `compressed-tensors` | format `pack-quantized`, 4 and 8 bits |
-//! | `gptq` | both versions, 2, 4 and 8 bits; `auto-round` in that packing |
+//! | `gptq` | both versions, 2, 3, 4 and 8 bits; `auto-round` in that packing |
 //! | `awq` | version `gemm`; `auto-round` in that packing |
 //! | `bitsandbytes` | `nf4` and `fp4`, with scales quantized or not; LLM.int8 |
-//! | none, but `quantization` with `group_size` | MLX, affine, 2, 4 and 8 bits |
+//! | none, but `quantization` with `group_size` | MLX, affine, 2, 3, 4, 5, 6 and 8 bits |
 
 mod awq;
 mod bitsandbytes;
