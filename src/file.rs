@@ -1,8 +1,10 @@
-//! A file's bytes by range: through windows of mapped memory, or by reading into memory of our own.
+//! A file's bytes by range: by reading into memory of our own, or, where the caller asks for it, through windows of mapped
+//! memory.
 //!
-//! A window covers one range and goes away with the [`Block`] that holds it, so neither the address space nor the
-//! resident memory of a process grows with the file. Ranges are checked against the length at opening, and the length
-//! is looked at again before each window, since touching a mapped page beyond the end would kill the process.
+//! Either way a range goes away with the [`Block`] that holds it, so neither the address space nor the resident memory of
+//! a process grows with the file. Ranges are checked against the length at opening. A file that another process cuts
+//! short gives an error when it is read; mapped, it ends the process when a page beyond the end is touched, although the
+//! length is looked at again before each window. That is why reading is the default.
 
 #![expect(unsafe_code, reason = "mapping a file is unsafe: another process may change it")]
 
@@ -12,16 +14,17 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use crate::error::{Error, Result, try_zeroed};
+use crate::error::{Error, Result};
 
 /// How the bytes of a file are reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Access {
-    /// Windows of mapped memory: no copy, but the file must not shrink meanwhile.
-    #[default]
-    Map,
     /// Reads into memory of our own: one copy, safe against everything.
+    #[default]
     Read,
+    /// Windows of mapped memory: no copy, but whoever cuts the file short meanwhile ends the process, and whoever writes
+    /// into it changes what was checked.
+    Map,
 }
 
 /// A regular file, open for reading by range.
@@ -117,9 +120,7 @@ impl InputFile {
     pub fn read(&self, offset: u64, len: usize) -> Result<Block> {
         self.check(offset, len)?;
         if self.access == Access::Read || len == 0 {
-            let mut bytes = try_zeroed(len, || format!("a part of {}", self.path.display()))?;
-            self.read_at(offset, &mut bytes)?;
-            return Ok(Block::Owned(bytes));
+            return self.copy(offset, len).map(Block::Owned);
         }
         if self.metadata()?.len() < offset + len as u64 {
             return Err(self.shrank());
@@ -128,6 +129,12 @@ impl InputFile {
         // changes what is read, never memory of ours: they are only ever read as plain numbers.
         let map = unsafe { memmap2::MmapOptions::new().offset(offset).len(len).map(&self.file) };
         Ok(Block::Map(map.map_err(|e| Error::io(&self.path, e))?))
+    }
+
+    /// How its bytes are reached.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.access
     }
 
     /// Copies the bytes from `offset` on into `out`.
@@ -148,6 +155,36 @@ impl InputFile {
             .in_file(&self.path));
         }
         Ok(())
+    }
+
+    /// The bytes of a range that lies in the file as it was opened, in memory that only the system has written.
+    #[cfg(unix)]
+    fn copy(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        use rustix::buffer::spare_capacity;
+
+        let mut bytes = Vec::new();
+        if bytes.try_reserve_exact(len).is_err() {
+            let what = format!("a part of {}", self.path.display());
+            return Err(Error::OutOfMemory { what, bytes: len as u64 });
+        }
+        while bytes.len() < len {
+            let at = offset + bytes.len() as u64;
+            match rustix::io::pread(&self.file, spare_capacity(&mut bytes), at) {
+                Ok(0) => return Err(self.shrank()),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(Error::io(&self.path, e.into())),
+            }
+        }
+        // An allocator may have given more room than was asked for.
+        bytes.truncate(len);
+        Ok(bytes)
+    }
+
+    #[cfg(not(unix))]
+    fn copy(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = crate::error::try_zeroed(len, || format!("a part of {}", self.path.display()))?;
+        self.read_at(offset, &mut bytes)?;
+        Ok(bytes)
     }
 
     #[cfg(unix)]

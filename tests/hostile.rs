@@ -76,34 +76,70 @@ fn every_flip_of_one_bit_is_refused() {
         8 * sound.len()
     };
     let flips: usize = artifacts.par_iter().map(check).sum();
-    eprintln!("{flips} flips of one bit in {} artifacts, 0 silent, {:?}", artifacts.len(), start.elapsed());
+    let (count, took) = (artifacts.len(), start.elapsed());
+    eprintln!("campaign single flips: {flips} cases, 0 failures; every bit of {count} artifacts, 0 silent, {took:?}");
+}
+
+/// Damages small artifacts at random, `rounds` times in all, as `damage` does it; none of them may pass for sound.
+fn campaign(name: &str, rounds: usize, damage: fn(&mut [u8], &mut Random)) {
+    let start = Instant::now();
+    let artifacts = small_artifacts();
+    let each = rounds.div_ceil(artifacts.len());
+    let check = |(number, (name, sound)): (usize, &(String, Vec<u8>))| {
+        let probe = Probe::new();
+        let mut random = Random(number as u64);
+        for _ in 0..each {
+            let mut bytes = sound.clone();
+            damage(&mut bytes, &mut random);
+            let expected = if bytes == *sound { Outcome::Sound } else { Outcome::Refused };
+            assert_eq!(probe.read(&bytes).plain(), expected, "{name}");
+        }
+    };
+    artifacts.par_iter().enumerate().for_each(check);
+    let (cases, count) = (each * artifacts.len(), artifacts.len());
+    eprintln!("campaign {name}: {cases} cases, 0 failures; 0 silent, {count} artifacts, {:?}", start.elapsed());
 }
 
 #[test]
 fn random_damage_of_several_bytes_is_refused() {
-    let artifacts = small_artifacts();
-    let rounds = damage::rounds(400);
-    let check = |(number, (name, sound)): (usize, &(String, Vec<u8>))| {
-        let probe = Probe::new();
-        let mut random = Random(number as u64);
-        for _ in 0..rounds {
-            let mut bytes = sound.clone();
-            for _ in 0..=random.below(4) {
-                let at = random.below(bytes.len());
-                bytes[at] = random.bits().to_le_bytes()[0];
-            }
-            let expected = if bytes == *sound { Outcome::Sound } else { Outcome::Refused };
-            assert_eq!(probe.read(&bytes).plain(), expected, "{name}");
+    campaign("damaged bytes", damage::rounds(12_000), |bytes, random| {
+        for _ in 0..=random.below(4) {
+            bytes[random.below(bytes.len())] = random.bits().to_le_bytes()[0];
         }
-        rounds
-    };
-    let total: usize = artifacts.par_iter().enumerate().map(check).sum();
-    eprintln!("{total} damaged files, 0 silent");
+    });
+}
+
+#[test]
+fn two_flipped_bits_are_refused_wherever_they_are() {
+    campaign("double flips", damage::rounds(12_000), |bytes, random| {
+        for _ in 0..2 {
+            bytes[random.below(bytes.len())] ^= 1 << random.below(8);
+        }
+    });
+}
+
+#[test]
+fn a_page_that_is_lost_repeated_or_of_another_file_is_refused() {
+    campaign("damaged pages", damage::rounds(12_000), |bytes, random| {
+        let page = [64, 512, 4096][random.below(3)].min(bytes.len());
+        let at = random.below(bytes.len().div_ceil(page)) * page;
+        let end = bytes.len().min(at + page);
+        match random.below(3) {
+            0 => bytes[at..end].fill(0),
+            1 => {
+                let from = random.below(bytes.len() - (end - at) + 1);
+                bytes.copy_within(from..from + end - at, at);
+            }
+            _ => bytes[at..end].iter_mut().for_each(|byte| *byte = random.bits().to_le_bytes()[0]),
+        }
+    });
 }
 
 #[test]
 fn a_file_cut_off_at_any_length_or_longer_than_it_says_is_refused() {
+    let mut cases = 0;
     for (name, sound) in [("several", sample().bytes()), ("delta", sample_delta().bytes())] {
+        cases += sound.len() + 4096;
         let probe = Probe::new();
         for len in 0..sound.len() {
             assert!(matches!(probe.read(&sound[..len]), Outcome::Corrupt(_)), "{name} cut off at {len}");
@@ -115,6 +151,7 @@ fn a_file_cut_off_at_any_length_or_longer_than_it_says_is_refused() {
             assert!(what.contains("trailing data"), "{what}");
         }
     }
+    eprintln!("campaign lengths: {cases} cases, 0 failures; cut off at every byte, longer by 1 to 4096");
 }
 
 #[test]
@@ -250,5 +287,5 @@ fn mutated_headers_with_correct_checksums_end_in_a_result_or_an_error() {
     };
     let sound: usize = (0..tasks).into_par_iter().map(task).sum();
     assert!(sound > 0, "some mutations change nothing that matters");
-    eprintln!("{rounds} mutated headers, {sound} of them sound, {:?}", start.elapsed());
+    eprintln!("campaign headers: {rounds} cases, 0 failures; {sound} of them sound, {:?}", start.elapsed());
 }

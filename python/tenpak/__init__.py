@@ -71,7 +71,7 @@ def compress(
     force: bool = False,
     resume: bool = False,
     threads: int = 0,
-    mmap: bool = True,
+    mmap: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -146,7 +146,7 @@ def compress(
     threads
         Worker threads; 0 for one per core.
     mmap
-        Map windows of the source instead of reading them.
+        Map windows of the source instead of reading them; a file that shrinks meanwhile then ends the process.
     dry_run
         Report what would be written, to the byte, from headers alone.
     progress
@@ -440,7 +440,7 @@ def verify(path: Path, *, threads: int = 0, progress: Progress | None = None) ->
     CorruptError, UnsupportedError, LimitError, OSError
         The header cannot be read at all.
     """
-    return _report(_tenpak.Artifact(os.fspath(path), True).verify_json(threads, progress))
+    return _report(_tenpak.Artifact(os.fspath(path), False).verify_json(threads, progress))
 
 
 def codecs() -> list[Report]:

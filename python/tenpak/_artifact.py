@@ -17,7 +17,7 @@ Progress = Callable[[int, int, str], object]
 Report = dict[str, Any]
 
 
-def open(path: Path, *, mmap: bool = True) -> "Artifact":
+def open(path: Path, *, mmap: bool = False) -> "Artifact":
     """Open an artifact; reads and validates its header only.
 
     Parameters
@@ -25,7 +25,9 @@ def open(path: Path, *, mmap: bool = True) -> "Artifact":
     path
         Artifact: a file or a directory.
     mmap
-        Map planes instead of reading them.
+        Map planes instead of reading them: they are then the pages of the file, shared by all processes and taken back
+        by the system as it likes. A file that is cut short meanwhile ends the process (SIGBUS), and one that is written
+        into changes planes that were checked.
 
     Returns
     -------
@@ -43,7 +45,7 @@ def open(path: Path, *, mmap: bool = True) -> "Artifact":
 class Artifact(Mapping[str, Entry]):
     """An open artifact: a mapping of tensor names to :class:`Entry`, and access to weights, planes and files."""
 
-    def __init__(self, path: Path, *, mmap: bool = True) -> None:
+    def __init__(self, path: Path, *, mmap: bool = False) -> None:
         """Open ``path``; see :func:`open`."""
         self._inner = _tenpak.Artifact(os.fspath(path), mmap)
         self._metadata, self._provenance, self._delta = json.loads(self._inner.header_json())
@@ -138,7 +140,7 @@ class Artifact(Mapping[str, Entry]):
         return array
 
     def planes(self, name: str) -> dict[str, Array]:
-        """Return the stored planes of a tensor as read-only views of the file, without a copy.
+        """Return the stored planes of a tensor as read-only arrays: read and checked, or views of a mapped file.
 
         Parameters
         ----------

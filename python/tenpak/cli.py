@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import _nvrtc, _tenpak
 
 #: Options that every verb understands and that may stand before it, with the number of values each takes.
-_COMMON = {"--threads": 1, "--format": 1, "--quiet": 0, "-q": 0, "--no-mmap": 0}
+_COMMON = {"--threads": 1, "--format": 1, "--quiet": 0, "-q": 0, "--mmap": 0}
 #: The verbs that are not in Rust.
 _VERBS = ("calibrate", "eval")
 _HELP = """

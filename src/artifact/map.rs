@@ -1,9 +1,10 @@
 //! Reads an artifact: entries, planes, weights.
 //!
 //! Every chunk is checked before the first use of any of its bytes, once per handle: against its checksum, and for what
-//! no layout allows, so that no decoder or kernel meets a scale that is not finite.
+//! no layout allows, so that no decoder or kernel meets a scale that is not finite. What is read is checked in the memory
+//! where it then stays.
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -34,12 +35,12 @@ pub struct ArtifactFile {
 }
 
 impl ArtifactFile {
-    /// Opens an artifact through windows of mapped memory, with the default limits.
+    /// Opens an artifact to be read, not mapped, with the default limits.
     ///
     /// # Errors
     /// Those of [`ArtifactFile::open_with`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::open_with(path, Access::Map, &Limits::DEFAULT)
+        Self::open_with(path, Access::default(), &Limits::DEFAULT)
     }
 
     /// Opens an artifact, a file or a directory, and validates its header; no plane is read.
@@ -229,45 +230,74 @@ impl ArtifactFile {
 
     /// Some bytes of a plane as they are in the file, checked.
     pub(crate) fn stored(&self, tensor: usize, plane: usize, start: u64, bytes: u64) -> Result<Block> {
-        if bytes > 0 {
-            for chunk in start / CHUNK..=(start + bytes - 1) / CHUNK {
-                self.check(tensor, plane, chunk)?;
-            }
-        }
         let len = usize::try_from(bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
         let (file, offset) = self.store.plane(&self.header, tensor, plane);
-        file.read(offset + start, len)
+        let end = start + bytes;
+        let place = &self.tensors()[tensor].planes()[plane];
+        let unseen: Vec<(u64, Range<u64>)> = (start / CHUNK..end.div_ceil(CHUNK))
+            .filter(|&chunk| bytes > 0 && !self.is_sound(tensor, plane, chunk))
+            .map(|chunk| (chunk, chunk * CHUNK..place.bytes.min((chunk + 1) * CHUNK)))
+            .collect();
+        let whole = |range: &Range<u64>| {
+            file.read(offset + range.start, usize::try_from(range.end - range.start).expect("at most a chunk"))
+        };
+        if file.access() == Access::Map {
+            for (chunk, range) in unseen {
+                self.check(tensor, plane, chunk, &whole(&range)?)?;
+            }
+            return file.read(offset + start, len);
+        }
+        let mut block = file.read(offset + start, len)?;
+        let Block::Owned(out) = &mut block else { unreachable!("it is read, not mapped") };
+        let index = |at: u64| usize::try_from(at - start).expect("inside the range");
+        // Chunks that are wanted as a whole are checked where they are; of others what was checked is taken.
+        for (chunk, range) in unseen {
+            if start <= range.start && range.end <= end {
+                self.check(tensor, plane, chunk, &out[index(range.start)..index(range.end)])?;
+                continue;
+            }
+            let checked = whole(&range)?;
+            self.check(tensor, plane, chunk, &checked)?;
+            let (from, until) = (range.start.max(start), range.end.min(end));
+            let of_chunk = |at: u64| usize::try_from(at - range.start).expect("at most a chunk");
+            out[index(from)..index(until)].copy_from_slice(&checked[of_chunk(from)..of_chunk(until)]);
+        }
+        Ok(block)
     }
 
-    /// Checks one chunk, unless this handle has done so before.
-    fn check(&self, tensor: usize, plane: usize, chunk: u64) -> Result<()> {
+    /// The number of a chunk among all.
+    fn bit(&self, tensor: usize, plane: usize, chunk: u64) -> usize {
+        let before: usize = self.tensors()[tensor].planes()[..plane].iter().map(|p| p.crc32c.len()).sum();
+        self.first_chunk[tensor] + before + usize::try_from(chunk).expect("chunks were counted at opening")
+    }
+
+    /// Whether this handle has found a chunk sound.
+    fn is_sound(&self, tensor: usize, plane: usize, chunk: u64) -> bool {
+        let bit = self.bit(tensor, plane, chunk);
+        self.sound[bit / 8].load(Ordering::Relaxed) & (1 << (bit % 8)) != 0
+    }
+
+    /// Checks the bytes of one chunk, and remembers that it is sound.
+    fn check(&self, tensor: usize, plane: usize, chunk: u64, bytes: &[u8]) -> Result<()> {
         let entry = &self.tensors()[tensor];
-        let before: usize = entry.planes()[..plane].iter().map(|p| p.crc32c.len()).sum();
-        let index = usize::try_from(chunk).expect("chunks were counted when the file was opened");
-        let bit = self.first_chunk[tensor] + before + index;
-        let mask = 1 << (bit % 8);
-        if self.sound[bit / 8].load(Ordering::Relaxed) & mask != 0 {
-            return Ok(());
-        }
         let place = &entry.planes()[plane];
         let start = chunk * CHUNK;
-        let (file, offset) = self.store.plane(&self.header, tensor, plane);
-        let at = offset + start;
-        let len = usize::try_from(CHUNK.min(place.bytes - start)).expect("at most a chunk");
-        let bytes = file.read(at, len)?;
-        let (found, expected) = (crc32c::crc32c(&bytes), place.crc32c[index]);
+        let index = usize::try_from(chunk).expect("chunks were counted at opening");
+        let (found, expected) = (crc32c::crc32c(bytes), place.crc32c[index]);
         let wrong = if found == expected {
             // Of a coded plane that is seen when it is decoded.
-            if place.coding.is_some() { None } else { bad_content(entry, place.plane, start, &bytes) }
+            if place.coding.is_some() { None } else { bad_content(entry, place.plane, start, bytes) }
         } else {
             Some(format!("checksum is {found:08x}, expected {expected:08x}"))
         };
         if let Some(what) = wrong {
-            let (name, plane) = (entry.info().name(), place.plane.name());
-            let what = format!("tensor '{name}', plane {plane}, chunk {chunk}: {what}; fetch or write the file again");
-            return Err(Error::corrupt(at, what).in_file(file.path()));
+            let (name, kind) = (entry.info().name(), place.plane.name());
+            let (file, offset) = self.store.plane(&self.header, tensor, plane);
+            let what = format!("tensor '{name}', plane {kind}, chunk {chunk}: {what}; fetch or write the file again");
+            return Err(Error::corrupt(offset + start, what).in_file(file.path()));
         }
-        self.sound[bit / 8].fetch_or(mask, Ordering::Relaxed);
+        let bit = self.bit(tensor, plane, chunk);
+        self.sound[bit / 8].fetch_or(1 << (bit % 8), Ordering::Relaxed);
         Ok(())
     }
 

@@ -82,9 +82,9 @@ struct Common {
     /// No progress bar and no result, only errors
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// Read files with pread instead of mapping windows of them
+    /// Map windows of files instead of reading them; a file that shrinks meanwhile then ends the process
     #[arg(long, global = true)]
-    no_mmap: bool,
+    mmap: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -108,7 +108,7 @@ struct Context<'a> {
 
 impl Context<'_> {
     fn access(&self) -> Access {
-        if self.common.no_mmap { Access::Read } else { Access::Map }
+        if self.common.mmap { Access::Map } else { Access::Read }
     }
 
     fn source_options(&self) -> source::Options {

@@ -24,6 +24,9 @@ impl Signals {
             signal_hook::flag::register(signal, Arc::clone(&once))?;
             signal_hook::flag::register_usize(signal, Arc::clone(&seen), code)?;
         }
+        // A file that reaches the size that the process may write is an error of the write, unless nobody takes the signal.
+        #[cfg(unix)]
+        signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default())?;
         Ok(Self(seen))
     }
 

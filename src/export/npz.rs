@@ -1,6 +1,7 @@
 //! Numpy archives: a zip of `.npy` members, stored without compression so that any of them can be mapped.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use zip::write::SimpleFileOptions;
@@ -14,7 +15,7 @@ use crate::tensor::DType;
 pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let total = job.artifact.tensors().iter().map(|t| t.info().elements() * numpy_dtype(job.dtype(t)).0.size()).sum();
     let out = job.create(target, total)?;
-    let mut zip = ZipWriter::new(out.stream());
+    let mut zip = ZipWriter::new(Stream::new(out.stream()));
     let failed = |e: zip::result::ZipError| Error::io(target, e.into());
     for i in 0..job.artifact.tensors().len() {
         let entry = &job.artifact.tensors()[i];
@@ -38,6 +39,54 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     let bytes = out.stream().metadata().map_err(|e| Error::io(target, e))?.len();
     out.commit(bytes)?;
     Ok(vec![(target.to_owned(), bytes)])
+}
+
+/// A file that fails once: a zip that is dropped after an error is finished nonetheless, and would say on standard error that
+/// it cannot be. What is written after the error goes nowhere.
+struct Stream<'a> {
+    file: &'a File,
+    failed: bool,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Stream<'a> {
+    fn new(file: &'a File) -> Self {
+        Self { file, failed: false, at: 0, end: 0 }
+    }
+}
+
+impl Write for Stream<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = if self.failed { Ok(bytes.len()) } else { self.file.write(bytes) };
+        match &written {
+            Ok(count) => self.at += *count as u64,
+            Err(e) => self.failed |= e.kind() != io::ErrorKind::Interrupted,
+        }
+        self.end = self.end.max(self.at);
+        written
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Seek for Stream<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        if !self.failed {
+            let at = self.file.seek(to).inspect_err(|_| self.failed = true)?;
+            self.at = at;
+            return Ok(at);
+        }
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(by) => self.end.checked_add_signed(by),
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
 }
 
 /// The dtype that numpy has for ours, and its name there.

@@ -12,7 +12,7 @@ use super::{Files, Job};
 use crate::artifact::{HEADER_FILE, config};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::output::{self, OutputFile};
+use crate::output::{self, OutputDirectory, OutputFile};
 use crate::source::INDEX;
 use crate::tensor::{DType, TensorInfo};
 
@@ -24,17 +24,39 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
     Ok(vec![(target.to_owned(), bytes)])
 }
 
-/// Writes `model.safetensors`, or shards and their index.
+/// Writes `model.safetensors`, or shards and their index: a directory that is new appears as a whole, into one that exists
+/// files are put one after another.
 pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
-    let shards = shards(job);
-    let name = |i: usize| shard_name(i, shards.len());
-    let index = target.join(INDEX);
     if target.join(HEADER_FILE).exists() {
         return Err(Error::invalid(format!(
             "output {} holds a compressed model; remove it or choose another name",
             target.display()
         )));
     }
+    if target.exists() {
+        return into(job, target);
+    }
+    OutputDirectory::check(target, job.options.force, HEADER_FILE, job.artifact.inputs())?;
+    std::fs::create_dir_all(output::directory(target)).map_err(|e| Error::io(target, e))?;
+    let out = OutputDirectory::create(target)?;
+    let visible = |path: &Path| match path.strip_prefix(out.path()) {
+        Ok(name) => target.join(name),
+        Err(_) => path.to_owned(),
+    };
+    let files = into(job, out.path()).map_err(|error| match error {
+        Error::Io { path, source } => Error::Io { path: visible(&path), source },
+        other => other,
+    })?;
+    let files = files.into_iter().map(|(path, bytes)| (visible(&path), bytes)).collect();
+    out.commit()?;
+    Ok(files)
+}
+
+/// Writes a model into a directory that exists.
+fn into(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
+    let shards = shards(job);
+    let name = |i: usize| shard_name(i, shards.len());
+    let index = target.join(INDEX);
     if !job.options.force {
         let attached = job.artifact.files().iter().map(|file| target.join(&*file.name));
         let names = (0..shards.len()).map(|i| target.join(name(i))).chain([index.clone()]).chain(attached);
@@ -42,19 +64,11 @@ pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
             return Err(output::exists(&found));
         }
     }
-    let made = !target.exists();
-    std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
-    let written = write_all(job, &shards, &index, |i| target.join(name(i))).and_then(|mut written| {
-        written.extend(attached(job, target)?);
-        Ok(written)
-    });
-    if written.is_err() && made {
-        // Someone else may have put something there meanwhile: then it stays.
-        drop(std::fs::remove_dir(target));
-    }
+    let mut written = write_all(job, &shards, &index, |i| target.join(name(i)))?;
+    written.extend(attached(job, target)?);
     // Nothing has its name before everything is written, so that no old shard stands beside a new one.
     let mut files = Files::new();
-    for (out, bytes) in written? {
+    for (out, bytes) in written {
         files.push((out.target().to_owned(), bytes));
         out.commit(bytes)?;
     }

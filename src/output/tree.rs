@@ -93,6 +93,11 @@ impl OutputDirectory {
         &self.target
     }
 
+    /// Where its files are until then.
+    pub(crate) fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
     /// A new file in it.
     ///
     /// # Errors

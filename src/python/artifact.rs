@@ -193,8 +193,8 @@ impl PyArtifact {
         })
     }
 
-    /// Name, dtype of the numbers and bytes of each plane; the arrays look into the file, or into memory where
-    /// a plane is coded.
+    /// Name, dtype of the numbers and bytes of each plane; the arrays own what was read, or look into the file
+    /// where it is mapped and the plane is not coded.
     fn planes<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<PlaneView<'py>>> {
         let (index, blocks) = guarded(py, || {
             let index = self.0.find(name)?;

@@ -189,7 +189,7 @@ fn export(
     let codec = codec.map(codecs::get).transpose().map_err(|e| run::raise(py, e))?;
     interruptible(py, threads, progress, |on_progress| {
         let start = std::time::Instant::now();
-        let exporting = exports::exporting(&artifact, Access::Map, &output, &how, codec, on_progress)?;
+        let exporting = exports::exporting(&artifact, Access::default(), &output, &how, codec, on_progress)?;
         let opened = &exporting.artifact;
         let exported = if dry_run {
             exports::plan(opened, &output, &how)?

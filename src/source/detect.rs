@@ -62,7 +62,8 @@ fn recognise(start: &[u8], name: &str) -> Result<Found> {
         return Ok(Found::Npy);
     }
     if start.starts_with(b"PK\x03\x04") || start.starts_with(b"PK\x05\x06") {
-        return Ok(Found::Zip);
+        // PyTorch puts its pickles into archives too.
+        return foreign_weights(name).map_or(Ok(Found::Zip), Err);
     }
     if start.starts_with(b"\x89HDF\r\n\x1a\n") {
         return Err(hdf5(name));

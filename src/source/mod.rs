@@ -315,7 +315,7 @@ impl Source {
 
     /// Little-endian elements, in the stored dtype, of `rows` rows of the matrix view of tensor number `tensor`.
     ///
-    /// Rows that lie one after another in a file come without a copy. Of a transposed tensor no more is in memory than
+    /// Rows that lie one after another in a mapped file come without a copy. Of a transposed tensor no more is in memory than
     /// the rows asked for and one bounded window; many rows at a time are read faster than few.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 |---|---|
 | `TENPAK_BIN` | binary to test; else the `tenpak` on the PATH |
 | `TENPAK_SHARED` | folder with larger models under `data/models`; else `../shared` beside the repository |
-| `TENPAK_CAMPAIGN` | tensors of the random campaign |
+| `TENPAK_CAMPAIGN` | cases of a campaign, tensors of the random one |
 """
 
 from __future__ import annotations

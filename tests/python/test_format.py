@@ -264,7 +264,7 @@ def test_planes_of_several_chunks_have_a_checksum_each(cli: Cli, tmp_path: Path,
 def test_the_same_input_gives_the_same_bytes_whatever_the_threads(cli: Cli, tmp_path: Path, sample_model: Path) -> None:
     """One thread, two, five; mapped or read."""
     written = set()
-    for i, options in enumerate((["--threads", "1"], ["--threads", "2"], ["--threads", "5"], ["--no-mmap"])):
+    for i, options in enumerate((["--threads", "1"], ["--threads", "2"], ["--threads", "5"], ["--mmap"])):
         path = tmp_path / f"{i}.tenpak"
         cli("compress", sample_model, "-o", path, "--codec", "int4_opt_v1", *options)
         written.add(path.read_bytes())
@@ -332,6 +332,7 @@ def test_every_finite_f16_scale_decodes_to_the_same_bits(
     path.write_bytes(oracle.write([crafted(codec, rows, cols, planes)]))
     cli("verify", path)
     check_artifact(cli, path, None)
+    print(f"campaign f16 scales: {FINITE_F16.size} cases, 0 failures; finite scales, equal to the bit")
 
 
 @pytest.mark.parametrize("codec", [c.id for c in oracle.CODECS.values() if "F32" in c.floats().values()])
@@ -456,6 +457,7 @@ def test_a_random_campaign_finds_no_differing_bit(cli: Cli, tmp_path: Path, rng:
         used |= {e.codec for e in artifact.header.tensors}
         path.unlink()
     assert CAMPAIGN < 1000 or used >= set(ids)
+    print(f"campaign numpy decoder: {CAMPAIGN} cases, 0 failures; tensors of {len(used)} codecs, 0 differing bits")
 
 
 @pytest.mark.parametrize("policy", ["zero", "clamp"])

@@ -47,7 +47,7 @@ def evaluate(
     compute: str = "decoded",
     threads: int = 0,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
-    mmap: bool = True,
+    mmap: bool = False,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> Evaluation:
     """Measure quantized models against their source model on a text.
@@ -95,7 +95,7 @@ def evaluate(
     cache_bytes
         Most bytes of logits to keep.
     mmap
-        Map windows of files instead of reading them.
+        Map windows of files instead of reading them; a file that shrinks meanwhile then ends the process.
     progress
         Called with windows done, windows in all, and the name of the row; an exception stops the work.
 

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", metavar="N", type=int, default=0, help="threads; 0 for the libraries' own choice [default: 0]")
     add("--format", choices=("text", "json"), default="text", help="how to print the result [default: text]")
     add("--quiet", "-q", action="store_true", help="no progress bar and no result, only errors")
-    add("--no-mmap", action="store_true", help="read files instead of mapping windows of them")
+    add("--mmap", action="store_true", help="map windows of files instead of reading them")
     return parser
 
 
@@ -116,7 +116,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             compute=options.compute,
             threads=options.threads,
             cache_bytes=options.cache_bytes,
-            mmap=not options.no_mmap,
+            mmap=options.mmap,
             progress=bar.step,
         )
     report = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False)
