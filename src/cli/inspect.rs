@@ -177,7 +177,8 @@ fn summary(artifact: &ArtifactFile, total: &Sizes, memory: &Sizes, context: &mut
         context.line(format!("file     {}, {} bytes, blake3 {}", file.name, thousands(file.bytes), file.blake3));
     }
     if let Some(delta) = header.delta() {
-        context.line(format!("delta    of base {}, giving {}", delta.base, delta.result));
+        let of = if delta.checkpoint { "checkpoint" } else { "base" };
+        context.line(format!("delta    of {of} {}, giving {}", delta.base, delta.result));
     }
     context.line(format!("identity {}", header.identity()));
     for source in &provenance.sources {
