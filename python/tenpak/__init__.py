@@ -319,9 +319,9 @@ def delta(
     output
         Delta to write.
     mode
-        ``changed``: of an artifact, the tensors that compress to something else. ``lossless``: of a checkpoint, what the
-        words of tensors differ in. ``quantized``: of a checkpoint, what the weights of matrices differ in, in a codec,
-        and anything else lossless. Default: ``changed`` for an artifact; for a checkpoint ``lossless``, or
+        ``changed``: of an artifact, the tensors that compress to something else. ``lossless``: of a checkpoint, what
+        the words of tensors differ in. ``quantized``: of a checkpoint, what the weights of matrices differ in, in a
+        codec, and anything else lossless. Default: ``changed`` for an artifact; for a checkpoint ``lossless``, or
         ``quantized`` with ``codec`` or ``target_bits``.
     codec
         Codec of quantized differences; default ``ecu_v1``.

@@ -64,6 +64,8 @@ struct WithPlanes {
     #[serde(flatten)]
     tensor: Tensor,
     transposed: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    difference: bool,
     planes: Vec<PlaneJson>,
 }
 
@@ -139,6 +141,7 @@ fn with_planes(entry: &Entry) -> WithPlanes {
     WithPlanes {
         tensor: entry.into(),
         transposed: entry.transposed(),
+        difference: entry.is_difference(),
         planes: entry.planes().iter().enumerate().map(plane).collect(),
     }
 }

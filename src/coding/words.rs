@@ -179,10 +179,9 @@ impl Counter {
         let join = |a: &[u64; 256], b: &[u64; 256]| -> [u64; 256] { std::array::from_fn(|i| a[i] + b[i]) };
         while groups.len() > 1 {
             let gain = |i: usize| groups[i].2 + groups[i + 1].2 - cost(&join(&groups[i].1, &groups[i + 1].1));
-            let (best, most) =
-                (0..groups.len() - 1)
-                    .map(|i| (i, gain(i)))
-                    .fold((0, f64::NEG_INFINITY), |best, pair| if pair.1 > best.1 { pair } else { best });
+            let (best, most) = (0..groups.len() - 1)
+                .map(|i| (i, gain(i)))
+                .fold((0, f64::NEG_INFINITY), |best, pair| if pair.1 > best.1 { pair } else { best });
             if most <= 0.0 && groups.len() <= MOST_TABLES {
                 break;
             }

@@ -362,11 +362,6 @@ fn reports(source: &Source, options: &Options, rates: &[Option<Rate>]) -> Result
         .collect()
 }
 
-/// What will happen to one tensor of a source, whatever becomes of the others.
-pub(crate) fn planned_tensor(source: &Source, index: usize, options: &Options) -> Result<TensorReport> {
-    Ok(reports(source, options, &[])?.swap_remove(index))
-}
-
 /// The report of a tensor that is kept as it is.
 pub(crate) fn raw_report(source: &Source, index: usize, reason: String) -> Result<TensorReport> {
     report(&source.tensors()[index], codecs::get(codecs::RAW)?, None, reason, false)

@@ -143,6 +143,7 @@ pub fn delta(
         variant: &variant,
         options: &options,
         quantizes: recipe.is_some(),
+        planned: if recipe.is_some() { compress::plan(variant.source, &options)?.tensors } else { Vec::new() },
         folder: folder.path().to_owned(),
         distance: Distance::default(),
         moved: 0.0,
@@ -154,14 +155,15 @@ pub fn delta(
         let name = entry.info().name();
         let partner = base.find(name).filter(|&i| base.entries[i].info() == entry.info());
         let same = partner.filter(|&i| base.entries[i].same_content(entry));
-        job.alone(index, &writer)?;
+        let alive = &mut || tick(name, 0);
+        job.alone(index, &writer, alive)?;
         if let Some(i) = same {
             job.count_same(index)?;
             runs.push(i64::try_from(i).expect("tensors are counted in 32 bits"));
             result.push(entry.clone());
         } else {
             runs.push(-1);
-            let (report, tensor, digest) = job.tensor(index, partner, &writer)?;
+            let (report, tensor, digest) = job.tensor(index, partner, &writer, alive)?;
             writer.keep(tensor)?;
             result.push(raw(entry.info().clone(), digest)?);
             changed.push(report);
@@ -193,12 +195,17 @@ pub fn delta(
     })
 }
 
+/// Asked between two blocks whether the work goes on.
+type Alive<'a> = &'a mut dyn FnMut() -> Result<()>;
+
 /// One run of [`delta`].
 struct Job<'a> {
     base: &'a Checkpoint<'a>,
     variant: &'a Checkpoint<'a>,
     options: &'a Options,
     quantizes: bool,
+    /// What becomes of the variant's tensors without a base, where some are quantized.
+    planned: Vec<TensorReport>,
     /// Where differences lie that are being quantized.
     folder: PathBuf,
     distance: Distance,
@@ -214,10 +221,11 @@ impl Job<'_> {
         index: usize,
         partner: Option<usize>,
         writer: &Writer,
+        alive: Alive<'_>,
     ) -> Result<(TensorReport, TensorWriter, Identity)> {
         let entry = &self.variant.entries[index];
         if let (Some(i), true) = (partner, self.quantizes && takes_difference(entry.info().dtype()))
-            && let Some(done) = self.quantized(index, i, writer)?
+            && let Some(done) = self.quantized(index, i, writer, alive)?
         {
             return Ok(done);
         }
@@ -227,9 +235,12 @@ impl Job<'_> {
             self.count_same(index)?;
         }
         let digest = entry.planes()[0].blake3;
-        let (tensor, reason) = match partner.map(|i| self.lossless(index, i, writer)).transpose()?.flatten() {
+        let (tensor, reason) = match partner.map(|i| self.lossless(index, i, writer, alive)).transpose()?.flatten() {
             Some(tensor) => (tensor, "difference of words"),
-            None => (self.copied(index, writer)?, if partner.is_some() { "nothing saved" } else { "not in the base" }),
+            None => (
+                self.copied(index, writer, alive)?,
+                if partner.is_some() { "nothing saved" } else { "not in the base" },
+            ),
         };
         let source = self.variant.order[index];
         let mut report = compress::raw_report(self.variant.source, source, reason.to_owned())?;
@@ -238,17 +249,24 @@ impl Job<'_> {
     }
 
     /// A tensor as it is.
-    fn copied(&self, index: usize, writer: &Writer) -> Result<TensorWriter> {
+    fn copied(&self, index: usize, writer: &Writer, alive: Alive<'_>) -> Result<TensorWriter> {
         let info = self.variant.entries[index].info();
         let mut out = writer.tensor(info.clone(), codecs::get(codecs::RAW)?, false)?;
         for part in blocks(info.elements(), BLOCK_BYTES) {
             out.write(writer, 0, &self.variant.elements(index, &part)?)?;
+            alive()?;
         }
         Ok(out)
     }
 
     /// A tensor as what its words differ from those of the base, where that is shorter.
-    fn lossless(&self, index: usize, partner: usize, writer: &Writer) -> Result<Option<TensorWriter>> {
+    fn lossless(
+        &self,
+        index: usize,
+        partner: usize,
+        writer: &Writer,
+        alive: Alive<'_>,
+    ) -> Result<Option<TensorWriter>> {
         let entry = &self.variant.entries[index];
         let info = entry.info();
         if !words::is_width(info.dtype().size()) || info.elements() == 0 {
@@ -257,11 +275,13 @@ impl Job<'_> {
         let mut counter = Counter::new(usize::try_from(info.dtype().size()).expect("at most 8"));
         for part in blocks(info.elements(), words::BLOCK as u64) {
             counter.add(&self.base.elements(partner, &part)?, &self.variant.elements(index, &part)?);
+            alive()?;
         }
         let tables = counter.tables();
         let mut coded = Vec::new();
         for part in blocks(info.elements(), words::BLOCK as u64) {
             coded.push(tables.encode(&self.base.elements(partner, &part)?, &self.variant.elements(index, &part)?));
+            alive()?;
         }
         let stored = tables.stream(&coded);
         if stored.len() as u64 > info.bytes() - info.bytes() / 64 {
@@ -277,6 +297,7 @@ impl Job<'_> {
         index: usize,
         partner: usize,
         writer: &Writer,
+        alive: Alive<'_>,
     ) -> Result<Option<(TensorReport, TensorWriter, Identity)>> {
         let info = self.variant.entries[index].info().clone();
         if self.options.recipe.choose(&info, info.matrix().1).codec.layout == Layout::Raw || info.elements() == 0 {
@@ -289,7 +310,7 @@ impl Job<'_> {
         let difference = source::open(&path, &source::Options::default())?;
         let planned = compress::plan(&difference, self.options)?.tensors.remove(0);
         let (mut report, tensor) =
-            compress::encode_tensor(&difference, 0, planned, self.options, writer, &mut |_| Ok(()))?;
+            compress::encode_tensor(&difference, 0, planned, self.options, writer, &mut |_| alive())?;
         drop(difference);
         std::fs::remove_file(&path).map_err(|e| Error::io(&path, e))?;
         if tensor.codec().layout == Layout::Raw {
@@ -312,6 +333,7 @@ impl Job<'_> {
             let (old, new, sum) = (old?, new?, sum?);
             distance.merge(&Distance::between(&new, &sum));
             moved += Distance::between(&new, &old).noise;
+            alive()?;
         }
         self.distance.merge(&distance);
         self.moved += moved;
@@ -343,28 +365,31 @@ impl Job<'_> {
     }
 
     /// What the variant's tensor takes and loses without the base.
-    fn alone(&mut self, index: usize, writer: &Writer) -> Result<()> {
+    fn alone(&mut self, index: usize, writer: &Writer, alive: Alive<'_>) -> Result<()> {
         let info = self.variant.entries[index].info();
         let source = self.variant.order[index];
-        if self.quantizes && info.elements() > 0 && takes_difference(info.dtype()) {
-            let matrix = self.variant.source.tensors()[source].matrix();
-            if self.options.recipe.choose(info, matrix.1).codec.layout != Layout::Raw {
-                let planned = compress::planned_tensor(self.variant.source, source, self.options)?;
-                let (report, tensor) =
-                    compress::encode_tensor(self.variant.source, source, planned, self.options, writer, &mut |_| {
-                        Ok(())
-                    })?;
-                self.alone_bytes += tensor.stored_bytes();
-                if let Some(distance) = &report.distance {
-                    self.alone.merge(distance);
+        if let Some(planned) = self.planned.get(source)
+            && planned.codec.layout != Layout::Raw
+            && info.elements() > 0
+            && takes_difference(info.dtype())
+        {
+            let (from, planned) = (self.variant.source, planned.clone());
+            match compress::encode_tensor(from, source, planned, self.options, writer, &mut |_| alive()) {
+                Ok((TensorReport { distance: Some(distance), .. }, tensor)) => {
+                    self.alone_bytes += tensor.stored_bytes();
+                    self.alone.merge(&distance);
                     return Ok(());
                 }
+                // Kept as it is, as in the delta.
+                Ok(_) | Err(Error::Nonfinite { .. }) => {}
+                Err(e) => return Err(e),
             }
         }
         let size = info.dtype().size();
         let mut counter = words::is_width(size).then(|| Counter::new(usize::try_from(size).expect("at most 8")));
         for part in blocks(info.elements(), words::BLOCK as u64) {
             let bytes = self.variant.elements(index, &part)?;
+            alive()?;
             if let Some(counter) = &mut counter {
                 counter.add(&vec![0; bytes.len()], &bytes);
             }
