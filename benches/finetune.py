@@ -9,11 +9,11 @@ Base and variant are stored in BF16. Each row is a delta, or the variant compres
 file has, how many times smaller than the 16-bit file, nMSE of all weights against the variant's, the squared error over
 the square of what was learned, and the KL divergence in nats per token from the variant, on ``--test``; ``base`` is
 using the base instead of the variant. ``svd`` is what low rank would give: the best approximation of each matrix's
-difference of rank r, by an exact SVD, its factors counted as F16 without any header.
+difference of rank r, by an exact SVD, its factors counted as F16 without any header. ``--variant`` takes a model that
+is fine-tuned already instead of training one, and ``--rows`` some kinds of rows only.
 """
 
 import argparse
-import math
 import sys
 import tempfile
 import time
@@ -105,18 +105,22 @@ def main() -> int:
     """Train, then print a row per mode."""
     parser = argparse.ArgumentParser(description="deltas of a fine-tuned model: size and loss")
     parser.add_argument("model", type=Path)
-    parser.add_argument("--train", type=Path, required=True, help="UTF-8 text that the model is trained on")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--train", type=Path, help="UTF-8 text that the model is trained on")
+    given.add_argument("--variant", type=Path, help="directory of the fine-tuned model, instead of training")
     parser.add_argument("--test", type=Path, required=True, help="UTF-8 text that divergence is measured on")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=2e-5, help="greatest learning rate")
+    parser.add_argument("--rows", nargs="+", choices=["delta", "alone", "svd"], default=["delta", "alone", "svd"])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train_ids, test_ids = (
-        torch.tensor(tokenizer(p.read_text(encoding="utf-8")[: 1 << 20])["input_ids"]) for p in (args.train, args.test)
-    )
+
+    def tokens(path: Path) -> torch.Tensor:
+        return torch.tensor(tokenizer(path.read_text(encoding="utf-8")[: 1 << 20])["input_ids"])
+
     with tempfile.TemporaryDirectory() as folder:
         base, variant = Path(folder, "base.safetensors"), Path(folder, "variant.safetensors")
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).float()
@@ -128,45 +132,37 @@ def main() -> int:
 
         old = save(base)
         began = time.monotonic()
-        before, after = train(model, train_ids, args.steps, args.rate)
+        if args.variant is None:
+            before, after = train(model, tokens(args.train), args.steps, args.rate)
+            what = f"{args.steps} steps on {args.train.name} at {args.rate:g}, {BATCH} x {LENGTH} tokens each"
+            print(f"{args.model.name}, {what}, {time.monotonic() - began:.0f} s: loss {before:.3f} to {after:.3f}")
+        else:
+            print(f"{args.model.name} and {args.variant.name}")
+            model = AutoModelForCausalLM.from_pretrained(args.variant, dtype=torch.bfloat16).float()
         new = save(variant)
         same = sum(int((new[n] == w).sum()) for n, w in old.items()) / sum(w.numel() for w in old.values())
-        what = f"{args.steps} steps on {args.train.name} at {args.rate:g}, {BATCH} x {LENGTH} tokens each"
-        print(f"{args.model.name}, {what}, ", end="")
-        print(f"{time.monotonic() - began:.0f} s: loss {before:.3f} to {after:.3f}")
         print(f"{100 * same:.1f} % of the weights stayed as they were; ", end="")
         print(f"KL on {args.test.name}, {WINDOWS} x {LENGTH} tokens\n")
-        scale = Scale(model.eval(), old, new, test_ids)
+        scale = Scale(model.eval(), old, new, tokens(args.test))
         print(f"{'':34} {'bytes':>11} {'x 16 bits':>9} {'nMSE':>10} {'of learned':>10} {'KL':>10}")
         scale.row("base", 0, old)
         made, delta, out = Path(folder, "made.tenpak"), Path(folder, "d.tenpak"), Path(folder, "out.safetensors")
-        sizes = {}
         forms: list[tuple[str, dict[str, Any]]] = [("lossless", {})]
         forms += [(f"ecu_v1 at {bits:g}", {"target_bits": bits}) for bits in (0.5, 1, 1.5, 2, 3)]
         forms += [(codec, {"codec": codec}) for codec in ("int4_g128_fp16_v1", "int8_sym_v1")]
-        for name, how in forms:
+        for name, how in forms if "delta" in args.rows else []:
             report = tenpak.delta(base, variant, delta, force=True, **how)
             tenpak.materialize(base, delta, out, force=True)
-            sizes[name] = report["file_bytes"]
             scale.row(f"delta, {name}", report["file_bytes"], load_file(out))
             if name == "lossless":
                 print(f"{'alone, lossless (estimate)':34} {report['alone']['bytes']:11,}", flush=True)
-        print()
-        elements = sum(w.numel() for w in new.values())
-        for name, size in sizes.items():
-            bits = 8 * size / elements
-            if bits < 0.3:
-                continue
-            # The same bytes without a base: bits per weight of every matrix.
-            alone = tenpak.compress(variant, made, target_size=size, force=True) if bits > 0.6 else None
-            if alone is not None:
-                tenpak.decompress(made, out, force=True)
-                scale.row(f"alone, in the bytes of {name}", alone["file_bytes"], load_file(out))
-        print()
-        for rank in (1, 4, 16, 48):
+        for bits in (1, 2, 3, 4.5) if "alone" in args.rows else []:
+            size = tenpak.compress(variant, made, target_bits=bits, force=True)["file_bytes"]
+            tenpak.decompress(made, out, force=True)
+            scale.row(f"alone, ecu_v1 at {bits:g}", size, load_file(out))
+        for rank in (1, 4, 16, 48) if "svd" in args.rows else []:
             size, weights = low_rank(old, new, rank)
             scale.row(f"svd of rank {rank}", size, weights)
-    assert math.isfinite(after)
     return 0
 
 
