@@ -8,9 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::artifact::delta::DeltaReport;
+use crate::artifact::delta::{DeltaReport, Materialized};
 use crate::artifact::verify::{Problem, Verified};
-use crate::artifact::writer::Written;
 use crate::artifact::{ArtifactFile, Entry};
 use crate::codec::Codec;
 use crate::compress::{self, Report, TensorReport};
@@ -490,6 +489,7 @@ impl Verify {
 #[expect(missing_docs, reason = "the schema documents the fields")]
 pub struct Delta {
     pub schema: &'static str,
+    pub mode: &'static str,
     pub base: String,
     pub input: String,
     pub output: String,
@@ -498,15 +498,38 @@ pub struct Delta {
     pub unchanged: usize,
     pub file_bytes: u64,
     pub base_bytes: u64,
+    pub variant_bytes: u64,
+    pub total: Sizes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<Loss>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_of_difference: Option<f64>,
+    pub alone: Alone,
     pub result: String,
+}
+
+/// A variant compressed in the same way as its delta, without a base.
+#[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the schema documents the fields")]
+pub struct Alone {
+    pub bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<Loss>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_of_difference: Option<f64>,
 }
 
 impl Delta {
     /// The report of a run.
     #[must_use]
     pub fn new(base: &Path, input: &Path, output: &Path, epsilon: f64, report: &DeltaReport) -> Self {
+        let of_difference = |distance: Option<&Distance>| {
+            let moved = report.moved.filter(|&moved| moved > 0.0)?;
+            Some(distance?.noise / moved)
+        };
         Self {
             schema: "tenpak.delta/1",
+            mode: report.mode.name(),
             base: base.display().to_string(),
             input: input.display().to_string(),
             output: output.display().to_string(),
@@ -515,6 +538,15 @@ impl Delta {
             unchanged: report.unchanged,
             file_bytes: report.file_bytes,
             base_bytes: report.base_bytes,
+            variant_bytes: report.variant_bytes,
+            total: Sizes::new(report.weights, report.file_bytes),
+            loss: report.distance.as_ref().map(Loss::from),
+            error_of_difference: of_difference(report.distance.as_ref()),
+            alone: Alone {
+                bytes: report.alone_bytes,
+                loss: report.alone.as_ref().map(Loss::from),
+                error_of_difference: of_difference(report.alone.as_ref()),
+            },
             result: report.result.to_string(),
         }
     }
@@ -527,6 +559,7 @@ pub struct Materialize {
     pub schema: &'static str,
     pub output: String,
     pub file_bytes: u64,
+    pub files: Vec<File>,
     pub identity: String,
     pub tensors: usize,
 }
@@ -534,13 +567,14 @@ pub struct Materialize {
 impl Materialize {
     /// The report of a run.
     #[must_use]
-    pub fn new(output: &Path, written: &Written) -> Self {
+    pub fn new(output: &Path, written: &Materialized) -> Self {
         Self {
             schema: "tenpak.materialize/1",
             output: output.display().to_string(),
-            file_bytes: written.file_bytes,
-            identity: written.header.identity().to_string(),
-            tensors: written.header.tensors().len(),
+            file_bytes: written.files.iter().map(|(_, bytes)| bytes).sum(),
+            files: files(&written.files),
+            identity: written.identity.to_string(),
+            tensors: written.tensors,
         }
     }
 }

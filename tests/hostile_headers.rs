@@ -80,10 +80,18 @@ fn preambles(cases: &mut Cases) {
     cases.file("version 0", Unsupported, "version 0 is not known, this build reads version 1", |f| f.version = 0);
     cases.file("version 2", Unsupported, "version 2 is not known, this build reads version 1", |f| f.version = 2);
     cases.file("highest version", Unsupported, "version 4294967295", |f| f.version = u32::MAX);
-    cases.file("unknown flag", Unsupported, "features 0x8, this build knows 0x7", |f| f.flags = 8);
-    cases.file("every flag", Unsupported, "features 0xfffffff8", |f| f.flags = u32::MAX);
+    cases.file("unknown flag", Unsupported, "features 0x10, this build knows 0xf", |f| f.flags = 16);
+    cases.file("every flag", Unsupported, "features 0xfffffff0", |f| f.flags = u32::MAX);
     cases.file("flag of coded planes without one", Corrupt, "coded planes and the planes contradict", |f| f.flags = 2);
     cases.file("flag of extra planes without one", Corrupt, "extra planes and the planes contradict", |f| f.flags = 4);
+    cases.file(
+        "flag of a delta of a checkpoint without one",
+        Corrupt,
+        "deltas of checkpoints and the delta section",
+        |f| {
+            f.flags = 8;
+        },
+    );
     cases.file("first reserved byte", Corrupt, "reserved bytes", |f| f.reserved[0] = 1);
     cases.file("last reserved byte", Corrupt, "reserved bytes", |f| f.reserved[23] = 1);
     cases.file("file length too small", Corrupt, "trailing data", |f| f.file_bytes = Some(64));

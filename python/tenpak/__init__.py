@@ -305,22 +305,34 @@ def delta(
     variant: Path,
     output: Path,
     *,
+    mode: str | None = None,
+    codec: str | None = None,
+    target_bits: float | None = None,
     epsilon: float = 0.0,
     stats: Path | None = None,
     force: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Store a variant checkpoint as its difference from a base artifact, with the base's recipe.
+    """Store a variant checkpoint as its difference from a base: an artifact, or the checkpoint it was fine-tuned from.
 
     Parameters
     ----------
     base
-        Artifact of the base model.
+        Artifact of the base model, whose recipe is then used for the variant; or its checkpoint.
     variant
         Checkpoint of the variant.
     output
         Delta to write.
+    mode
+        ``changed``: of an artifact, the tensors that compress to something else. ``lossless``: of a checkpoint, what
+        the words of tensors differ in. ``quantized``: of a checkpoint, what the weights of matrices differ in, in a
+        codec, and anything else lossless. Default: ``changed`` for an artifact; for a checkpoint ``lossless``, or
+        ``quantized`` with ``codec`` or ``target_bits``.
+    codec
+        Codec of quantized differences; default ``ecu_v1``.
+    target_bits
+        Bits per weight on disk of differences in ``ecu_v1``; default 4.5.
     epsilon
         Also take a tensor for unchanged when no decoded weight differs from the base's by more than this.
     stats
@@ -343,6 +355,9 @@ def delta(
             os.fspath(base),
             os.fspath(variant),
             os.fspath(output),
+            mode,
+            codec,
+            target_bits,
             epsilon,
             None if stats is None else os.fspath(stats),
             force,
@@ -387,18 +402,19 @@ def materialize(
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Put a base artifact and a chain of deltas, the base's first, together into one artifact.
+    """Put a base and a chain of deltas, the base's first, together: an artifact, or of a checkpoint a checkpoint.
 
-    With ``epsilon`` 0 the result is byte for byte what compressing the variant directly gives.
+    Of an artifact, with ``epsilon`` 0, the result is byte for byte what compressing the variant directly gives.
 
     Parameters
     ----------
     base
-        Artifact that the first delta was made against.
+        Artifact or checkpoint that the first delta was made against.
     deltas
-        One delta, or several in order.
+        One delta, or several in order; lossless and quantized ones may follow each other.
     output
-        Artifact to write.
+        Artifact to write; of a checkpoint one file where the name ends in ``.safetensors``, otherwise a directory, or
+        with ``.tenpak`` an artifact of raw tensors.
     force, threads, progress
         As for :func:`compress`.
 

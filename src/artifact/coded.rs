@@ -12,10 +12,9 @@ use super::entry::Entry;
 use super::identity::Identity;
 #[cfg(feature = "python")]
 use crate::codec::Codec;
-use crate::coding::{self, ByteStream, Stream};
+use crate::coding::{self, ByteStream, Stream, words};
 use crate::error::{Error, Result, try_zeroed};
 use crate::layout::{Float, Layout, Plane, ROW};
-#[cfg(feature = "python")]
 use crate::tensor::DType;
 
 /// How a plane lies on disk, where it is not stored as it is.
@@ -27,6 +26,9 @@ pub enum Coding {
     Scales,
     /// Any bytes, close to the entropy of each.
     Bytes,
+    /// The words of a raw tensor, as what they differ from those of the base; only in a delta of a checkpoint, and the one
+    /// coding that a plane cannot be read from without something else. See [`mod@crate::coding::words`].
+    Words,
 }
 
 /// A plane is at most so many times as long as its stream, so that a short file cannot ask for memory without end: no
@@ -39,7 +41,7 @@ const EQUAL_SCALES: u64 = 5;
 impl Coding {
     /// Every coding, with its id.
     pub const ALL: &[(&'static str, Self)] =
-        &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales), ("bytes_v1", Self::Bytes)];
+        &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales), ("bytes_v1", Self::Bytes), ("words_v1", Self::Words)];
 
     /// The id in files.
     #[must_use]
@@ -73,6 +75,14 @@ impl Coding {
             (Layout::Grouped(_), _) => Some(Self::Bytes),
             // A raw tensor is the source's own, for whoever wants to map it.
             (Layout::Raw, _) => None,
+        }
+    }
+
+    /// Whether a plane of this kind may lie in this coding.
+    pub(super) fn fits(self, layout: &Layout, plane: Plane, dtype: DType) -> bool {
+        match self {
+            Self::Words => *layout == Layout::Raw && plane == Plane::Data && words::is_width(dtype.size()),
+            _ => Self::of(layout, plane) == Some(self),
         }
     }
 
@@ -132,6 +142,7 @@ pub(super) fn stream(entry: &Entry, plane: usize, plain: &[u8]) -> Result<Option
             coding::encode_scales(&scales)
         }
         Coding::Bytes => coding::encode_bytes(plain, stride, grouped.element(kind)),
+        Coding::Words => unreachable!("no layout takes it by itself"),
     };
     Ok((stream.len() <= plain.len() - plain.len() / 64).then_some((coding, stream)))
 }
@@ -175,6 +186,11 @@ impl<'a> Coded<'a> {
                 let mut bytes = try_zeroed(rows * stride, || "a plane of scales".to_owned())?;
                 scales.iter().enumerate().for_each(|(i, &scale)| Float::F32.store(&mut bytes, i, scale));
                 Inner::Scales(bytes)
+            }
+            Coding::Words => {
+                let what =
+                    "the plane holds what it differs in from the base of the delta; run tenpak materialize first";
+                return Err(Error::invalid(what));
             }
         };
         Ok(Self { stream, rows, cols, stride })

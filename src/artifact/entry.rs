@@ -48,6 +48,7 @@ pub struct Entry {
     transposed: bool,
     rate: Option<Rate>,
     extras: Extras,
+    difference: bool,
     planes: Box<[PlaneEntry]>,
 }
 
@@ -59,7 +60,8 @@ impl Entry {
     /// [`Error::Invalid`] when the codec cannot hold the tensor: a lossy codec and integers, a transposed tensor that
     /// is not a matrix, or sizes beyond 63 bits.
     pub(crate) fn unplaced(info: TensorInfo, codec: &'static Codec, transposed: bool) -> Result<Self> {
-        Self { info, codec, transposed, rate: None, extras: Extras::NONE, planes: Box::default() }
+        let planes = Box::default();
+        Self { info, codec, transposed, rate: None, extras: Extras::NONE, difference: false, planes }
             .with_extras(Extras::NONE)
     }
 
@@ -97,13 +99,49 @@ impl Entry {
         Ok(self)
     }
 
+    /// The same entry as what is added to the base's tensor of the same name, dtype and shape.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the codec stores bytes as they are, the matrix is a transpose, or the dtype is not one that
+    /// differences are added in.
+    pub(crate) fn as_difference(mut self) -> Result<Self> {
+        if self.codec.grouped().is_err() || self.transposed || !takes_difference(self.info.dtype()) {
+            return Err(Error::invalid(format!(
+                "tensor '{}' is a difference of {} in {}, expected one of F32, F16 or BF16 in a codec of codes, not transposed",
+                self.info.name(),
+                self.info.dtype(),
+                self.codec.id
+            )));
+        }
+        self.difference = true;
+        Ok(self)
+    }
+
+    /// The same entry for a tensor of another dtype.
+    pub(crate) fn in_dtype(mut self, dtype: DType) -> Result<Self> {
+        self.info = TensorInfo::new(self.info.name(), dtype, self.info.shape().to_vec())?;
+        Ok(self)
+    }
+
+    /// Whether it is added to the base's tensor, instead of standing for one.
+    #[must_use]
+    pub fn is_difference(&self) -> bool {
+        self.difference
+    }
+
+    /// Whether it means nothing without the base.
+    #[must_use]
+    pub fn needs_base(&self) -> bool {
+        self.difference || self.planes.iter().any(|plane| plane.coding == Some(Coding::Words))
+    }
+
     /// Says that a plane lies in the file in a coding, as so many bytes.
     ///
     /// # Errors
     /// [`Error::Invalid`] when the plane has no such coding, or a coded plane no such length.
     pub(crate) fn set_coding(&mut self, plane: usize, coding: Coding, bytes: u64) -> Result<()> {
         let (kind, plain) = self.plane_bytes()?[plane];
-        let wrong = if Coding::of(&self.codec.layout, kind) == Some(coding) {
+        let wrong = if coding.fits(&self.codec.layout, kind, self.info.dtype()) {
             coding.check(plain, bytes).err()
         } else {
             Some(format!("coding {}, which a plane of {} does not take", coding.id(), self.codec.id))
@@ -247,8 +285,15 @@ impl Entry {
             && self.codec == other.codec
             && self.transposed == other.transposed
             && self.extras == other.extras
+            && self.difference == other.difference
             && self.planes.iter().zip(&other.planes).all(|(a, b)| a.blake3 == b.blake3)
     }
+}
+
+/// Whether differences are added to tensors of a dtype.
+#[must_use]
+pub(crate) fn takes_difference(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// `at` rounded up to the alignment.
@@ -274,6 +319,8 @@ struct EntryJson {
     column_scales: bool,
     #[serde(default, skip_serializing_if = "is_none")]
     outliers: u64,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    difference: bool,
     #[serde(deserialize_with = "short")]
     planes: Vec<PlaneJson>,
 }
@@ -342,6 +389,7 @@ impl Serialize for Entry {
             rate: self.rate.map(Rate::thousandths),
             column_scales: self.extras.column_scales,
             outliers: self.extras.outliers,
+            difference: self.difference,
             planes: self.planes.iter().map(plane).collect(),
         }
         .serialize(s)
@@ -401,6 +449,9 @@ impl EntryJson {
         let mut entry = Entry::unplaced(info, codec, self.transposed)?
             .with_extras(extras)?
             .at_rate(self.rate.map(Rate::from_thousandths).transpose()?)?;
+        if self.difference {
+            entry = entry.as_difference()?;
+        }
         for (index, plane) in self.planes.iter().enumerate().take(entry.planes.len()) {
             if let Some(id) = &plane.coding {
                 entry.set_coding(index, Coding::get(id)?, plane.bytes)?;

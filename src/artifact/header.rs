@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::attached::{self, AttachedFile};
 use super::entry::{ALIGN, EntriesIn, Entry, align};
 use super::identity::{self, Identity};
-use super::preamble::{FLAG_CODED, FLAG_DELTA, FLAG_EXTRA, Preamble};
+use super::preamble::{FLAG_CHECKPOINT, FLAG_CODED, FLAG_DELTA, FLAG_EXTRA, Preamble};
 use super::text::{Count, Text};
 use crate::codec::extra::Extras;
 use crate::compress::Nonfinite;
@@ -55,6 +55,9 @@ pub struct Provenance {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Delta {
+    /// Whether base and result are checkpoints, instead of artifacts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub checkpoint: bool,
     /// Identity of the base.
     pub base: Identity,
     /// Identity of the result.
@@ -207,7 +210,9 @@ impl Header {
     pub(super) fn flags(&self) -> u32 {
         let coded = self.tensors.iter().any(Entry::is_coded);
         let extra = self.tensors.iter().any(|t| t.extras() != Extras::NONE);
+        let checkpoint = self.delta.as_ref().is_some_and(|delta| delta.checkpoint);
         (u32::from(self.delta.is_some()) * FLAG_DELTA)
+            | (u32::from(checkpoint) * FLAG_CHECKPOINT)
             | (u32::from(coded) * FLAG_CODED)
             | (u32::from(extra) * FLAG_EXTRA)
     }
@@ -320,6 +325,23 @@ impl HeaderIn {
         let tensors = self.tensors.entries;
         if self.delta.is_some() != (flags & FLAG_DELTA != 0) {
             return Err(bad("the delta flag and the delta section contradict each other".into()));
+        }
+        let checkpoint = self.delta.as_ref().is_some_and(|delta| delta.checkpoint);
+        if checkpoint != (flags & FLAG_CHECKPOINT != 0) {
+            return Err(bad("the flag of deltas of checkpoints and the delta section contradict each other".into()));
+        }
+        if checkpoint {
+            if let Some(pair) = tensors.windows(2).find(|pair| pair[0].info().name() >= pair[1].info().name()) {
+                let name = pair[1].info().name();
+                return Err(bad(format!("tensor '{name}' stands behind a greater name in a delta of a checkpoint")));
+            }
+            if let Some(odd) = tensors.iter().find(|t| t.codec().grouped().is_ok() != t.is_difference()) {
+                let (name, codec) = (odd.info().name(), odd.codec().id);
+                return Err(bad(format!("tensor '{name}' in {codec} stands for weights in a delta of a checkpoint")));
+            }
+        } else if let Some(entry) = tensors.iter().find(|entry| entry.needs_base()) {
+            let name = entry.info().name();
+            return Err(bad(format!("tensor '{name}' is a difference, but this is no delta of a checkpoint")));
         }
         // A header without a preamble has no flags.
         if ends_planes && tensors.iter().any(Entry::is_coded) != (flags & FLAG_CODED != 0) {

@@ -67,6 +67,9 @@ pub(crate) fn of<'a>(tensors: impl ExactSizeIterator<Item = &'a Entry>) -> Ident
         if tensor.extras().outliers > 0 {
             codec += "+outliers";
         }
+        if tensor.is_difference() {
+            codec += "+difference";
+        }
         text(&mut hasher, &codec);
         for plane in tensor.planes() {
             hasher.update(&plane.blake3.0);

@@ -28,7 +28,7 @@ pub use entry::{ALIGN, CHUNK, Entry, PlaneEntry};
 pub use header::{Header, Provenance, SourceFile};
 pub use identity::Identity;
 pub use map::ArtifactFile;
-pub use preamble::{FLAG_CODED, FLAG_DELTA, MAGIC, VERSION};
+pub use preamble::{FLAG_CHECKPOINT, FLAG_CODED, FLAG_DELTA, MAGIC, VERSION};
 pub use writer::Writer;
 
 /// The header of the directory form, as a file of its own.

@@ -16,8 +16,10 @@ pub const FLAG_DELTA: u32 = 1;
 pub const FLAG_CODED: u32 = 2;
 /// Flag bit of an artifact that has extra planes.
 pub const FLAG_EXTRA: u32 = 4;
+/// Flag bit of a delta of a checkpoint.
+pub const FLAG_CHECKPOINT: u32 = 8;
 /// The flags that this build knows.
-const FLAGS: u32 = FLAG_DELTA | FLAG_CODED | FLAG_EXTRA;
+const FLAGS: u32 = FLAG_DELTA | FLAG_CODED | FLAG_EXTRA | FLAG_CHECKPOINT;
 
 /// The first 64 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

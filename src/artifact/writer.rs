@@ -24,7 +24,7 @@ use crate::file::{Access, InputFile};
 use crate::fit::Rate;
 use crate::limits::Limits;
 use crate::output::OutputFile;
-use crate::tensor::TensorInfo;
+use crate::tensor::{DType, TensorInfo};
 
 /// An artifact under way.
 #[derive(Debug)]
@@ -470,6 +470,15 @@ impl TensorWriter {
     /// Bytes of all planes in the file.
     pub(crate) fn stored_bytes(&self) -> u64 {
         self.entry.planes().iter().map(|plane| plane.bytes).sum()
+    }
+
+    /// Says that what was written is added to the base's tensor, of this dtype.
+    ///
+    /// # Errors
+    /// Those of [`Entry::as_difference`].
+    pub(super) fn into_difference(mut self, dtype: DType) -> Result<Self> {
+        self.entry = self.entry.in_dtype(dtype)?.as_difference()?;
+        Ok(self)
     }
 
     /// The codec that the tensor is written with.

@@ -64,6 +64,8 @@ struct WithPlanes {
     #[serde(flatten)]
     tensor: Tensor,
     transposed: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    difference: bool,
     planes: Vec<PlaneJson>,
 }
 
@@ -139,6 +141,7 @@ fn with_planes(entry: &Entry) -> WithPlanes {
     WithPlanes {
         tensor: entry.into(),
         transposed: entry.transposed(),
+        difference: entry.is_difference(),
         planes: entry.planes().iter().enumerate().map(plane).collect(),
     }
 }
@@ -177,7 +180,8 @@ fn summary(artifact: &ArtifactFile, total: &Sizes, memory: &Sizes, context: &mut
         context.line(format!("file     {}, {} bytes, blake3 {}", file.name, thousands(file.bytes), file.blake3));
     }
     if let Some(delta) = header.delta() {
-        context.line(format!("delta    of base {}, giving {}", delta.base, delta.result));
+        let of = if delta.checkpoint { "checkpoint" } else { "base" };
+        context.line(format!("delta    of {of} {}, giving {}", delta.base, delta.result));
     }
     context.line(format!("identity {}", header.identity()));
     for source in &provenance.sources {

@@ -7,20 +7,23 @@ use clap::Args;
 use super::progress::Bar;
 use super::report::thousands;
 use super::{Context, Outcome};
-use crate::artifact::delta::materialize;
+use crate::artifact::delta::restore;
+use crate::difference::Model;
 use crate::error::Result;
+use crate::limits::Limits;
 use crate::report;
 
-/// Put a base artifact and a chain of deltas together into one artifact
+/// Put a base and a chain of deltas together: an artifact from an artifact, a checkpoint from a checkpoint
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// Artifact that the first delta was made against
+    /// Artifact or checkpoint that the first delta was made against
     #[arg(long)]
     base: PathBuf,
     /// Deltas, the first being that of the base
     #[arg(long = "delta", required = true, value_name = "DELTA")]
     deltas: Vec<PathBuf>,
-    /// Artifact to write
+    /// Artifact to write; of a checkpoint one file where the name ends in .safetensors, otherwise a directory, or with .tenpak
+    /// an artifact of raw tensors
     #[arg(long, short)]
     output: PathBuf,
     /// Replace an existing output
@@ -29,11 +32,11 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, context: &mut Context<'_>) -> Result<Outcome> {
-    let base = context.artifact(&arguments.base)?;
+    let base = Model::open(&arguments.base, context.access(), &Limits::DEFAULT)?;
     let deltas = arguments.deltas.iter().map(|path| context.artifact(path)).collect::<Result<Vec<_>>>()?;
     let written = {
         let bar = Bar::new(context.common, context.signals);
-        materialize(&base, &deltas, &arguments.output, arguments.force, &mut |p| bar.step(p))?
+        restore(&base, &deltas, &arguments.output, arguments.force, &mut |p| bar.step(p))?
     };
     let report = report::Materialize::new(&arguments.output, &written);
     if context.json() {

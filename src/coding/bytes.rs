@@ -29,7 +29,7 @@ fn rows_per_block(row: usize) -> usize {
 
 /// The frequencies nearest to the counts: every byte that occurs gets a part, at least two do, and what rounding leaves
 /// goes to the largest remainders.
-fn frequencies(counts: &[u64; 256]) -> Table {
+pub(super) fn frequencies(counts: &[u64; 256]) -> Table {
     let mut counts = *counts;
     for byte in 0..=255 {
         // One more, never seen, keeps every frequency below the total.
@@ -71,7 +71,7 @@ fn table(freq: [u16; 256]) -> Table {
 }
 
 /// Writes the frequencies of a table.
-fn write(table: &Table, out: &mut Vec<u8>) {
+pub(super) fn write(table: &Table, out: &mut Vec<u8>) {
     let mut present = [0u8; PRESENT];
     for byte in (0..256).filter(|&byte| table.freq[byte] != 0) {
         present[byte / 8] |= 1 << (byte % 8);
@@ -81,7 +81,7 @@ fn write(table: &Table, out: &mut Vec<u8>) {
 }
 
 /// The table at `at`, and where it ends.
-fn read(bytes: &[u8], at: usize) -> Result<(Table, usize)> {
+pub(super) fn read(bytes: &[u8], at: usize) -> Result<(Table, usize)> {
     let short = || Error::corrupt(bytes.len() as u64, "the tables are cut off");
     let (present, rest) = bytes.get(at..).and_then(|rest| rest.split_first_chunk::<PRESENT>()).ok_or_else(short)?;
     let mut freq = [0u16; 256];

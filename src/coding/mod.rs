@@ -16,6 +16,7 @@
 //! | `bytes` | planes of any bytes |
 //! | `vector`, `lanes` | decoders of many lanes at once |
 //! | `scales` | planes of scales, which often are all equal |
+//! | `words` | tensors that differ from others in little |
 
 pub(crate) mod block;
 mod bytes;
@@ -29,6 +30,7 @@ pub(crate) mod table;
 mod trellis;
 #[cfg(target_arch = "x86_64")]
 mod vector;
+pub mod words;
 
 use std::ops::Range;
 

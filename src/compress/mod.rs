@@ -368,6 +368,11 @@ fn reports(source: &Source, options: &Options, rates: &[Option<Rate>]) -> Result
         .collect()
 }
 
+/// The report of a tensor that is kept as it is.
+pub(crate) fn raw_report(source: &Source, index: usize, reason: String) -> Result<TensorReport> {
+    report(&source.tensors()[index], codecs::get(codecs::RAW)?, None, reason, false)
+}
+
 /// The header of the artifact, all lengths right and all checksums zero.
 fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) -> Result<Header> {
     let unknown = |_: &_| Ok(Identity([0; 32]));

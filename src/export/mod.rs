@@ -26,6 +26,30 @@ use crate::layout::Layout;
 use crate::output::{self, OutputFile};
 use crate::tensor::{DType, from_f32};
 
+/// What stands before the data of a safetensors file of these tensors, and the length of the data.
+pub(crate) fn safetensors_head<'a>(
+    metadata: &std::collections::BTreeMap<String, String>,
+    tensors: impl IntoIterator<Item = (&'a crate::tensor::TensorInfo, DType)>,
+) -> Result<(Vec<u8>, u64)> {
+    safetensors::head(metadata, tensors)
+}
+
+/// Refuses a target of another kind than safetensors, and a file that exists, before there is anything to write to it;
+/// directories are looked into when they are written.
+pub(crate) fn check_target(target: &Path, force: bool) -> Result<()> {
+    if !force && target.is_file() {
+        return Err(output::exists(target));
+    }
+    match target.extension().and_then(|e| e.to_str()) {
+        None | Some("safetensors") => Ok(()),
+        _ if target.is_dir() => Ok(()),
+        Some(other) => Err(Error::invalid(format!(
+            "output {} ends in .{other}, expected .safetensors, .tenpak, or a directory",
+            target.display()
+        ))),
+    }
+}
+
 /// How to decompress.
 #[derive(Debug, Clone)]
 pub struct Options {

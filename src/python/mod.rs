@@ -20,6 +20,7 @@ use pyo3::types::PyBytes;
 
 use crate::artifact::{coded, delta as deltas};
 use crate::compress as engine;
+use crate::difference::Model;
 use crate::error::{Error, Result};
 use crate::export as exports;
 use crate::file::Access;
@@ -203,25 +204,36 @@ fn export(
 
 /// Writes the delta of a variant against a base; the report as JSON.
 #[pyfunction]
-#[pyo3(signature = (base, variant, output, epsilon, stats, force, threads, progress))]
+#[pyo3(signature = (base, variant, output, mode, codec, target_bits, epsilon, stats, force, threads, progress))]
 #[expect(clippy::too_many_arguments, reason = "the keywords of the Python function, defaults given there")]
 fn delta(
     py: Python<'_>,
     base: PathBuf,
     variant: PathBuf,
     output: PathBuf,
+    mode: Option<&str>,
+    codec: Option<&str>,
+    target_bits: Option<f64>,
     epsilon: f64,
     stats: Option<PathBuf>,
     force: bool,
     threads: usize,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
+    let request = || -> Result<deltas::Request> {
+        let mode = mode.map(str::parse).transpose()?;
+        let codec = codec.map(codecs::get).transpose()?;
+        let target_bits = target_bits.map(Rate::from_bits).transpose()?;
+        Ok(deltas::Request { mode, codec, target_bits, epsilon, stats: None })
+    };
+    let request = request().map_err(|e| run::raise(py, e))?;
     interruptible(py, threads, progress, |on_progress| {
-        let opened = crate::artifact::ArtifactFile::open(&base)?;
+        let opened = Model::open(&base, access(true), &Limits::DEFAULT)?;
         let variant_source = open_source(&variant, true)?;
         let options = source::Options { access: access(true), limits: Limits::DEFAULT };
         let stats = stats.as_deref().map(|path| Stats::open(path, &options)).transpose()?.map(Arc::new);
-        let made = deltas::delta(&opened, &variant_source, epsilon, stats, &output, force, on_progress)?;
+        let request = deltas::Request { stats, ..request };
+        let made = deltas::create(&opened, &variant_source, request, &output, force, on_progress)?;
         json(&report::Delta::new(&base, &variant, &output, epsilon, &made))
     })
 }
@@ -239,9 +251,9 @@ fn materialize(
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     interruptible(py, threads, progress, |on_progress| {
-        let opened = crate::artifact::ArtifactFile::open(&base)?;
+        let opened = Model::open(&base, access(true), &Limits::DEFAULT)?;
         let chain = deltas.iter().map(crate::artifact::ArtifactFile::open).collect::<Result<Vec<_>>>()?;
-        let written = deltas::materialize(&opened, &chain, &output, force, on_progress)?;
+        let written = deltas::restore(&opened, &chain, &output, force, on_progress)?;
         json(&report::Materialize::new(&output, &written))
     })
 }

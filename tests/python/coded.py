@@ -8,6 +8,7 @@ favours being obviously right over being fast, and shares no code with the packa
 | `decode_codes` | a stream to codes `[rows, cols]` |
 | `decode_scales` | coded scales to float32 `[rows]` |
 | `decode_bytes` | coded bytes to the plane `[rows, row]` |
+| `decode_words` | coded words to those of a tensor, given the base's |
 """
 
 from __future__ import annotations
@@ -332,3 +333,73 @@ def decode_bytes(data: bytes, rows: int, row: int) -> Bytes:
         at = end
     require(at == len(data), "bytes left over")
     return plane.reshape(rows, row)
+
+
+def decode_words(data: bytes, base: bytes, size: int) -> bytes:
+    """Words of `size` bytes, given those that they differ from.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the stream.
+    """
+    bits, top = 8 * size, 1 << (8 * size - 1)
+    old = [int(w) for w in np.frombuffer(base, f"<u{size}")]
+    tables = data[0] if data else 0
+    require(1 <= tables <= 64 and len(data) >= tables, "number of tables")
+    keys = [0, *data[1:tables]]
+    require(all(a < b for a, b in zip(keys, keys[1:], strict=False)), "keys do not ascend")
+    at = tables
+    freqs, starts, symbols = [], [], []
+    for _ in range(tables):
+        require(len(data) >= at + 32, "a short table")
+        present = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8, 32, at), bitorder="little"))
+        require(len(data) >= at + 32 + 2 * len(present), "a short table")
+        freq = np.zeros(256, np.int64)
+        freq[present] = np.frombuffer(data, "<u2", len(present), at + 32)
+        require(bool(((freq[present] >= 1) & (freq[present] < TOTAL)).all()) and freq.sum() == TOTAL, "frequencies")
+        require(not len(present) or present[-1] < 64 + 4 * (bits - 6), "a symbol of longer words")
+        freqs.append([int(f) for f in freq])
+        starts.append([int(s) for s in np.cumsum(freq) - freq])
+        symbols.append([int(s) for s in np.repeat(np.arange(256), freq)])
+        at += 32 + 2 * len(present)
+    blocks = -(-len(old) // 65536)
+    require(len(data) >= at + 8 * blocks, "a short index")
+    index = struct.unpack_from(f"<{2 * blocks}I", data, at)
+    at += 8 * blocks
+    out = []
+    for block in range(blocks):
+        count, more = index[2 * block : 2 * block + 2]
+        require(len(data) >= at + 16 + 2 * count + more, "a short block")
+        states = list(struct.unpack_from("<4I", data, at))
+        require(min(states) >= LOW, "a low state")
+        words = iter(struct.unpack_from(f"<{count}H", data, at + 16))
+        at += 16 + 2 * count
+        follow, taken = int.from_bytes(data[at : at + more], "little"), 0
+        at += more
+        for i, word in enumerate(old[block * 65536 : (block + 1) * 65536]):
+            key = (word << 1 & ((1 << bits) - 1)) >> (bits - 8)
+            table = max(t for t in range(tables) if keys[t] <= key)
+            state = states[i % 4]
+            slot = state % TOTAL
+            symbol = symbols[table][slot]
+            state = freqs[table][symbol] * (state // TOTAL) + slot - starts[table][symbol]
+            if state < LOW:
+                following = next(words, None)
+                require(following is not None, "too few words")
+                state = state * LOW + (following or 0)
+            states[i % 4] = state
+            difference = symbol
+            if symbol >= 64:
+                length = (symbol - 64) // 4 + 7
+                difference = (4 + (symbol - 64) % 4) << (length - 3)
+                difference += (follow >> taken) & ((1 << (length - 3)) - 1)
+                taken += length - 3
+            d = difference // 2 if difference % 2 == 0 else -(difference + 1) // 2
+            integer = (word + top if word < top else 2 * top - 1 - word) + d
+            integer %= 1 << bits
+            out.append(integer - top if integer >= top else 2 * top - 1 - integer)
+        require(next(words, None) is None and states == [LOW] * 4, "words left over, or a wrong state")
+        require(-(-taken // 8) == more and follow >> taken == 0, "bits left over")
+    require(at == len(data), "bytes left over")
+    return np.array(out, f"<u{size}").tobytes()

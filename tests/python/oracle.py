@@ -11,6 +11,7 @@ with the package.
 | `encode` | codes of weights, given the stored scales, offsets and zero points |
 | `write` | tensors to the bytes of a file |
 | `materialize` | base and deltas to the bytes of a file |
+| `fine_tuned` | the tensors of a base and a delta to those of its variant |
 
 From a shell: `python oracle.py FILE` checks a file and prints a line per tensor.
 """
@@ -37,6 +38,7 @@ Object = dict[str, Any]
 MAGIC = bytes.fromhex("89544E504B0D0A1A")
 VERSION = 1
 DELTA_FLAG = 1
+CHECKPOINT_FLAG = 8
 CODED_FLAG = 2
 EXTRA_FLAG = 4
 PREAMBLE = 64
@@ -371,6 +373,7 @@ class Entry:
     rate: int | None = None
     column_scales: bool = False
     outliers: int = 0
+    difference: bool = False
 
     @property
     def has_extra(self) -> bool:
@@ -401,6 +404,7 @@ class Delta:
     base: str
     result: str
     runs: tuple[tuple[int, int], ...]
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -475,7 +479,8 @@ def print_header(header: Header) -> bytes:
     }
     if header.delta is not None:
         d = header.delta
-        out["delta"] = {"base": d.base, "result": d.result, "runs": [list(run) for run in d.runs]}
+        out["delta"] = {"checkpoint": True} if d.checkpoint else {}
+        out["delta"] |= {"base": d.base, "result": d.result, "runs": [list(run) for run in d.runs]}
     out["identity"] = header.identity
     out["tensors"] = [_print_entry(entry) for entry in header.tensors]
     if header.files:
@@ -497,6 +502,8 @@ def _print_entry(entry: Entry) -> Object:
         out["column_scales"] = True
     if entry.outliers:
         out["outliers"] = entry.outliers
+    if entry.difference:
+        out["difference"] = True
     out["planes"] = [
         {"plane": p.plane}
         | ({"coding": p.coding} if p.coding is not None else {})
@@ -595,6 +602,13 @@ def parse_header(text: bytes, *, is_delta: bool) -> Header:
     require(header.identity == identity(header.tensors), "identity is not that of the tensors")
     if header.delta is not None:
         _check_runs(header.delta, len(header.tensors))
+    checkpoint = header.delta is not None and header.delta.checkpoint
+    for entry in header.tensors:
+        words = any(p.coding == "words_v1" for p in entry.planes)
+        require(checkpoint or not (entry.difference or words), f"{entry.name} is a difference of no checkpoint")
+        require(not checkpoint or entry.difference == (entry.codec != RAW), f"{entry.name} stands for weights")
+    raw_names = [name.encode("utf-8", "surrogatepass") for name in names]
+    require(not checkpoint or raw_names == sorted(raw_names), "tensors of a delta of a checkpoint are not sorted")
     return header
 
 
@@ -612,14 +626,15 @@ def _parse_provenance(value: object) -> Object:
 
 
 def _parse_delta(value: object) -> Delta:
-    out = _fields(value, "delta", ["base", "result", "runs"])
+    out = _fields(value, "delta", ["base", "result", "runs"], ["checkpoint"])
+    require(out.get("checkpoint", True) is True, "checkpoint is not true")
     runs = []
     for run in _array(out["runs"], "runs"):
         require(len(_array(run, "run")) == 2, "a run is not [first, count]")
         first, count = _number(run[0], "first", -1), _number(run[1], "count", 1)
         require(first + count < 2**63, "first + count of a run is 2^63 or more")
         runs.append((first, count))
-    return Delta(_hex(out["base"], "base"), _hex(out["result"], "result"), tuple(runs))
+    return Delta(_hex(out["base"], "base"), _hex(out["result"], "result"), tuple(runs), "checkpoint" in out)
 
 
 def _check_runs(delta: Delta, own: int) -> None:
@@ -629,7 +644,7 @@ def _check_runs(delta: Delta, own: int) -> None:
         require(not joined, "two runs could be one")
 
 
-EXTRAS = ("column_scales", "outliers")
+EXTRAS = ("column_scales", "outliers", "difference")
 
 
 def _parse_entry(value: object) -> Entry:
@@ -660,6 +675,10 @@ def _parse_entry(value: object) -> Entry:
     scaled = out.get("column_scales", False)
     require(scaled is True or "column_scales" not in out, "column_scales is not true")
     outliers = _number(out["outliers"], "outliers", 1) if "outliers" in out else 0
+    difference = out.get("difference", False)
+    require(difference is True or "difference" not in out, "difference is not true")
+    sums = dtype in ("F32", "F16", "BF16") and codec != RAW and not transposed
+    require(sums or not difference, "a difference in a dtype or an order that has none, or raw")
     rows, cols = matrix(shape, transposed)
     require(codec != RAW or not (scaled or outliers), "a raw tensor with extra planes")
     require(
@@ -670,7 +689,9 @@ def _parse_entry(value: object) -> Entry:
     for item in _array(out["planes"], "planes"):
         _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"], ["coding"])
         coding = _text(item["coding"], "coding") if "coding" in item else None
-        require(coding in (None, "rows_v1", "scales_v1", "bytes_v1"), f"unknown coding {coding}", "unsupported")
+        require(
+            coding in (None, "rows_v1", "scales_v1", "bytes_v1", "words_v1"), f"unknown coding {coding}", "unsupported"
+        )
         planes.append(
             Plane(
                 _text(item["plane"], "plane"),
@@ -688,7 +709,7 @@ def _parse_entry(value: object) -> Entry:
             require(p.bytes == length, f"plane {p.plane} has not {length} bytes")
         else:
             layout = CODECS.get(codec)
-            takes = None
+            takes = "words_v1" if codec == RAW and ELEMENT_BYTES[dtype] in (1, 2, 4) else None
             if layout is not None and not p.plane.startswith(("column_", "outlier_")):
                 row_scales = p.plane == "scales" and layout.scale == "F32" and layout.group == 0
                 takes = "scales_v1" if row_scales else "bytes_v1"
@@ -698,7 +719,7 @@ def _parse_entry(value: object) -> Entry:
             require(p.bytes < length, f"coded plane {p.plane} is not shorter than {length} bytes")
             require(p.coding == "scales_v1" or length // 16384 <= p.bytes, f"coded plane {p.plane} is too short")
         require(len(p.crc32c) == 8 * -(-p.bytes // CHUNK), "crc32c has not 8 digits per chunk")
-    return Entry(name, dtype, shape, transposed, codec, tuple(planes), rate, scaled, outliers)
+    return Entry(name, dtype, shape, transposed, codec, tuple(planes), rate, scaled, outliers, difference)
 
 
 def _parse_file(value: object) -> File:
@@ -753,6 +774,7 @@ def identity(tensors: Iterable[Entry]) -> str:
         out += [text(entry.name), text(entry.dtype), struct.pack("<Q", len(entry.shape))]
         out += [struct.pack("<Q", dim) for dim in entry.shape]
         extra = "+column_scales" * entry.column_scales + "+outliers" * (entry.outliers > 0)
+        extra += "+difference" * entry.difference
         out += [bytes([entry.transposed]), text(entry.codec + extra)]
         out += [bytes.fromhex(p.blake3) for p in entry.planes]
     return str(blake3(b"".join(out)).hexdigest())
@@ -1007,7 +1029,11 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     require(magic == MAGIC, "wrong magic")
     require(preamble_crc == crc32c(data[:60]), "wrong checksum of the preamble")
     require(version == VERSION, f"unknown version {version}", "unsupported")
-    require(flags & ~(DELTA_FLAG | CODED_FLAG | EXTRA_FLAG) == 0, f"unknown flags {flags:#x}", "unsupported")
+    require(
+        flags & ~(DELTA_FLAG | CODED_FLAG | EXTRA_FLAG | CHECKPOINT_FLAG) == 0,
+        f"unknown flags {flags:#x}",
+        "unsupported",
+    )
     require(rest == bytes(24), "bytes 36 to 60 are not zero")
     require(file_length <= len(data), "truncated")
     require(file_length >= len(data), "trailing data")
@@ -1016,6 +1042,8 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     header_at = len(data) - header_length
     require(header_crc == crc32c(data[header_at:]), "wrong checksum of the header")
     header = parse_header(data[header_at:], is_delta=bool(flags & DELTA_FLAG))
+    checkpoint = header.delta is not None and header.delta.checkpoint
+    require(checkpoint == bool(flags & CHECKPOINT_FLAG), "field checkpoint and flag bit 3 disagree")
     require(is_coded(header.tensors) == bool(flags & CODED_FLAG), "coded planes and flag bit 1 disagree")
     has_extra = any(e.has_extra for e in header.tensors)
     require(has_extra == bool(flags & EXTRA_FLAG), "extra planes and flag bit 2 disagree")
@@ -1033,6 +1061,8 @@ def read(data: bytes, *, header_limit: int = HEADER_LIMIT) -> Artifact:
     artifact = Artifact(header, data)
     for entry in header.tensors:
         for plane in entry.planes:
+            if plane.coding == "words_v1":  # known with the base only
+                continue
             digest = blake3(artifact.plane(entry, plane.plane)).hexdigest()
             require(digest == plane.blake3, f"wrong digest of plane {plane.plane} of {entry.name}")
         if entry.codec != RAW:
@@ -1220,6 +1250,82 @@ def materialize(base: Artifact, deltas: Iterable[Artifact]) -> bytes:
         base = read(data)
         require(base.header.identity == delta.result, "the result has another identity")
     return base.data
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def checkpoint_identity(tensors: Mapping[str, RawTensor]) -> str:
+    """Give the identity of a checkpoint."""
+    names = sorted(tensors, key=lambda name: name.encode())
+    planes = {name: Plane("data", 0, 0, "", str(blake3(tensors[name].data).hexdigest())) for name in names}
+    return identity(Entry(n, tensors[n].dtype, tensors[n].shape, False, RAW, (planes[n],)) for n in names)
+
+
+def fine_tuned(base: Mapping[str, RawTensor], delta: Artifact) -> dict[str, RawTensor]:
+    """Give the checkpoint that a delta makes of another one.
+
+    Raises
+    ------
+    FormatError
+        The delta is not of this checkpoint, or gives something else than it says.
+    """
+    section = delta.header.delta
+    require(section is not None and section.checkpoint, "not a delta of a checkpoint")
+    assert section is not None
+    require(section.base == checkpoint_identity(base), "the delta is of another base")
+    names = sorted(base, key=lambda name: name.encode())
+    own = iter(delta.header.tensors)
+    out: dict[str, RawTensor] = {}
+    for first, count in section.runs:
+        require(first + count <= len(names), "a run goes beyond the base")
+        if first != -1:
+            out |= {name: base[name] for name in names[first : first + count]}
+            continue
+        for entry in (next(own) for _ in range(count)):
+            old = base.get(entry.name)
+            words = entry.planes[0].coding == "words_v1"
+            if words or entry.difference:
+                alike = old is not None and (old.dtype, old.shape) == (entry.dtype, entry.shape)
+                require(alike, f"{entry.name} is a difference of nothing")
+            if words:
+                assert old is not None
+                try:
+                    data = coded.decode_words(delta.stored(entry.planes[0]), old.data, ELEMENT_BYTES[entry.dtype])
+                except coded.CodedError as e:
+                    raise FormatError(f"{entry.name}: {e}") from e
+                require(blake3(data).hexdigest() == entry.planes[0].blake3, f"wrong digest of {entry.name}")
+            elif entry.difference:
+                assert old is not None
+                data = add(entry.dtype, old.data, delta.decode(entry))
+            else:
+                data = delta.raw(entry)
+            out[entry.name] = RawTensor(entry.dtype, entry.shape, data)
+    require(list(out) == sorted(out, key=lambda name: name.encode()), "the result is not sorted")
+    require(checkpoint_identity(out) == section.result, "the result has another identity")
+    return out
+
+
+def add(dtype: str, old: bytes, difference: F32) -> bytes:
+    """Bytes of the base's elements with a difference added, in the dtype of the base."""
+    if dtype == "BF16":
+        wide = (np.frombuffer(old, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        wide = np.frombuffer(old, "<f2" if dtype == "F16" else "<f4").astype("<f4")
+    total = wide + difference.ravel()
+    if dtype == "F32":
+        return total.astype("<f4").tobytes()
+    if dtype == "F16":
+        return np.clip(total, np.float32(-65504), np.float32(65504)).astype("<f2").tobytes()
+    most = np.array([0x7F7F0000], "<u4").view("<f4")[0]
+    bits = np.clip(total, -most, most).view("<u4").astype(np.int64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
 
 
 def main(paths: Sequence[str]) -> int:

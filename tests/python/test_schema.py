@@ -257,6 +257,27 @@ def test_delta_and_materialize_print_what_the_schema_says(
     assert made["file_bytes"] == out.stat().st_size
 
 
+def test_deltas_of_checkpoints_print_what_the_schema_says(cli: Cli, tmp_path: Path, sample_model: Path) -> None:
+    source = read_safetensors(sample_model / "model.safetensors")
+    name = next(n for n, a in source.items() if a.ndim == 2)
+    source[name] = source[name] * np.float16(1.01)
+    variant = write_safetensors(tmp_path / "v.safetensors", source)
+    delta, out = tmp_path / "d.tenpak", tmp_path / "r.safetensors"
+    for mode, options in (("lossless", ()), ("quantized", ("--codec", "int8_sym_v1"))):
+        command = ("delta", "--base", sample_model, variant, "-o", delta, "--force", *options)
+        report = assert_valid(cli.json(*command), "delta")
+        assert report["mode"] == mode and [t["name"] for t in report["changed"]] == [name]
+        assert report["variant_bytes"] == report["base_bytes"] == sum(a.nbytes for a in source.values())
+        assert ("loss" in report) == ("loss" in report["alone"]) == (mode == "quantized")
+        assert_valid(cli.json("verify", delta), "verify")
+        shown = assert_valid(cli.json("inspect", delta), "inspect")
+        assert shown["delta"]["checkpoint"] and ("difference" in shown["tensors"][0]) == (mode == "quantized")
+        command = ("materialize", "--base", sample_model, "--delta", delta, "-o", out, "--force")
+        made = assert_valid(cli.json(*command), "materialize")
+        assert made["identity"] == report["result"] and made["tensors"] == len(source)
+        assert made["file_bytes"] == out.stat().st_size and [f["path"] for f in made["files"]] == [str(out)]
+
+
 def test_diff_prints_what_the_schema_says(cli: Cli, tmp_path: Path, sample_model: Path, artifact: Path) -> None:
     assert not assert_valid(cli.json("diff", sample_model, artifact, code=1), "diff")["same"]
     assert assert_valid(cli.json("diff", artifact, artifact), "diff")["same"]
