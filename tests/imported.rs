@@ -522,6 +522,55 @@ fn damage_anywhere_in_a_gguf_file_ends_in_a_result_or_an_error() {
         [("blk.0.attn_q.weight", &[32, 8], 2, 0), ("blk.0.attn_q.bias", &[8], 0, 160), ("b", &[256], 12, 192)];
     let whole = gguf_file(&keys, &tensors, 192 + 144);
     let folder = Folder::new();
+    damaged(&folder, &whole, &[1, 16, 128]);
+    let source = open_source(&folder.write("m.gguf", &whole));
+    let names: Vec<_> = source.tensors().iter().map(|t| t.info().name()).collect();
+    assert_eq!(names, ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias", "b"]);
+    assert!(source.notes()[0].contains("there is no token_embd.weight"), "{:?}", source.notes());
+}
+
+#[test]
+fn damage_to_config_tokenizer_and_experts_of_a_gguf_file_ends_in_a_result_or_an_error() {
+    let number = |n: u32| n.to_le_bytes().to_vec();
+    let list = |kind: u32, elements: &[Vec<u8>]| {
+        [&kind.to_le_bytes()[..], &(elements.len() as u64).to_le_bytes(), &elements.concat()].concat()
+    };
+    let scores = [0.0, -1.0, -2.0, -3.0].map(|score: f32| score.to_le_bytes().to_vec());
+    let keys = [
+        ("general.architecture", 8, string("llama")),
+        ("llama.block_count", 4, number(1)),
+        ("llama.context_length", 4, number(64)),
+        ("llama.embedding_length", 4, number(32)),
+        ("llama.feed_forward_length", 4, number(8)),
+        ("llama.attention.head_count", 4, number(2)),
+        ("llama.attention.layer_norm_rms_epsilon", 6, 1e-5_f32.to_le_bytes().to_vec()),
+        ("llama.expert_count", 4, number(2)),
+        ("llama.expert_used_count", 4, number(1)),
+        ("tokenizer.ggml.model", 8, string("llama")),
+        ("tokenizer.ggml.tokens", 9, list(8, &["<unk>", "a", "b", "ab"].map(string))),
+        ("tokenizer.ggml.scores", 9, list(6, &scores)),
+        ("tokenizer.ggml.token_type", 9, list(5, &[2, 1, 1, 1].map(number))),
+        ("tokenizer.ggml.bos_token_id", 4, number(1)),
+    ];
+    let tensors: [(&str, &[u64], u32, u64); 2] =
+        [("token_embd.weight", &[32, 4], 2, 0), ("blk.0.ffn_gate_exps.weight", &[32, 8, 2], 2, 96)];
+    let whole = gguf_file(&keys, &tensors, 96 + 288);
+    let folder = Folder::new();
+    damaged(&folder, &whole, &[1, 128]);
+    let source = open_source(&folder.write("m.gguf", &whole));
+    let names: Vec<_> = source.tensors().iter().map(|t| (t.info().name(), t.info().shape().to_vec())).collect();
+    let expert = |number| format!("model.layers.0.block_sparse_moe.experts.{number}.w1.weight");
+    let [first, second] = [expert(0), expert(1)];
+    assert_eq!(names, [("model.embed_tokens.weight", vec![4, 32]), (&*first, vec![8, 32]), (&*second, vec![8, 32])]);
+    assert_eq!(source.config().unwrap()["model_type"], "mixtral");
+    assert_eq!(source.config().unwrap()["rms_norm_eps"], 1e-5);
+    let files: Vec<_> = source.attached().iter().map(tenpak::source::SourceFile::name).collect();
+    assert_eq!(files, ["config.json", "tokenizer.json", "tokenizer_config.json"]);
+    assert_eq!(source.notes(), [""; 0]);
+}
+
+/// Opens and reads a file with every byte changed by each of these, made zero, made ones, and cut off anywhere.
+fn damaged(folder: &Folder, whole: &[u8], changes: &[u8]) {
     let mut opened = 0;
     let read = |bytes: &[u8]| {
         let path = folder.write("m.gguf", bytes);
@@ -534,15 +583,12 @@ fn damage_anywhere_in_a_gguf_file_ends_in_a_result_or_an_error() {
         1
     };
     for at in 0..whole.len() {
-        for change in [1, 16, 128, whole[at], !whole[at]] {
-            let mut damaged = whole.clone();
+        for &change in changes.iter().chain(&[whole[at], !whole[at]]) {
+            let mut damaged = whole.to_vec();
             damaged[at] ^= change;
             opened += read(&damaged);
         }
         assert_eq!(read(&whole[..at]), 0, "cut off at {at}");
     }
     assert!(opened > 0);
-    let source = open_source(&folder.write("m.gguf", &whole));
-    let names: Vec<_> = source.tensors().iter().map(|t| t.info().name()).collect();
-    assert_eq!(names, ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias", "b"]);
 }

@@ -240,3 +240,23 @@ def test_what_no_config_says_is_said(tmp_path: Path) -> None:
     report = tenpak.compress(tmp_path / "m.gguf", tmp_path / "m.tenpak")
     assert "no config.json follows" in report["notes"][0] and "llama.embedding_length is missing" in report["notes"][0]
     assert [t["name"] for t in report["tensors"]] == ["model.embed_tokens.weight"]
+
+
+def test_a_tensor_that_no_model_has_leaves_the_file_without_a_config(made: Any, tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(made("llama").folder / "m.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("llama."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.add_tensor("blk.0.ffn_gate.0.weight", np.ones((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    report = tenpak.compress(tmp_path / "m.gguf", tmp_path / "m.tenpak")
+    assert "'blk.0.ffn_gate.0.weight' has no place in a model of type llama" in report["notes"][0]
+    assert list(tenpak.open(tmp_path / "m.tenpak").files) == []
+    names = {t["name"] for t in report["tensors"]}
+    assert {"model.layers.0.self_attn.q_proj.weight", "blk.0.ffn_gate.0.weight"} <= names

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Number, Value as Json, json};
 
+use super::FACTORS;
 use super::header::{Tensor, Value};
 use super::kind::Kind as Type;
 use crate::gguf::{KNOWN, Kind};
@@ -107,6 +108,11 @@ pub(super) fn config(keys: Keys<'_>, tensors: &[&Tensor], factors: Option<&[f32]
     };
     let find = |name: &str| tensors.iter().find(|tensor| tensor.name == name);
     let embedding = find("token_embd.weight").ok_or("there is no token_embd.weight")?;
+    let unknown = |tensor: &&&Tensor| kind.hugging_face(&tensor.name).is_none() && tensor.name != FACTORS;
+    if let Some(tensor) = tensors.iter().find(unknown) {
+        let name = tensor.name.escape_debug();
+        return Err(format!("tensor '{name}' has no place in a model of type {}", kind.model));
+    }
     if let Some(theirs) = tensors.iter().find(|tensor| {
         let own = kind.hugging_face(&tensor.name);
         let turned = own.as_ref().is_some_and(|own| own.turned) && !matches!(tensor.kind, Type::Plain(_));
@@ -188,7 +194,7 @@ pub(super) fn config(keys: Keys<'_>, tensors: &[&Tensor], factors: Option<&[f32]
         return Err("only a part of each head is turned by its position".to_owned());
     }
     let theta = keys.float("rope.freq_base").unwrap_or_else(|| json!(10000.0));
-    let scaling = scaling(keys, tensors, (factors, head, &theta))?;
+    let scaling = scaling(keys, factors, head, &theta)?;
     if kind.model == "gemma3_text" {
         let local = keys.float("rope.freq_base_swa").unwrap_or_else(|| json!(10000.0));
         let mut full = scaling.unwrap_or_else(|| json!({"rope_type": "default"}));
@@ -210,14 +216,7 @@ pub(super) fn config(keys: Keys<'_>, tensors: &[&Tensor], factors: Option<&[f32]
 }
 
 /// How positions are scaled, where they are.
-fn scaling(
-    keys: Keys<'_>,
-    tensors: &[&Tensor],
-    (factors, head, theta): (Option<&[f32]>, u64, &Json),
-) -> Said<Option<Json>> {
-    if let Some(other) = tensors.iter().find(|tensor| tensor.name.starts_with("rope_factors_")) {
-        return Err(format!("positions are scaled by '{}'", other.name.escape_debug()));
-    }
+fn scaling(keys: Keys<'_>, factors: Option<&[f32]>, head: u64, theta: &Json) -> Said<Option<Json>> {
     if let Some(factors) = factors {
         let theta = theta.as_f64().unwrap_or(10000.0);
         return llama3(factors, head, theta).map(Some).ok_or_else(|| "no known rule gives its rope_freqs".to_owned());
