@@ -146,7 +146,7 @@ pub(super) fn pieces(
             let own = block * per_block..((block + 1) * per_block).min(rows);
             let first = (own.start - here.start) * stride;
             let codes = &codes[first..][..own.len() * stride];
-            let codes = Codes { plane: codes, stride: stride, cols };
+            let codes = Codes { plane: codes, stride, cols };
             let counts = &all[own.clone()];
             let number = number_of(&all[own.clone()]);
             let mut found = Vec::new();
