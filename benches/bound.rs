@@ -20,7 +20,7 @@ use tenpak::layout::Layout;
 use tenpak::recipe::Recipe;
 
 const SIDE: usize = 2048;
-const RATES: [f64; 8] = [3.0, 3.5, 4.0, 4.25, 4.5, 5.0, 6.0, 8.0];
+const RATES: [f64; 9] = [3.0, 3.5, 4.0, 4.25, 4.5, 5.0, 6.0, 7.0, 8.0];
 
 /// Pseudo-random numbers of a standard Gaussian.
 fn gaussian(count: usize, seed: u64) -> impl Iterator<Item = f64> {

@@ -3,6 +3,7 @@
 #![expect(clippy::cast_possible_truncation, reason = "levels are clamped to those of codes")]
 
 use proptest::prelude::*;
+use tenpak::coding::ends::{self, Codes, Columns, Steps};
 use tenpak::coding::{self, ByteStream, Stream, Trellis};
 use tenpak::fit::entropy::{Choice, Quantized, quantize, quantize_step, quantize_with};
 
@@ -50,8 +51,83 @@ fn halves(count: usize, seed: u64) -> Vec<u8> {
     gaussian(count, seed).iter().flat_map(|x| half::f16::from_f32(0.01 * (2.0 + x)).to_le_bytes()).collect()
 }
 
+/// Outliers of a matrix: how many each row has, their columns, and how many steps they are beyond their codes.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct Beyond {
+    counts: Vec<u32>,
+    columns: Vec<u32>,
+    steps: Vec<u32>,
+}
+
+impl Beyond {
+    /// Those that `chosen` picks among codes of a magnitude of at least `least`, with numbers of steps of all sizes.
+    fn of(codes: &[u8], cols: usize, least: u8, chosen: impl Fn(usize) -> bool) -> Self {
+        let mut all = Self::default();
+        for row in codes.chunks(cols) {
+            let own = row.iter().enumerate().filter(|(_, code)| code.abs_diff(128) >= least);
+            let before = all.columns.len();
+            for (column, _) in own.filter(|(column, _)| chosen(all.counts.len() * cols + column)) {
+                let place = all.counts.len() * cols + column;
+                all.columns.push(u32::try_from(column).expect("a short row"));
+                all.steps.push(1 + (place as u32 * 7919 % 64) * if place.is_multiple_of(97) { 200_000 } else { 1 });
+            }
+            all.counts.push((all.columns.len() - before) as u32);
+        }
+        all
+    }
+
+    /// The three streams.
+    fn streams(&self, codes: &[u8], cols: usize) -> [Vec<u8>; 3] {
+        let matrix = Codes { plane: codes, stride: cols, cols };
+        let columns = ends::encode_columns(&matrix, &self.counts, &self.columns).expect("no outlier at level zero");
+        let counts = ends::encode_counts(&self.counts).expect("counts of a small matrix");
+        [counts, columns, ends::encode_steps(cols, &self.counts, &self.steps)]
+    }
+
+    /// What three streams say.
+    fn read(streams: [&[u8]; 3], codes: &[u8], cols: usize) -> tenpak::Result<Self> {
+        let rows = codes.len() / cols;
+        let mut all = Self { counts: ends::decode_counts(streams[0], rows)?, ..Self::default() };
+        let columns = Columns::open(streams[1], rows, cols)?;
+        let steps = Steps::open(streams[2], rows, cols)?;
+        let per_block = columns.blocks().rows();
+        for (block, counts) in all.counts.chunks(per_block).enumerate() {
+            let plane = &codes[block * per_block * cols..][..counts.len() * cols];
+            columns.decode(block, &Codes { plane, stride: cols, cols }, counts, &mut all.columns)?;
+            // As a reader does that has compared counts with the matrix.
+            let number = counts.iter().map(|&count| (count as usize).min(cols)).sum();
+            steps.decode(block, number, &mut all.steps)?;
+        }
+        Ok(all)
+    }
+}
+
+/// Codes of a wide distribution, clipped to the ends.
+fn clipped(rows: usize, cols: usize, spread: f32, seed: u64) -> Vec<u8> {
+    let level = |x: &f32| (x * spread).round().clamp(-127.0, 127.0) as i16;
+    gaussian(rows * cols, seed).iter().map(|x| u8::try_from(level(x) + 128).expect("clamped")).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_outliers_come_back(rows in 1usize..80, cols in 1usize..90, least in 1u8..=127, every in 1usize..40, spread in 1f32..300.0, seed in any::<u64>()) {
+        let codes = clipped(rows, cols, spread, seed);
+        let beyond = Beyond::of(&codes, cols, least, |place| (place * 31).is_multiple_of(every));
+        let [counts, columns, steps] = beyond.streams(&codes, cols);
+        prop_assert_eq!(Beyond::read([&counts, &columns, &steps], &codes, cols).expect("what was encoded decodes"), beyond);
+    }
+
+    #[test]
+    fn no_bytes_of_outliers_do_harm(bytes in prop::collection::vec(any::<u8>(), 0..60), rows in 1usize..70, cols in 1usize..70) {
+        let codes = clipped(rows, cols, 200.0, 1);
+        let sound = Beyond::of(&codes, cols, 127, |_| true);
+        let [counts, columns, steps] = sound.streams(&codes, cols);
+        for streams in [[&*bytes, &*columns, &*steps], [&*counts, &*bytes, &*steps], [&*counts, &*columns, &*bytes]] {
+            let _ = Beyond::read(streams, &codes, cols);
+        }
+    }
 
     #[test]
     fn any_bytes_come_back(rows in 1usize..80, row in 1usize..90, log in 0u32..4, spread in 0.0f32..300.0, seed in any::<u64>()) {
@@ -190,6 +266,100 @@ fn a_matrix_that_the_stream_is_not_of_is_refused_or_fails() {
     ] {
         assert!(Stream::open(&stream, rows, cols).is_err(), "{rows}x{cols}");
     }
+}
+
+#[test]
+fn outliers_of_all_kinds_come_back_and_streams_of_other_lengths_are_refused() {
+    let (rows, cols) = (70, 90);
+    let wide = clipped(rows, cols, 90.0, 6);
+    for codes in [vec![255; rows * cols], vec![1; rows * cols], wide.clone()] {
+        for chosen in [|_| true, |place: usize| place.is_multiple_of(90) || place % 90 == 89, |place| place == 6299] {
+            let beyond = Beyond::of(&codes, cols, 127, chosen);
+            let [counts, columns, steps] = beyond.streams(&codes, cols);
+            let read = |streams: [&[u8]; 3]| Beyond::read(streams, &codes, cols);
+            assert_eq!(read([&counts, &columns, &steps]).expect("what was encoded decodes"), beyond);
+            if beyond.columns.is_empty() {
+                continue;
+            }
+            for end in 0..columns.len() {
+                assert!(read([&counts, &columns[..end], &steps]).is_err(), "columns cut at {end}");
+            }
+            for end in 0..steps.len() {
+                assert!(read([&counts, &columns, &steps[..end]]).is_err(), "steps cut at {end}");
+            }
+            assert!(read([&counts, &[&columns[..], &[0]].concat(), &steps]).is_err());
+            assert!(read([&counts, &columns, &[&steps[..], &[0]].concat()]).is_err());
+            assert!(read([&[&counts[..], &[0]].concat(), &columns, &steps]).is_err());
+            for least in [0, 128, 255] {
+                assert!(read([&counts, &[&[least], &columns[1..]].concat(), &steps]).is_err());
+            }
+        }
+    }
+    // More outliers than there are codes at the ends, and codes that are none of the ends.
+    let beyond = Beyond::of(&wide, cols, 127, |_| true);
+    let [counts, columns, steps] = beyond.streams(&wide, cols);
+    assert!(Beyond::read([&counts, &columns, &steps], &vec![128; rows * cols], cols).is_err());
+    let more = ends::encode_counts(&vec![90; rows]).expect("counts");
+    assert!(Beyond::read([&more, &columns, &steps], &wide, cols).is_err());
+    let flat = vec![128; rows * cols];
+    assert!(
+        ends::encode_columns(&Codes { plane: &flat, stride: cols, cols }, &beyond.counts, &beyond.columns).is_none()
+    );
+    for (rows, cols) in [(1 << 40, 1), (1 << 20, 1 << 30), (usize::MAX, 1)] {
+        assert!(Columns::open(&columns, rows, cols).is_err() && Steps::open(&steps, rows, cols).is_err());
+    }
+}
+
+#[test]
+fn a_number_of_steps_is_what_its_half_precision_value_says() {
+    for step in [1.5e-3f32, 0.25, 1.0, -0.125, 3e-8, 600.0] {
+        for number in [1u32, 2, 3, 17, 100, 2047, 2048, 5000, 70_000] {
+            for negative in [false, true] {
+                let value = ends::value(number, negative, step);
+                let found = ends::steps(value, negative, step);
+                if !value.is_finite() {
+                    assert_eq!(found, None, "{number} of {step}");
+                } else if let Some(found) = found {
+                    assert_eq!(ends::value(found, negative, step).to_bits(), value.to_bits(), "{number} of {step}");
+                } else {
+                    // Below the subnormals of half precision all numbers are zero, which is none.
+                    assert!(value.to_f32().abs() <= step.abs(), "{number} of {step} is {value}, which no number is");
+                }
+                assert_eq!(ends::steps(-value, negative, step).is_some(), value.to_bits() == 0 && found.is_some());
+            }
+        }
+    }
+    assert_eq!(ends::steps(half::f16::NAN, false, 1.0), None);
+    assert_eq!(ends::steps(half::f16::from_f32(0.3), false, 1.0), None);
+}
+
+#[test]
+fn codes_at_the_ends_take_what_lies_beyond_them() {
+    // 4 % of a Gaussian beyond the ends: what they take is the entropy of the clipped distribution, within a hundredth.
+    let (rows, cols) = (256, 1024);
+    let codes = clipped(rows, cols, 62.0, 12);
+    let stream = coding::encode(&codes, rows, cols).expect("these are codes");
+    let mut counts = [0f64; 256];
+    codes.iter().for_each(|&code| counts[usize::from(code)] += 1.0);
+    let total = codes.len() as f64;
+    let entropy: f64 = counts.iter().filter(|n| **n > 0.0).map(|n| n / total * (total / n).log2()).sum();
+    let bits = 8.0 * stream.len() as f64 / total;
+    assert!(bits < 1.01 * entropy, "{bits} bits of {entropy}");
+    assert_eq!(decoded(&stream, rows, cols).expect("what was encoded decodes"), codes);
+}
+
+#[test]
+fn at_eight_bits_a_gaussian_loses_what_a_quantizer_without_ends_would() {
+    let (rows, cols) = (512, 512);
+    let weights = gaussian(rows * cols, 21);
+    let q = quantize(&weights, rows, cols, 8.0, None).expect("finite weights");
+    let nmse = q.squared_error / sum_of_squares(&weights.iter().map(|&w| f64::from(w)).collect::<Vec<_>>());
+    // An entropy-coded uniform quantizer in theory: 2.17e-5.
+    assert!(q.bits_per_weight() <= 8.0 && nmse <= 2.3e-5, "{nmse:e} at {}", q.bits_per_weight());
+    let [counts, columns, steps] = q.outlier_streams.map(|stream| stream.expect("outliers go on where codes end"));
+    let bytes = counts.len() + columns.len() + steps.len();
+    // Of a geometric distribution of mean 23, a sign that costs nothing, and where they are.
+    assert!(8 * bytes < 10 * q.outliers.len(), "{bytes} bytes of {} outliers", q.outliers.len());
 }
 
 #[test]
@@ -360,6 +530,15 @@ fn pinned(rows: usize, cols: usize, spread: i32, trellis: Option<Trellis>) -> Ve
     codes
 }
 
+/// What lies beyond 100 levels, as if it were clipped.
+fn to_the_ends(code: u8) -> u8 {
+    match code {
+        0..=28 => 1,
+        228.. => 255,
+        code => code,
+    }
+}
+
 /// Compares with a file of `tests/data/coded`; `TENPAK_GOLDEN=create` makes one where there is none.
 fn compare(name: &str, bytes: &[u8]) {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/coded").join(name);
@@ -390,6 +569,25 @@ fn the_bytes_of_streams_stay_as_they_are() {
         let bytes = coding::encode_scales(scales);
         assert_eq!(usize::from(bytes[0]), kind);
         compare(&format!("scales-{kind}.hex"), &bytes);
+    }
+    // The last one has two blocks.
+    for (rows, cols, spread) in [(40, 50, 60), (3, 20, 400), (33, 8192, 0)] {
+        let mut codes: Vec<u8> = pinned(rows, cols, spread, None).into_iter().map(to_the_ends).collect();
+        if spread == 0 {
+            codes.iter_mut().step_by(499).for_each(|code| *code = 255);
+        }
+        let beyond = Beyond::of(&codes, cols, 127, |place| place % 7 != 3);
+        let stream = coding::encode(&codes, rows, cols).expect("codes");
+        assert_eq!(stream[7], u8::from(spread > 0), "{rows} x {cols}");
+        assert_eq!(decoded(&stream, rows, cols).expect("a stream"), codes);
+        let streams = beyond.streams(&codes, cols);
+        assert_eq!(Beyond::read([&streams[0], &streams[1], &streams[2]], &codes, cols).expect("streams"), beyond);
+        if spread > 0 {
+            compare(&format!("clipped-{rows}-{cols}-{spread}.hex"), &stream);
+        }
+        for (name, stream) in ["counts", "columns", "steps"].iter().zip(streams) {
+            compare(&format!("{name}-{rows}-{cols}-{spread}.hex"), &stream);
+        }
     }
     for (rows, row, size) in [(40, 50, 1), (3, 40, 2), (70, 36, 4), (1, 8, 8), (5, 100, 1)] {
         let plane = pinned(rows, row, if rows == 5 { 0 } else { 40 }, None);

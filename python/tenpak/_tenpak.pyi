@@ -214,6 +214,14 @@ def materialize(
 def merge_index(directory: str) -> str: ...
 def codecs_json() -> str: ...
 def decode_plane(codec: str, plane: str, rows: int, cols: int, stream: _Bytes) -> bytes: ...
+def decode_outliers(
+    codec: str,
+    plane: str,
+    rows: int,
+    cols: int,
+    outliers: int,
+    planes: list[tuple[str, str | None, _Bytes]],
+) -> bytes: ...
 def encode(
     bytes: npt.NDArray[Any],
     dtype: str,

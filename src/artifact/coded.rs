@@ -4,24 +4,30 @@
 //! layout describes, so kernels and decoders know nothing of codings. Digests are of those bytes too, so that what
 //! an artifact *is* does not depend on how it is stored.
 
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::entry::Entry;
 use super::identity::Identity;
+use super::outliers;
 #[cfg(feature = "python")]
-use crate::codec::Codec;
+use crate::codec::{Codec, extra::Extras};
 use crate::coding::{self, ByteStream, Stream, words};
 use crate::error::{Error, Result, try_zeroed};
+use crate::file::Block;
 use crate::layout::{Float, Layout, Plane, ROW};
 use crate::tensor::DType;
+#[cfg(feature = "python")]
+use crate::tensor::TensorInfo;
 
 /// How a plane lies on disk, where it is not stored as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coding {
     /// Rows of 8-bit codes, close to their entropy; see [`mod@crate::coding`].
     Rows,
+    /// The same where much was clipped to the last codes.
+    Clipped,
     /// F32 scales of rows, of which many are equal.
     Scales,
     /// Any bytes, close to the entropy of each.
@@ -29,19 +35,29 @@ pub enum Coding {
     /// The words of a raw tensor, as what they differ from those of the base; only in a delta of a checkpoint, and the one
     /// coding that a plane cannot be read from without something else. See [`mod@crate::coding::words`].
     Words,
+    /// How many outliers rows have.
+    Counts,
+    /// Columns of outliers among the codes at the ends; see [`crate::coding::ends`].
+    Columns,
+    /// Values of outliers in whole steps beyond their codes.
+    Steps,
 }
-
-/// A plane is at most so many times as long as its stream, so that a short file cannot ask for memory without end: no
-/// code takes less than a thousandth of a bit.
-pub(super) const EXPANSION: u64 = 1 << 14;
 
 /// Bytes of scales that are all equal.
 const EQUAL_SCALES: u64 = 5;
 
 impl Coding {
     /// Every coding, with its id.
-    pub const ALL: &[(&'static str, Self)] =
-        &[("rows_v1", Self::Rows), ("scales_v1", Self::Scales), ("bytes_v1", Self::Bytes), ("words_v1", Self::Words)];
+    pub const ALL: &[(&'static str, Self)] = &[
+        ("rows_v1", Self::Rows),
+        ("rows_v2", Self::Clipped),
+        ("scales_v1", Self::Scales),
+        ("bytes_v1", Self::Bytes),
+        ("words_v1", Self::Words),
+        ("counts_v1", Self::Counts),
+        ("columns_v1", Self::Columns),
+        ("steps_v1", Self::Steps),
+    ];
 
     /// The id in files.
     #[must_use]
@@ -64,11 +80,37 @@ impl Coding {
         })
     }
 
-    /// The coding that planes of this kind take.
+    /// Whether a plane of this kind may have it, of a tensor of a dtype.
+    #[must_use]
+    pub fn takes(self, layout: &Layout, plane: Plane, dtype: DType) -> bool {
+        let kind = match self {
+            Self::Clipped => return Self::Rows.takes(layout, plane, dtype),
+            Self::Words => return *layout == Layout::Raw && plane == Plane::Data && words::is_width(dtype.size()),
+            Self::Counts => Plane::OutlierCounts,
+            Self::Columns => Plane::OutlierColumns,
+            Self::Steps => Plane::OutlierValues,
+            _ => return Self::of(layout, plane) == Some(self),
+        };
+        // Steps are those of a row, and codes are compared with their ends.
+        let of_rows = |coding: Self, plane| Self::of(layout, plane) == Some(coding);
+        plane == kind && of_rows(Self::Rows, Plane::Codes) && of_rows(Self::Scales, Plane::Scales)
+    }
+
+    /// The coding of a stream of rows of codes.
+    pub(crate) fn of_rows(stream: &[u8]) -> Self {
+        if coding::has_ends(stream) { Self::Clipped } else { Self::Rows }
+    }
+
+    /// Whether a plane is decoded with the help of others.
+    fn leans(self) -> bool {
+        matches!(self, Self::Columns | Self::Steps)
+    }
+
+    /// The coding that planes of this kind take by themselves.
     #[must_use]
     pub fn of(layout: &Layout, plane: Plane) -> Option<Self> {
         match (layout, plane) {
-            // Few bytes, and not in rows.
+            // Their coding depends on how they were chosen.
             (_, Plane::ColumnScales | Plane::OutlierCounts | Plane::OutlierColumns | Plane::OutlierValues) => None,
             (Layout::Grouped(g), Plane::Codes) if g.bits() == 8 => Some(Self::Rows),
             (Layout::Grouped(g), Plane::Scales) if g.group() == ROW && g.scale() == Float::F32 => Some(Self::Scales),
@@ -78,21 +120,13 @@ impl Coding {
         }
     }
 
-    /// Whether a plane of this kind may lie in this coding.
-    pub(super) fn fits(self, layout: &Layout, plane: Plane, dtype: DType) -> bool {
-        match self {
-            Self::Words => *layout == Layout::Raw && plane == Plane::Data && words::is_width(dtype.size()),
-            _ => Self::of(layout, plane) == Some(self),
-        }
-    }
-
     /// Checks the length of a coded plane, given what it has in memory.
     pub(super) fn check(self, plain: u64, bytes: u64) -> Result<(), String> {
         if bytes >= plain {
             return Err(format!("{bytes} coded bytes of a plane of {plain}, expected fewer"));
         }
         // Scales are few beside the codes, whose length bounds the rows.
-        if self != Self::Scales && plain / EXPANSION > bytes {
+        if self != Self::Scales && !coding::is_worth(plain, bytes) {
             return Err(format!("{bytes} coded bytes of a plane of {plain}, expected more"));
         }
         Ok(())
@@ -137,6 +171,8 @@ pub(super) fn stream(entry: &Entry, plane: usize, plain: &[u8]) -> Result<Option
                 stream => stream?,
             }
         }
+        // None that a plane takes by itself.
+        Coding::Clipped | Coding::Counts | Coding::Columns | Coding::Steps => return Ok(None),
         Coding::Scales => {
             let scales: Vec<f32> = (0..plain.len() / 4).map(|i| Float::F32.load(plain, i)).collect();
             coding::encode_scales(&scales)
@@ -144,6 +180,7 @@ pub(super) fn stream(entry: &Entry, plane: usize, plain: &[u8]) -> Result<Option
         Coding::Bytes => coding::encode_bytes(plain, stride, grouped.element(kind)),
         Coding::Words => unreachable!("no layout takes it by itself"),
     };
+    let coding = if coding == Coding::Rows { Coding::of_rows(&stream) } else { coding };
     Ok((stream.len() <= plain.len() - plain.len() / 64).then_some((coding, stream)))
 }
 
@@ -157,7 +194,7 @@ pub(super) struct Coded<'a> {
 
 enum Inner<'a> {
     Rows(Stream<'a>),
-    Scales(Vec<u8>),
+    Whole(Vec<u8>),
     Bytes(ByteStream<'a>),
 }
 
@@ -172,20 +209,34 @@ impl<'a> Coded<'a> {
         let (rows, cols) = (usize::try_from(rows).map_err(too_large)?, usize::try_from(cols).map_err(too_large)?);
         let place = &entry.planes()[plane];
         let coding = place.coding.ok_or_else(|| Error::invalid("the plane is not coded"))?;
-        let stride = entry.codec().layout.stride(place.plane, entry.info().dtype(), cols);
+        let stride = match coding {
+            Coding::Counts => 4,
+            _ => entry.codec().layout.stride(place.plane, entry.info().dtype(), cols),
+        };
         Self::of(coding, [rows, cols, stride], stored)
     }
 
     /// The same for a plane of a matrix, given its rows, its columns and the bytes of a row of the plane.
     fn of(coding: Coding, [rows, cols, stride]: [usize; 3], stored: &'a [u8]) -> Result<Self> {
         let stream = match coding {
-            Coding::Rows => Inner::Rows(Stream::open(stored, rows, cols)?),
+            Coding::Rows | Coding::Clipped => {
+                let stream = Stream::open(stored, rows, cols)?;
+                if stream.blocks() > 0 && stream.ends() != (coding == Coding::Clipped) {
+                    return Err(Error::corrupt(7, format!("a stream that is not one of {}", coding.id())));
+                }
+                Inner::Rows(stream)
+            }
+            Coding::Counts => {
+                let counts = coding::ends::decode_counts(stored, rows)?;
+                Inner::Whole(counts.iter().flat_map(|count| count.to_le_bytes()).collect())
+            }
+            Coding::Columns | Coding::Steps => return Err(Error::invalid("a plane that is decoded with others")),
             Coding::Bytes => Inner::Bytes(ByteStream::open(stored, rows, stride)?),
             Coding::Scales => {
                 let scales = coding::decode_scales(stored, rows * stride / 4)?;
                 let mut bytes = try_zeroed(rows * stride, || "a plane of scales".to_owned())?;
                 scales.iter().enumerate().for_each(|(i, &scale)| Float::F32.store(&mut bytes, i, scale));
-                Inner::Scales(bytes)
+                Inner::Whole(bytes)
             }
             Coding::Words => {
                 let what =
@@ -200,7 +251,7 @@ impl<'a> Coded<'a> {
     /// first byte of each piece, and says whether to go on.
     pub fn pieces(&self, first: usize, mut take: impl FnMut(usize, &[u8]) -> Result<bool>) -> Result<()> {
         let (blocks, per_block) = match &self.stream {
-            Inner::Scales(bytes) => return take(0, bytes).map(drop),
+            Inner::Whole(bytes) => return take(0, bytes).map(drop),
             Inner::Rows(stream) => (stream.blocks(), if stream.blocks() > 0 { stream.rows(0).len() } else { 1 }),
             Inner::Bytes(stream) => (stream.blocks(), if stream.blocks() > 0 { stream.rows(0).len() } else { 1 }),
         };
@@ -226,7 +277,7 @@ impl<'a> Coded<'a> {
     /// Decodes a block into rows of the plane.
     fn decode(&self, block: usize, out: &mut [u8]) -> Result<()> {
         match &self.stream {
-            Inner::Scales(_) => Ok(()),
+            Inner::Whole(_) => Ok(()),
             Inner::Bytes(stream) => stream.decode_block(block, out),
             Inner::Rows(stream) if self.stride == self.cols => stream.decode_block(block, out),
             Inner::Rows(stream) => {
@@ -259,39 +310,72 @@ impl<'a> Coded<'a> {
     }
 }
 
-/// The digest of a coded plane, given all of its stream.
+/// Reads bytes of a plane of an entry as they are in the file: plane, first byte, number of bytes.
+pub(super) type Read<'a> = dyn Fn(usize, u64, u64) -> Result<Block> + 'a;
+
+/// Rows in a block of codes.
+pub(super) fn rows_per_block(cols: usize) -> usize {
+    coding::head::rows_per_block(cols)
+}
+
+/// The digest of a coded plane.
 ///
 /// # Errors
-/// Those of [`Coded::open`], and whatever `look` returns: it is given every piece.
+/// Those of [`range`], and whatever `look` returns: it is given every piece.
 pub(super) fn digest(
     entry: &Entry,
     plane: usize,
-    stored: &[u8],
+    read: &Read<'_>,
     mut look: impl FnMut(usize, &[u8]) -> Result<()>,
 ) -> Result<Identity> {
     let mut hasher = blake3::Hasher::new();
-    Coded::open(entry, plane, stored)?.pieces(0, |at, piece| {
+    let place = &entry.planes()[plane];
+    let mut take = |at: usize, piece: &[u8]| {
         hasher.update_rayon(piece);
-        look(at, piece).map(|()| true)
-    })?;
+        look(at, piece)
+    };
+    if place.coding.is_some_and(Coding::leans) {
+        outliers::pieces(entry, plane, 0..usize::MAX, read, |first, piece| take(first * width(entry, plane), piece))?;
+    } else {
+        let stored = read(plane, 0, place.bytes)?;
+        Coded::open(entry, plane, &stored)?.pieces(0, |at, piece| take(at, piece).map(|()| true))?;
+    }
     Ok(hasher.finalize().into())
 }
 
-/// The bytes of a part of a coded plane, given all of its stream.
+/// Bytes of an element of a plane of outliers.
+fn width(entry: &Entry, plane: usize) -> usize {
+    let (rows, cols) = entry.matrix();
+    let elements = entry.extras().elements(entry.planes()[plane].plane, rows, cols);
+    elements.map_or(1, |(dtype, _)| usize::try_from(dtype.size()).expect("at most 8"))
+}
+
+/// The bytes of a part of a plane as they are in memory.
 ///
 /// # Errors
-/// Those of [`Coded::open`].
-pub(super) fn range(
-    entry: &Entry,
-    plane: usize,
-    stored: impl Deref<Target = [u8]>,
-    start: u64,
-    bytes: u64,
-) -> Result<Vec<u8>> {
+/// [`Error::Corrupt`], with the byte of the stream, when it is not that of a plane of this matrix; those of `read`.
+pub(super) fn range(entry: &Entry, plane: usize, start: u64, bytes: u64, read: &Read<'_>) -> Result<Vec<u8>> {
+    let place = &entry.planes()[plane];
+    let Some(coding) = place.coding else { return read(plane, start, bytes).map(|block| block.to_vec()) };
     let too_large = |_| Error::invalid("the plane is larger than memory");
     let start = usize::try_from(start).map_err(too_large)?;
     let bytes = usize::try_from(bytes).map_err(too_large)?;
-    Coded::open(entry, plane, &stored)?.range(start..start + bytes)
+    if !coding.leans() {
+        let stored = read(plane, 0, place.bytes)?;
+        return Coded::open(entry, plane, &stored)?.range(start..start + bytes);
+    }
+    let width = width(entry, plane);
+    let mut out = try_zeroed(bytes, || "a part of a coded plane".to_owned())?;
+    let end = start + bytes;
+    outliers::pieces(entry, plane, start / width..end.div_ceil(width), read, |first, piece| {
+        let at = first * width;
+        let (from, until) = (start.max(at), end.min(at + piece.len()));
+        if from < until {
+            out[from - start..until - start].copy_from_slice(&piece[from - at..until - at]);
+        }
+        Ok(())
+    })?;
+    Ok(out)
 }
 
 /// A plane of a matrix in a codec, given all of its stream.
@@ -301,7 +385,11 @@ pub(super) fn range(
 #[cfg(feature = "python")]
 pub(crate) fn decode(codec: &Codec, plane: &str, rows: usize, cols: usize, stored: &[u8]) -> Result<Vec<u8>> {
     let kind = codec.layout.planes().iter().copied().find(|kind| kind.name() == plane);
-    let Some((kind, coding)) = kind.and_then(|kind| Some((kind, Coding::of(&codec.layout, kind)?))) else {
+    let of = |kind| match Coding::of(&codec.layout, kind)? {
+        Coding::Rows => Some(Coding::of_rows(stored)),
+        coding => Some(coding),
+    };
+    let Some((kind, coding)) = kind.and_then(|kind| Some((kind, of(kind)?))) else {
         return Err(Error::invalid(format!("codec {} has no coded plane '{}'", codec.id, plane.escape_debug())));
     };
     let (_, bytes) = *codec
@@ -314,4 +402,41 @@ pub(crate) fn decode(codec: &Codec, plane: &str, rows: usize, cols: usize, store
     let bytes = usize::try_from(bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
     let stride = codec.layout.stride(kind, DType::F32, cols);
     Coded::of(coding, [rows, cols, stride], stored)?.range(0..bytes)
+}
+
+/// A plane of outliers of a matrix in a codec, given all planes as they are stored: name, coding, bytes.
+///
+/// # Errors
+/// [`Error::Invalid`] when planes are missing or have another length, those of [`range`].
+#[cfg(feature = "python")]
+pub(crate) fn decode_outliers(
+    codec: &'static Codec,
+    plane: &str,
+    [rows, cols, outliers]: [u64; 3],
+    planes: &[(&str, Option<&str>, &[u8])],
+) -> Result<Vec<u8>> {
+    let info = TensorInfo::new("matrix".to_owned(), DType::F32, vec![rows, cols])?;
+    let column_scales = planes.iter().any(|(name, ..)| *name == Plane::ColumnScales.name());
+    let mut entry = Entry::unplaced(info, codec, false)?.with_extras(Extras { column_scales, outliers })?;
+    let mut found = Vec::new();
+    for index in 0..entry.planes().len() {
+        let kind = entry.planes()[index].plane.name();
+        let Some((_, coding, bytes)) = planes.iter().find(|(name, ..)| *name == kind) else {
+            return Err(Error::invalid(format!("plane {kind} is missing")));
+        };
+        match coding {
+            Some(coding) => entry.set_coding(index, Coding::get(coding)?, bytes.len() as u64)?,
+            None if entry.planes()[index].bytes == bytes.len() as u64 => {}
+            None => return Err(Error::invalid(format!("plane {kind} has {} bytes", bytes.len()))),
+        }
+        found.push(*bytes);
+    }
+    let Some(index) = entry.planes().iter().position(|place| place.plane.name() == plane) else {
+        return Err(Error::invalid(format!("there is no plane '{}'", plane.escape_debug())));
+    };
+    let too_large = |_| Error::invalid("the plane is larger than memory");
+    range(&entry, index, 0, entry.plain_bytes(index), &|plane, start, bytes| {
+        let start = usize::try_from(start).map_err(too_large)?;
+        Ok(Block::Owned(found[plane][start..start + usize::try_from(bytes).map_err(too_large)?].to_vec()))
+    })
 }

@@ -91,6 +91,9 @@ fn as_tensor(entry: &Entry, place: &PlaneEntry) -> Result<(TensorInfo, u64)> {
     let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
     let base = own.name().strip_suffix(".weight").filter(|base| !base.is_empty()).unwrap_or(own.name());
     let name = format!("{base}.{}", plane.name());
+    if place.coding.is_some() {
+        return Ok((TensorInfo::new(name, DType::U8, vec![place.bytes])?, 1));
+    }
     if let Some((dtype, count)) = entry.extras().elements(plane, rows, entry.matrix().1) {
         return Ok((TensorInfo::new(name, dtype, vec![count])?, dtype.size()));
     }
@@ -106,9 +109,6 @@ fn as_tensor(entry: &Entry, place: &PlaneEntry) -> Result<(TensorInfo, u64)> {
         _ => (DType::U8, 1),
     };
     let stride = entry.codec().layout.stride(plane, own.dtype(), cols) as u64;
-    if place.coding.is_some() {
-        return Ok((TensorInfo::new(name, DType::U8, vec![place.bytes])?, 1));
-    }
     Ok((TensorInfo::new(name, dtype, vec![rows, stride / dtype.size()])?, width))
 }
 
@@ -407,14 +407,20 @@ fn measured(
             (plane.crc32c, plane.blake3) = sums.finish();
             end = align(plane.offset + plane.bytes);
         }
-        for (index, at) in places.iter().enumerate().take(entry.planes().len()) {
-            let place = &entry.planes()[index];
-            if place.coding.is_some() {
-                let file = source.files()[at.shard as usize].file();
-                let len =
-                    usize::try_from(place.bytes).map_err(|_| Error::invalid("the plane is larger than memory"))?;
-                let digest = coded::digest(&entry, index, &file.read(at.offset, len)?, |_, _| Ok(()));
-                entry.planes_mut()[index].blake3 = digest.map_err(|e| e.in_file(file.path()))?;
+        for index in 0..entry.planes().len() {
+            if entry.planes()[index].coding.is_some() {
+                let digest = coded::digest(
+                    &entry,
+                    index,
+                    &|plane, start, bytes| {
+                        let len = usize::try_from(bytes);
+                        let len = len.map_err(|_| Error::invalid("the plane is larger than memory"))?;
+                        source.files()[places[plane].shard as usize].file().read(places[plane].offset + start, len)
+                    },
+                    |_, _| Ok(()),
+                );
+                let path = source.files()[places[index].shard as usize].file().path();
+                entry.planes_mut()[index].blake3 = digest.map_err(|e| e.in_file(path))?;
             }
         }
         all.push(entry);

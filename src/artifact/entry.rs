@@ -141,7 +141,7 @@ impl Entry {
     /// [`Error::Invalid`] when the plane has no such coding, or a coded plane no such length.
     pub(crate) fn set_coding(&mut self, plane: usize, coding: Coding, bytes: u64) -> Result<()> {
         let (kind, plain) = self.plane_bytes()?[plane];
-        let wrong = if coding.fits(&self.codec.layout, kind, self.info.dtype()) {
+        let wrong = if coding.takes(&self.codec.layout, kind, self.info.dtype()) {
             coding.check(plain, bytes).err()
         } else {
             Some(format!("coding {}, which a plane of {} does not take", coding.id(), self.codec.id))

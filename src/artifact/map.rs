@@ -203,8 +203,8 @@ impl ArtifactFile {
         if place.coding.is_none() {
             return self.stored(tensor, plane, start, bytes);
         }
-        let stream = self.stored(tensor, plane, 0, place.bytes)?;
-        let part = coded::range(entry, plane, stream, start, bytes).map_err(|e| self.in_plane(tensor, plane, e))?;
+        let read = |plane: usize, start: u64, bytes: u64| self.stored(tensor, plane, start, bytes);
+        let part = coded::range(entry, plane, start, bytes, &read).map_err(|e| self.in_plane(tensor, plane, e))?;
         match bad_content(entry, place.plane, start, &part) {
             Some(what) => Err(self.in_plane(tensor, plane, Error::corrupt(0, what))),
             None => Ok(Block::Owned(part)),
@@ -214,8 +214,8 @@ impl ArtifactFile {
     /// The digest of a coded plane as it is in memory.
     pub(super) fn digest(&self, tensor: usize, plane: usize) -> Result<Identity> {
         let entry = &self.tensors()[tensor];
-        let stream = self.stored(tensor, plane, 0, entry.planes()[plane].bytes)?;
-        coded::digest(entry, plane, &stream, |_, _| Ok(())).map_err(|e| self.in_plane(tensor, plane, e))
+        let read = |plane: usize, start: u64, bytes: u64| self.stored(tensor, plane, start, bytes);
+        coded::digest(entry, plane, &read, |_, _| Ok(())).map_err(|e| self.in_plane(tensor, plane, e))
     }
 
     /// The error of a stream as one of the file.
@@ -380,7 +380,7 @@ fn extra_parts<B: Deref<Target = [u8]>>(
     let mut parts = Vec::new();
     for (plane, place) in entry.planes().iter().enumerate().skip(own) {
         let width = entry.extras().elements(place.plane, rows, cols).map_or(1, |(dtype, _)| dtype.size());
-        let whole = || read(plane, 0, place.bytes);
+        let whole = || read(plane, 0, entry.plain_bytes(plane));
         parts.push(match place.plane {
             Plane::ColumnScales => whole()?.to_vec(),
             Plane::OutlierCounts => {

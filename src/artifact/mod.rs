@@ -16,6 +16,7 @@ pub(crate) mod entry;
 pub mod header;
 mod identity;
 pub mod map;
+mod outliers;
 mod preamble;
 mod store;
 mod text;

@@ -190,8 +190,8 @@ fn coded_digest(
 ) -> Result<Identity> {
     let entry = &artifact.tensors()[tensor];
     let place = &entry.planes()[plane];
-    let stream = artifact.stored(tensor, plane, 0, place.bytes)?;
-    coded::digest(entry, plane, &stream, |at, piece| match bad_content(entry, place.plane, at as u64, piece) {
+    let read = |plane: usize, start: u64, bytes: u64| artifact.stored(tensor, plane, start, bytes);
+    coded::digest(entry, plane, &read, |at, piece| match bad_content(entry, place.plane, at as u64, piece) {
         Some(what) => found(what),
         None => Ok(()),
     })

@@ -20,7 +20,7 @@ use super::store::Store;
 use crate::codec::Codec;
 use crate::codec::extra::Extras;
 use crate::error::{Error, Result};
-use crate::file::{Access, InputFile};
+use crate::file::{Access, Block, InputFile};
 use crate::fit::Rate;
 use crate::limits::Limits;
 use crate::output::OutputFile;
@@ -493,14 +493,14 @@ impl TensorWriter {
 
     /// Rows of what was written, as f32; `out` holds whole rows of the stored matrix.
     pub(crate) fn decode_rows(&self, writer: &Writer, first_row: u64, out: &mut [f32]) -> Result<()> {
-        decode_rows(&self.entry, first_row, out, |plane, start, bytes| {
-            let place = &self.entry.planes()[plane];
-            let coded = place.coding.is_some();
-            let (from, len) = if coded { (0, place.bytes) } else { (start, bytes) };
-            let len = usize::try_from(len).map_err(|_| Error::invalid("the rows are larger than memory"))?;
+        let read = |plane: usize, start: u64, bytes: u64| {
+            let len = usize::try_from(bytes).map_err(|_| Error::invalid("the rows are larger than memory"))?;
             let mut buffer = crate::error::try_zeroed(len, || "rows of a plane".to_owned())?;
-            writer.out.read_at(place.offset + from, &mut buffer)?;
-            if coded { coded::range(&self.entry, plane, buffer, start, bytes) } else { Ok(buffer) }
+            writer.out.read_at(self.entry.planes()[plane].offset + start, &mut buffer)?;
+            Ok(Block::Owned(buffer))
+        };
+        decode_rows(&self.entry, first_row, out, |plane, start, bytes| {
+            coded::range(&self.entry, plane, start, bytes, &read)
         })
     }
 

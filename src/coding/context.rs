@@ -264,6 +264,7 @@ fn product(codes: &[u8], rows: usize, cols: usize, trellis: Option<Trellis>, sid
         base: (LEAST_BASE + phase + low * STEP) as i16,
         contexts: (high - low + 1) as u8,
         trellis,
+        ends: false,
     };
     // A centre outside the contexts is moved inside, and the rows with it.
     let inside = (center - low).clamp(0, high - low);
@@ -279,11 +280,22 @@ fn product(codes: &[u8], rows: usize, cols: usize, trellis: Option<Trellis>, sid
 /// Up to this size of a matrix it is tried whether deviations are worth their bytes; beyond, they cost too little to ask.
 const SMALL: usize = 1 << 18;
 
+/// Of how many codes more than one has to be at an end for the last levels to be tried for all that was clipped to them.
+const ENDS: u64 = 4096;
+
 /// The contexts of a matrix of codes.
 pub(crate) fn fit(codes: &[u8], rows: usize, cols: usize, trellis: Option<Trellis>) -> Contexts {
     let refined = |mut contexts: Contexts| {
         let counts = count(&contexts, codes, cols);
-        contexts.model = refine(contexts.model, &counts);
+        let plain = refine(contexts.model, &counts);
+        let at_ends: u64 = counts.chunks_exact(256).flat_map(|n| n[1..=5].iter().chain(&n[251..])).sum();
+        contexts.model = plain;
+        if at_ends > codes.len() as u64 / ENDS {
+            let ends = refine(Model { ends: true, ..plain }, &counts);
+            if bits(&ends, &counts) < bits(&plain, &counts) {
+                contexts.model = ends;
+            }
+        }
         let size = bits(&contexts.model, &counts) + 8.0 * deviations(&contexts).1.len() as f64;
         (size, contexts)
     };

@@ -90,7 +90,7 @@ pub(crate) fn write(contexts: &Contexts, blocks: &[(u32, u32)]) -> Vec<u8> {
     out.push(model.contexts);
     out.push(contexts.center);
     out.push(u8::from(vary[0]) | u8::from(vary[1]) << 1);
-    out.push(0);
+    out.push(u8::from(model.ends));
     out.extend(u32::try_from(coded.len()).unwrap_or(u32::MAX).to_le_bytes());
     out.extend(coded);
     for (words, escapes) in blocks {
@@ -135,9 +135,10 @@ pub(crate) fn read(bytes: &[u8], rows: usize, cols: usize) -> Result<(Contexts, 
     if number == 0 || usize::from(number) > MOST_CONTEXTS || center >= number {
         return refuse(4, format!("context {center} of {number}, expected at most {MOST_CONTEXTS}"));
     }
-    if vary > 3 || bytes[7] != 0 {
-        return refuse(6, format!("flags {vary} and {}, expected at most 3 and 0", bytes[7]));
+    if vary > 3 || bytes[7] > 1 {
+        return refuse(6, format!("flags {vary} and {}, expected at most 3 and 1", bytes[7]));
     }
+    let ends = bytes[7] == 1;
     let coded = u32_at(bytes, 8);
     let index = FIXED.saturating_add(coded);
     let blocks = index.saturating_add(8 * count);
@@ -161,7 +162,7 @@ pub(crate) fn read(bytes: &[u8], rows: usize, cols: usize) -> Result<(Contexts, 
     if vary != 0 {
         from.finish(FIXED as u64)?;
     }
-    let model = Model { shape, base, contexts: number, trellis };
+    let model = Model { shape, base, contexts: number, trellis, ends };
     let mut at = blocks;
     let mut spans = Vec::with_capacity(count);
     for i in 0..count {

@@ -17,10 +17,12 @@
 //! | `vector`, `lanes` | decoders of many lanes at once |
 //! | `scales` | planes of scales, which often are all equal |
 //! | `words` | tensors that differ from others in little |
+//! | `ends` | outliers that go on where the codes end |
 
 pub(crate) mod block;
 mod bytes;
 pub(crate) mod context;
+pub mod ends;
 pub(crate) mod head;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
@@ -42,6 +44,15 @@ pub use trellis::Trellis;
 
 use crate::error::{Error, Result};
 use head::{Contexts, Span};
+
+/// A plane is at most so many times as long as its stream, so that a short file cannot ask for memory without end: no
+/// code takes less than a thousandth of a bit.
+pub(crate) const EXPANSION: u64 = 1 << 14;
+
+/// Whether a stream of so many bytes may stand for a plane of `plain` bytes: it is shorter, and not too short.
+pub(crate) fn is_worth(plain: u64, stream: u64) -> bool {
+    stream < plain && plain / EXPANSION <= stream
+}
 
 /// Codes that lie in rows of `cols`, as a stream.
 ///
@@ -99,6 +110,11 @@ pub(crate) fn write(codes: &[u8], cols: usize, contexts: &Contexts) -> Result<Ve
     Ok(out)
 }
 
+/// Whether the last levels of a stream of codes stand for all that lies beyond them too.
+pub(crate) fn has_ends(stream: &[u8]) -> bool {
+    stream.get(7) == Some(&1)
+}
+
 /// A stream whose head was read and checked.
 #[derive(Debug)]
 pub struct Stream<'a> {
@@ -124,6 +140,12 @@ impl<'a> Stream<'a> {
         let (contexts, spans) = head::read(bytes, rows, cols)?;
         let slots = block::slots(&contexts.model.tables());
         Ok(Self { bytes, cols, contexts: Some(contexts), slots, spans })
+    }
+
+    /// Whether the last levels stand for all that lies beyond them too.
+    #[must_use]
+    pub fn ends(&self) -> bool {
+        self.contexts.as_ref().is_some_and(|contexts| contexts.model.ends)
     }
 
     /// How many blocks there are; each is decoded on its own.

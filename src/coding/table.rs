@@ -37,6 +37,8 @@ pub(crate) struct Model {
     pub(crate) contexts: u8,
     /// The machine that the codes follow.
     pub(crate) trellis: Option<Trellis>,
+    /// Whether the last levels stand for all that lies beyond them too.
+    pub(crate) ends: bool,
 }
 
 /// `2^(exponent / 64)`, by products of constants in a fixed order.
@@ -190,6 +192,12 @@ impl Model {
             below = mass;
             level += spacing;
         }
+        // What lies beyond was clipped to the last level, if that is here.
+        if self.ends && level > most {
+            masses.pop();
+            masses.push(0.5);
+            below = 0.5;
+        }
         let inside = below;
         let outside = 1.0 - 2.0 * inside;
         // From the lowest level up; the end of a negative level is the mirrored end of the next smaller one.
@@ -223,9 +231,9 @@ mod tests {
     fn frequencies_sum_to_the_total_and_every_context_has_an_escape() {
         for trellis in [None, Trellis::new(3)] {
             for shape in 0..SHAPES.len() {
-                for base in (LEAST_BASE..=MOST_BASE).step_by(37) {
+                for (base, ends) in (LEAST_BASE..=MOST_BASE).step_by(37).zip([false, true].into_iter().cycle()) {
                     let (shape, base) = (shape as u8, base as i16);
-                    let model = Model { shape, base, contexts: 1, trellis };
+                    let model = Model { shape, base, contexts: 1, trellis, ends };
                     for (q, table) in model.tables().iter().enumerate() {
                         let sum: u32 = table.freq.iter().map(|&f| u32::from(f)).sum();
                         assert_eq!(sum, TOTAL, "{model:?}");

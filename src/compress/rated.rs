@@ -14,7 +14,7 @@ use crate::coding::context::log2;
 use crate::error::{Error, Result};
 use crate::fit::entropy::Quantized;
 use crate::fit::{self, Rate};
-use crate::layout::Grouped;
+use crate::layout::{Grouped, Plane};
 use crate::measure::Distance;
 use crate::source::Source;
 use crate::tensor;
@@ -76,10 +76,14 @@ pub(super) fn encode(
         outliers: quantized.outliers.len() as u64,
     })?;
     let mut planes = vec![
-        Prepared::new(codes, Some((Coding::Rows, quantized.stream))),
+        Prepared::new(codes, Some((Coding::of_rows(&quantized.stream), quantized.stream))),
         Prepared::new(plane, Some((Coding::Scales, quantized.scales_stream))),
     ];
-    planes.extend(extra.into_iter().map(|plane| Prepared::new(plane, None)));
+    let mut streams = [Coding::Counts, Coding::Columns, Coding::Steps].into_iter().zip(quantized.outlier_streams);
+    for (&kind, plane) in done.extras.planes().iter().zip(extra) {
+        let stream = if kind == Plane::ColumnScales { None } else { streams.next() };
+        planes.push(Prepared::new(plane, stream.and_then(|(coding, stream)| Some((coding, stream?)))));
+    }
     done.stored_bytes = planes.iter().map(|plane| plane.stored.len() as u64).sum();
     let how = Whole { transposed: transposed(tensor, codec), rate: Some(rate), extras: done.extras };
     let out = writer.whole(tensor.info().clone(), codec, how, planes)?;

@@ -283,6 +283,25 @@ fn decode_plane<'py>(
     Ok(PyBytes::new(py, &bytes))
 }
 
+/// The bytes of a plane of outliers of a matrix, given all of its planes as they are stored: name, coding, bytes.
+#[pyfunction]
+fn decode_outliers<'py>(
+    py: Python<'py>,
+    codec: &str,
+    plane: &str,
+    rows: u64,
+    cols: u64,
+    outliers: u64,
+    planes: Vec<(String, Option<String>, PyReadonlyArray1<'_, u8>)>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let planes: Vec<(&str, Option<&str>, &[u8])> = planes
+        .iter()
+        .map(|(name, coding, bytes)| Ok((&**name, coding.as_deref(), bytes.as_slice()?)))
+        .collect::<PyResult<_>>()?;
+    let bytes = guarded(py, || coded::decode_outliers(codecs::get(codec)?, plane, [rows, cols, outliers], &planes))?;
+    Ok(PyBytes::new(py, &bytes))
+}
+
 /// The registry as JSON.
 #[pyfunction]
 fn codecs_json(py: Python<'_>) -> PyResult<String> {
@@ -412,6 +431,7 @@ fn _tenpak(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(merge_index, module)?)?;
     module.add_function(wrap_pyfunction!(codecs_json, module)?)?;
     module.add_function(wrap_pyfunction!(decode_plane, module)?)?;
+    module.add_function(wrap_pyfunction!(decode_outliers, module)?)?;
     module.add_function(wrap_pyfunction!(encode, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::multiply, module)?)?;
     module.add_function(wrap_pyfunction!(gemm::decode_rows, module)?)?;

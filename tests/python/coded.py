@@ -9,6 +9,9 @@ favours being obviously right over being fast, and shares no code with the packa
 | `decode_scales` | coded scales to float32 `[rows]` |
 | `decode_bytes` | coded bytes to the plane `[rows, row]` |
 | `decode_words` | coded words to those of a tensor, given the base's |
+| `decode_counts` | coded counts of outliers to `[rows]` |
+| `decode_columns` | columns of outliers, given codes and counts |
+| `decode_steps` | values of outliers, given codes, counts, columns and scales |
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
 
 LANES = 32
 TOTAL = 4096
@@ -133,8 +137,8 @@ class Table:
     freq: npt.NDArray[np.int64]
 
 
-def table(nu: int, sigma: float, kind: str) -> Table:
-    """Build the table of a context; `kind` is `plain`, `even` or `odd`."""
+def table(nu: int, sigma: float, kind: str, ends: bool) -> Table:
+    """Build the table of a context; `kind` is `plain`, `even` or `odd`, `ends` whether last levels stand for more."""
     escapes = {"plain": [0], "even": [0, 2], "odd": [1, 3]}[kind]
     levels = list({"plain": range(128), "even": range(0, 125, 2), "odd": range(1, 124, 2)}[kind])
     rooms = [0.5 if kind == "plain" else 1.0] * len(levels)
@@ -146,6 +150,8 @@ def table(nu: int, sigma: float, kind: str) -> Table:
         if len(upper) >= 2 and end - upper[-1] < 1 / 8192:
             break
         upper.append(end)
+    if ends and len(upper) == len(levels):
+        upper[-1] = 0.5
     levels = levels[: len(upper)]
     inside = upper[-1]
     outside = 1.0 - 2.0 * inside
@@ -164,8 +170,8 @@ def table(nu: int, sigma: float, kind: str) -> Table:
     return built
 
 
-def decode_codes(data: bytes, rows: int, cols: int) -> Bytes:
-    """Codes `[rows, cols]` of a stream.
+def decode_codes(data: bytes, rows: int, cols: int, version: int = 1) -> Bytes:
+    """Codes `[rows, cols]` of a stream of `rows_v1` or `rows_v2`.
 
     Raises
     ------
@@ -176,10 +182,10 @@ def decode_codes(data: bytes, rows: int, cols: int) -> Bytes:
         require(not data, "a stream for no codes")
         return np.zeros((rows, cols), np.uint8)
     require(rows * cols // 8192 <= len(data) and len(data) >= 12, "a short stream")
-    method, shape, base, contexts, centre, vary, zero, length = struct.unpack_from("<BBhBBBBI", data)
+    method, shape, base, contexts, centre, vary, ends, length = struct.unpack_from("<BBhBBBBI", data)
     require(method == 0 or method in TRELLISES, "method")
     require(shape < len(SHAPES) and -384 <= base <= 448, "shape or base")
-    require(1 <= contexts <= 96 and centre < contexts and vary <= 3 and zero == 0, "contexts or flags")
+    require(1 <= contexts <= 96 and centre < contexts and vary <= 3 and ends == version - 1, "contexts or flags")
     rows_per_block = LANES * max(1, 8192 // cols)
     blocks = -(-rows // rows_per_block)
     require(len(data) >= 12 + length + 8 * blocks, "a short head")
@@ -191,7 +197,9 @@ def decode_codes(data: bytes, rows: int, cols: int) -> Bytes:
     else:
         require(length == 0, "deviations that do not follow")
     kinds = ("even", "odd") if method else ("plain",)
-    tables = [[table(SHAPES[shape], deviation(base + 8 * k), kind) for k in range(contexts)] for kind in kinds]
+    tables = [
+        [table(SHAPES[shape], deviation(base + 8 * k), kind, ends == 1) for k in range(contexts)] for kind in kinds
+    ]
     symbols, starts, freqs = (
         np.array([[getattr(t, name) for t in kind] for kind in tables]) for name in ("symbol", "start", "freq")
     )
@@ -333,6 +341,105 @@ def decode_bytes(data: bytes, rows: int, row: int) -> Bytes:
         at = end
     require(at == len(data), "bytes left over")
     return plane.reshape(rows, row)
+
+
+class Numbers:
+    """Whole numbers: the octave in unary, then the bits below the first one, of which three are learned."""
+
+    def __init__(self) -> None:
+        self.octave = [2048] * 24
+        self.below = [[2048] * 8 for _ in range(24)]
+
+    def read(self, source: Decisions) -> int:
+        """Read a number."""
+        k = 0
+        while k < 23 and source.bit(self.octave, k):
+            k += 1
+        m = 1
+        for _ in range(k):
+            m = 2 * m + (source.bit(self.below[k], m) if m < 8 else source.bit([2048], 0))
+        return m - 1
+
+
+def decode_counts(data: bytes, rows: int) -> Integers:
+    """Read counts `[rows]` of outliers.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the bytes.
+    """
+    source, numbers = Decisions(data), Numbers()
+    counts = [numbers.read(source) for _ in range(rows)]
+    source.finish()
+    return np.array(counts, np.int64)
+
+
+def blocks_of(data: bytes, rows: int, cols: int) -> list[tuple[int, int, bytes]]:
+    """First row, last row and bytes of each block, behind the lengths at the start of `data`."""
+    step = LANES * max(1, 8192 // cols)
+    count = -(-rows // step)
+    require(len(data) >= 4 * count, "a short index")
+    at = 4 * count
+    out = []
+    for block, length in enumerate(np.frombuffer(data, "<u4", count).tolist()):
+        out.append((block * step, min((block + 1) * step, rows), data[at : at + length]))
+        at += length
+    require(at == len(data), "a stream of another length")
+    return out
+
+
+def decode_columns(data: bytes, codes: Bytes, counts: Integers) -> Integers:
+    """Columns of all outliers, given codes `[rows, cols]` and counts `[rows]`.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the stream.
+    """
+    require(len(data) > 0 and 1 <= data[0] <= 127, "least")
+    magnitudes = np.minimum(abs(codes.astype(np.int64) - ZERO), 127)
+    columns = []
+    for first, last, block in blocks_of(data[1:], *codes.shape):
+        source, odds, decided = Decisions(block), [2048] * 128, False
+        for row in range(first, last):
+            missing = int(counts[row])
+            for column in np.flatnonzero(magnitudes[row] >= data[0]).tolist():
+                if missing == 0:
+                    break
+                decided = True
+                if source.bit(odds, int(magnitudes[row, column])):
+                    columns.append(column)
+                    missing -= 1
+            require(missing == 0, "too few codes at the ends")
+        require(decided or not block, "bytes of nothing")
+        source.finish()
+    return np.array(columns, np.int64)
+
+
+def decode_steps(
+    data: bytes, codes: Bytes, counts: Integers, columns: Integers, scales: F32, column_scales: F32 | None
+) -> npt.NDArray[np.float16]:
+    """Values of all outliers, given codes `[rows, cols]`, counts and scales `[rows]` and all columns.
+
+    Raises
+    ------
+    CodedError
+        When the text refuses the stream.
+    """
+    rows = np.repeat(np.arange(len(counts)), counts)
+    steps = []
+    for first, last, block in blocks_of(data, *codes.shape):
+        source, numbers = Decisions(block), Numbers()
+        number = int(counts[first:last].sum())
+        steps += [numbers.read(source) + 1 for _ in range(number)]
+        require(number > 0 or not block, "bytes of nothing")
+        source.finish()
+    step = scales[rows] if column_scales is None else scales[rows] * column_scales[columns]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (np.array(steps, np.float32) * step).astype(np.float16)
+    require(bool(np.isfinite(values).all()), "a value that is not finite")
+    return np.where(codes[rows, columns] < ZERO, -values, values)
 
 
 def decode_words(data: bytes, base: bytes, size: int) -> bytes:

@@ -347,6 +347,9 @@ def chunk_checksums(plane: bytes | memoryview) -> str:
 
 # Header
 
+OUTLIERS = {"outlier_counts": "counts_v1", "outlier_columns": "columns_v1", "outlier_values": "steps_v1"}
+CODINGS = ("rows_v1", "rows_v2", "scales_v1", "bytes_v1", "words_v1", *OUTLIERS.values())
+
 
 @dataclass(frozen=True)
 class Plane:
@@ -689,9 +692,7 @@ def _parse_entry(value: object) -> Entry:
     for item in _array(out["planes"], "planes"):
         _fields(item, "plane", ["plane", "offset", "bytes", "crc32c", "blake3"], ["coding"])
         coding = _text(item["coding"], "coding") if "coding" in item else None
-        require(
-            coding in (None, "rows_v1", "scales_v1", "bytes_v1", "words_v1"), f"unknown coding {coding}", "unsupported"
-        )
+        require(coding is None or coding in CODINGS, f"unknown coding {coding}", "unsupported")
         planes.append(
             Plane(
                 _text(item["plane"], "plane"),
@@ -709,13 +710,16 @@ def _parse_entry(value: object) -> Entry:
             require(p.bytes == length, f"plane {p.plane} has not {length} bytes")
         else:
             layout = CODECS.get(codec)
-            takes = "words_v1" if codec == RAW and ELEMENT_BYTES[dtype] in (1, 2, 4) else None
-            if layout is not None and not p.plane.startswith(("column_", "outlier_")):
-                row_scales = p.plane == "scales" and layout.scale == "F32" and layout.group == 0
-                takes = "scales_v1" if row_scales else "bytes_v1"
+            takes: tuple[str, ...] = ("words_v1",) if codec == RAW and ELEMENT_BYTES[dtype] in (1, 2, 4) else ()
+            if layout is not None:
+                row_scales = layout.scale == "F32" and layout.group == 0
+                if p.plane.startswith("outlier_"):
+                    takes = (OUTLIERS[p.plane],) if row_scales and layout.bits == 8 else ()
+                elif p.plane != "column_scales":
+                    takes = ("scales_v1",) if p.plane == "scales" and row_scales else ("bytes_v1",)
                 if p.plane == "codes" and layout.bits == 8:
-                    takes = "rows_v1"
-            require(p.coding == takes, f"coding {p.coding} of plane {p.plane} of {codec}")
+                    takes = ("rows_v1", "rows_v2")
+            require(p.coding in takes, f"coding {p.coding} of plane {p.plane} of {codec}")
             require(p.bytes < length, f"coded plane {p.plane} is not shorter than {length} bytes")
             require(p.coding == "scales_v1" or length // 16384 <= p.bytes, f"coded plane {p.plane} is too short")
         require(len(p.crc32c) == 8 * -(-p.bytes // CHUNK), "crc32c has not 8 digits per chunk")
@@ -934,10 +938,29 @@ class Artifact:
                 return coded.decode_scales(self.stored(p), rows).astype("<f4").tobytes()
             if p.coding == "bytes_v1":
                 return coded.decode_bytes(self.stored(p), rows, CODECS[entry.codec].row_bytes(name, cols)).tobytes()
-            codes = coded.decode_codes(self.stored(p), rows, cols)
+            if p.coding in OUTLIERS.values():
+                return self._outliers(entry, p)
+            codes = coded.decode_codes(self.stored(p), rows, cols, 2 if p.coding == "rows_v2" else 1)
         except coded.CodedError as e:
             raise FormatError(f"plane {name} of {entry.name}: {e}") from e
         return pack(codes, 8, CODECS[entry.codec].row_bytes("codes", cols)).tobytes()
+
+    def _outliers(self, entry: Entry, p: Plane) -> bytes:
+        """Bytes of a plane of outliers that is coded."""
+        rows, cols = entry.matrix
+        if p.coding == "counts_v1":
+            return coded.decode_counts(self.stored(p), rows).astype("<u4").tobytes()
+        counts = np.frombuffer(self.plane(entry, "outlier_counts"), "<u4").astype(np.int64)
+        require(int(counts.sum()) == entry.outliers, f"counts of {entry.name} do not add up")
+        codes = np.frombuffer(self.plane(entry, "codes"), np.uint8).reshape(rows, -1)[:, :cols]
+        width = "<u2" if cols <= 1 << 16 else "<u4"
+        if p.coding == "columns_v1":
+            return coded.decode_columns(self.stored(p), codes, counts).astype(width).tobytes()
+        columns = np.frombuffer(self.plane(entry, "outlier_columns"), width).astype(np.int64)
+        require(bool((columns < cols).all()), f"an outlier of {entry.name} beyond its row")
+        scales = np.frombuffer(self.plane(entry, "scales"), "<f4")
+        factors = np.frombuffer(self.plane(entry, "column_scales"), "<f4") if entry.column_scales else None
+        return coded.decode_steps(self.stored(p), codes, counts, columns, scales, factors).astype("<f2").tobytes()
 
     def file(self, name: str) -> bytes:
         """Bytes of an attached file."""

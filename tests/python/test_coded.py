@@ -70,3 +70,49 @@ def test_pinned_bytes_decode(path):
     for bad in (stream[:-1], stream[: len(stream) // 2], stream + b"\0", b""):
         with pytest.raises(coded.CodedError):
             coded.decode_bytes(bad, rows, row)
+
+
+def clipped(rows: int, cols: int, spread: int) -> np.ndarray:
+    """Codes of which many are at the ends, as the Rust test makes them."""
+    out = codes(rows, cols, spread, 0) if spread else np.full((rows, cols), 128, np.uint8)
+    out = np.where(out <= 28, 1, np.where(out >= 228, 255, out)).astype(np.uint8)
+    if spread == 0:
+        out.reshape(-1)[::499] = 255
+    return out
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("clipped-*.hex")), ids=lambda path: path.stem)
+def test_pinned_codes_at_the_ends_decode(path):
+    rows, cols, spread = map(int, path.stem.split("-")[1:])
+    stream = bytes.fromhex(path.read_text())
+    np.testing.assert_array_equal(coded.decode_codes(stream, rows, cols, 2), clipped(rows, cols, spread))
+    with pytest.raises(coded.CodedError):
+        coded.decode_codes(stream, rows, cols, 1)
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("counts-*.hex")), ids=lambda path: path.stem)
+def test_pinned_outliers_decode(path):
+    rows, cols, spread = map(int, path.stem.split("-")[1:])
+    name = path.stem.removeprefix("counts")
+    counts, columns, steps = (
+        bytes.fromhex((DATA / f"{kind}{name}.hex").read_text()) for kind in ("counts", "columns", "steps")
+    )
+    plane = clipped(rows, cols, spread)
+    places = np.flatnonzero(abs(plane.reshape(-1).astype(int) - 128) == 127)
+    places = places[places % 7 != 3]
+    want = np.bincount(places // cols, minlength=rows)
+    np.testing.assert_array_equal(coded.decode_counts(counts, rows), want)
+    np.testing.assert_array_equal(coded.decode_columns(columns, plane, want), places % cols)
+    numbers = 1 + (places * 7919 % 2**32 % 64) * np.where(places % 97 == 0, 200_000, 1)
+    scales, factors = np.full(rows, 2.0**-10, np.float32), np.full(cols, 0.5, np.float32)
+    values = np.where(plane.reshape(-1)[places] < 128, -1, 1) * numbers * 2.0**-10
+    decoded = coded.decode_steps(steps, plane, want, places % cols, scales, None)
+    np.testing.assert_array_equal(decoded, values.astype(np.float16))
+    decoded = coded.decode_steps(steps, plane, want, places % cols, scales, factors)
+    np.testing.assert_array_equal(decoded, (values / 2).astype(np.float16))
+    for bad in (columns[:-1], columns + b"\0", b"\0" + columns[1:], b""):
+        with pytest.raises(coded.CodedError):
+            coded.decode_columns(bad, plane, want)
+    for bad in (steps[:-1], steps + b"\0", b""):
+        with pytest.raises(coded.CodedError):
+            coded.decode_steps(bad, plane, want, places % cols, scales, None)

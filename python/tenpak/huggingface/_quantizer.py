@@ -13,7 +13,7 @@ from ..torch._embedding import QuantizedEmbedding, beside, hindrance_of
 from ..torch._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ..torch._linear import QuantizedLinear
 from ..torch._planes import Quantized
-from ._decode import DecodePlane, decodes_only
+from ._decode import DecodePlane, decodes_only, finish
 
 METHOD = "tenpak"
 FORMAT = 1
@@ -224,6 +224,9 @@ class TenpakQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Let tied modules share planes, and refuse a model whose planes were not all found."""
+        for module in model.modules():
+            if isinstance(module, Quantized) and not module.codes.is_meta:
+                finish(module)
         for follower, owner in self._followers:
             follower.share_planes(owner)
         self._followers.clear()

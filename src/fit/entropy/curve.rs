@@ -5,7 +5,6 @@
 //! the same factor per bit, so its logarithm is interpolated.
 
 use super::rate::{LOG_STATES, exp2};
-use super::reach::outlier_bits;
 use super::{Choice, Matrix, Quantized, step_of};
 use crate::coding::context::log2;
 use crate::coding::{Trellis, head};
@@ -148,8 +147,8 @@ fn whole_bits(sample: &Quantized, here: usize, cols: usize, rows: usize) -> Resu
     let ends = blocks * 4 * head::LANES.min(rows);
     let scales = sample.scales_stream.len() as f64 * if sample.stretched > 0 { rows as f64 / here as f64 } else { 1.0 };
     let bytes = codes * (rows as f64 / here as f64) + deviations + (8 * blocks + ends) as f64 + scales;
-    let outliers = outlier_bits(rows, cols, sample.outliers.len() * rows / here);
-    Ok((bytes * 8.0 + outliers) / (rows * cols) as f64)
+    let outliers = sample.outlier_bytes() * (rows as f64 / here as f64);
+    Ok(8.0 * (bytes + outliers) / (rows * cols) as f64)
 }
 
 #[cfg(test)]

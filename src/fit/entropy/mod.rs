@@ -22,7 +22,7 @@ use rayon::prelude::*;
 
 pub use curve::{Curve, SAMPLE};
 pub use rate::{quantize, quantize_with};
-use reach::outlier_bits;
+pub use reach::OutlierStreams;
 pub use solve::solve;
 
 use crate::codec::extra::Outlier;
@@ -67,6 +67,8 @@ pub struct Quantized {
     pub column_scales: Option<Vec<f32>>,
     /// What is added to single weights, in the order of rows and columns.
     pub outliers: Vec<Outlier>,
+    /// Their planes as they lie on disk.
+    pub outlier_streams: OutlierStreams,
     /// The codes as they lie on disk.
     pub stream: Vec<u8>,
     /// The scales as they lie on disk.
@@ -86,9 +88,14 @@ impl Quantized {
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
         let columns = self.column_scales.as_ref().map_or(0, |scales| 4 * scales.len());
-        let (rows, weights) = (self.scales.len(), self.codes.len().max(1));
-        let outliers = outlier_bits(rows, weights / rows.max(1), self.outliers.len());
-        (8.0 * (self.stream.len() + self.scales_stream.len() + columns) as f64 + outliers) / weights as f64
+        let weights = self.codes.len().max(1);
+        8.0 * ((self.stream.len() + self.scales_stream.len() + columns) as f64 + self.outlier_bytes()) / weights as f64
+    }
+
+    /// Bytes of the planes of outliers on disk.
+    fn outlier_bytes(&self) -> f64 {
+        let (rows, weights) = (self.scales.len(), self.codes.len());
+        reach::stored_bytes(rows, weights / rows.max(1), self.outliers.len(), &self.outlier_streams)
     }
 }
 
@@ -220,11 +227,23 @@ fn prices(model: &Model, lambda: f64) -> Vec<Prices> {
         let escaped = if symbol < escape_codes(trellis) { context::ESCAPED } else { 0.0 };
         (lambda * f64::from(lengths()[usize::from(table.freq[usize::from(symbol)])] + escaped)) as f32
     };
+    // A code at the end that is no outlier has to say so, which makes it as dear as the level before it.
+    let spacing = if trellis { 2 } else { 1 };
+    let ends: &[u8] = match (model.ends, trellis) {
+        (false, _) => &[],
+        (true, false) => &[127],
+        (true, true) => &[123, 124],
+    };
     (0..number)
         .map(|context| {
             let mut prices = [0f32; 256];
             for code in 1..=255u8 {
                 prices[usize::from(code)] = price(code, trellis && code & 1 == 1, context);
+            }
+            for &end in ends {
+                for (end, before) in [(ZERO - end, ZERO - end + spacing), (ZERO + end, ZERO + end - spacing)] {
+                    prices[usize::from(end)] = prices[usize::from(end)].max(prices[usize::from(before)]);
+                }
             }
             prices[0] = if trellis { price(ZERO, true, context) } else { 0.0 };
             prices
@@ -266,6 +285,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
             stretched: 0,
             column_scales: None,
             outliers: Vec::new(),
+            outlier_streams: OutlierStreams::default(),
             stream,
             scales_stream,
             squared_error: 0.0,
@@ -275,7 +295,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         });
     }
     let reach = matrix.reach(step, choice);
-    let within = matrix.within(&reach);
+    let within = matrix.within(&reach, choice);
     let scales = reach.scales;
     let mut codes = within.round(&scales);
     let mut contexts = context::fit(&codes, rows, cols, None);
@@ -283,6 +303,13 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
     if choice.trellis.is_some() || choice.lambda > 0.0 {
         for _ in 0..ROUNDS {
             codes = within.search(&scales, step, &contexts, choice);
+            if choice.trellis.is_none() {
+                // Zero is cheaper than the end only for codes that stop there.
+                reach
+                    .outliers
+                    .iter()
+                    .for_each(|&place| codes[place] = if matrix.weights[place] < 0.0 { 1 } else { 255 });
+            }
             contexts = context::fit(&codes, rows, cols, choice.trellis);
         }
     }
@@ -291,7 +318,8 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
     let stretched = scales.iter().filter(|&&scale| scale != step).count();
     let scales: Vec<f32> = scales.iter().map(|&scale| (f64::from(scale) * gain) as f32).collect();
     // They make up for the loss of their weight too.
-    let outliers = matrix.outliers(&reach.outliers, |place| level(codes[place]) * scales[place / cols]);
+    let outliers = matrix.outliers(&reach.outliers, &codes, &scales);
+    let outlier_streams = reach::streams(&codes, rows, cols, &outliers, |row, _| scales[row]);
     let (squared_error, weighted_error) = matrix.errors(&codes, &scales, &outliers);
     let scales_stream = coding::encode_scales(&scales);
     let column_scales = None;
@@ -301,6 +329,7 @@ fn step_of(matrix: &Matrix<'_>, step: f32, choice: Choice) -> Result<Quantized> 
         stretched,
         column_scales,
         outliers,
+        outlier_streams,
         stream,
         scales_stream,
         squared_error,

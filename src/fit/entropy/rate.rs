@@ -4,7 +4,9 @@
 
 use std::borrow::Cow;
 
-use super::reach::outlier_bits;
+use rayon::prelude::*;
+
+use super::reach::end;
 use super::viterbi::LANES;
 use super::{Choice, Matrix, Quantized, step_of};
 use crate::coding::Trellis;
@@ -13,6 +15,8 @@ use crate::error::{Error, Result};
 
 /// A search that meets the rate this closely from below ends.
 const CLOSE: f64 = 0.0015;
+/// Beyond this many bits no more of them are left over than here: there a hundredth of a bit is worth as much as anywhere.
+const CLOSEST: f64 = 5.0;
 /// The most steps that a search tries.
 const TRIES: usize = 10;
 /// Logarithm of the number of states.
@@ -54,12 +58,20 @@ pub fn quantize(
     importance: Option<&[f32]>,
 ) -> Result<Quantized> {
     let matrix = Matrix::new(weights, rows, cols, importance);
-    let mut chosen = aim(&matrix, target_bits, Choice::of(Trellis::new(LOG_STATES)))?;
-    // Levels without a trellis reach twice as far at equal bits, for about a fifth of a bit.
-    let beyond = outlier_bits(rows, cols, chosen.outliers.len()) / weights.len().max(1) as f64;
-    if chosen.stretched > rows / 16 || beyond > 0.05 {
-        let other = aim(&matrix, target_bits, Choice::of(None))?;
-        if other.weighted_error < chosen.weighted_error {
+    let (plain, trellis) = (Choice::of(None), Choice::of(Trellis::new(LOG_STATES)));
+    // An outlier takes 32 bits in memory and slows products down: where levels without a trellis, which reach twice as far
+    // at equal bits, need fewer of them, they are worth the fifth of a bit that they cost.
+    let most = weights.len() / MOST_STORED;
+    if let Some(exponent) = start(&matrix, target_bits, trellis) {
+        let reached = f64::from(end(trellis)) * exp2(exponent);
+        if matrix.weights.par_iter().filter(|w| f64::from(w.abs()) > reached).count() > most {
+            return aim(&matrix, target_bits, plain);
+        }
+    }
+    let mut chosen = aim(&matrix, target_bits, trellis)?;
+    if chosen.stretched > rows / 16 || chosen.outliers.len() > most / 8 {
+        let other = aim(&matrix, target_bits, plain)?;
+        if other.weighted_error < chosen.weighted_error || chosen.outliers.len() > most {
             chosen = other;
         }
     }
@@ -84,18 +96,23 @@ pub fn quantize_with(
     aim(&Matrix::new(weights, rows, cols, importance), target_bits, choice)
 }
 
+/// One weight of so many may be an outlier with a trellis.
+const MOST_STORED: usize = 64;
+
 /// Of a matrix with more weights, a sample of about half as many says where the search starts.
 const LARGE: usize = 1 << 21;
 
-pub(super) fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
+/// The exponent of the step at which a Gaussian has so many bits; nothing for zeros.
+fn start(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Option<f64> {
     let power: f64 = matrix.weights.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
     let deviation = (power / matrix.weights.len().max(1) as f64).sqrt();
-    if deviation == 0.0 {
-        return step_of(matrix, 1.0, choice);
-    }
-    // A Gaussian has log2(deviation / step) + 2.05 bits.
+    // It has log2(deviation / step) + 2.05 bits.
     let states = if choice.trellis.is_some() { 1.0 } else { 0.0 };
-    let mut start = log2(deviation) + 2.05 - states - target;
+    (deviation > 0.0).then(|| log2(deviation) + 2.05 - states - target)
+}
+
+pub(super) fn aim(matrix: &Matrix<'_>, target: f64, choice: Choice) -> Result<Quantized> {
+    let Some(mut start) = start(matrix, target, choice) else { return step_of(matrix, 1.0, choice) };
     let chunk = LANES * matrix.cols;
     let every = (2 * matrix.weights.len() / LARGE).min(matrix.weights.len() / chunk);
     if matrix.weights.len() > LARGE && every > 1 {
@@ -125,6 +142,7 @@ pub(super) fn meet(
     mut exponent: f64,
     quantize: impl Fn(f32) -> Result<Quantized>,
 ) -> Result<Option<(Quantized, f64)>> {
+    let slack = CLOSE * target.min(CLOSEST * CLOSEST / target);
     // Exponents and bits of the nearest steps tried on both sides.
     let mut low: Option<(f64, f64)> = None;
     let mut high: Option<(f64, f64)> = None;
@@ -144,13 +162,13 @@ pub(super) fn meet(
             if best.as_ref().is_none_or(|(best, _)| tried.weighted_error <= best.weighted_error) {
                 best = Some((tried, exponent));
             }
-            if bits >= target * (1.0 - CLOSE) {
+            if bits >= target - slack {
                 break;
             }
         } else {
             low = Some((exponent, bits));
         }
-        let aim = target * (1.0 - CLOSE / 2.0);
+        let aim = target - slack / 2.0;
         exponent = match (low, high) {
             (Some((e0, b0)), Some((e1, b1))) => {
                 let part = if b0 > b1 { ((b0 - aim) / (b0 - b1)).clamp(0.05, 0.95) } else { 0.5 };

@@ -2,8 +2,9 @@
 //!
 //! Three things can be done, and each costs squared error or bits, which are squared error too at the slope of a quantizer
 //! at high rates. A row can have a longer step: it saves the bits of all its codes and loses at all of them. A weight
-//! can be clipped, and lose what it lies beyond. Or what it lies beyond is stored beside the codes, as an outlier
-//! ([`crate::codec::extra`]), for its bits. Per row the cheapest of all mixtures is taken.
+//! can be clipped, and lose what it lies beyond. Or it goes on for a number of steps beyond its code, as an outlier
+//! ([`crate::codec::extra`]), for the bits of that number ([`crate::coding::ends`]). Per row the cheapest of all mixtures is
+//! taken.
 
 #![expect(clippy::cast_possible_truncation, reason = "rounded to single precision on purpose")]
 
@@ -12,12 +13,17 @@ use std::borrow::Cow;
 use half::f16;
 use rayon::prelude::*;
 
-use super::{Choice, Matrix};
+use super::{Choice, Matrix, level};
 use crate::codec::extra::{Extras, Outlier};
-use crate::coding;
+use crate::coding::context::log2;
+use crate::coding::ends::{self, Codes};
+use crate::coding::{self, head};
+use crate::layout::Plane;
 
-/// The greatest level, and steps beyond it the greatest weight that a code is near to.
-pub(super) const END: f32 = 127.0;
+/// The level that weights beyond the codes are clipped to: the greatest one that has a frequency in every state.
+pub(super) fn end(choice: Choice) -> f32 {
+    if choice.trellis.is_some() { 124.0 } else { 127.0 }
+}
 
 /// Steps of rows, and the weights that take an outlier to reach.
 #[derive(Debug)]
@@ -27,14 +33,63 @@ pub(super) struct Reach {
     pub outliers: Vec<usize>,
 }
 
-/// Bits of the planes of so many outliers.
-pub(super) fn outlier_bits(rows: usize, cols: usize, outliers: usize) -> f64 {
-    if outliers == 0 {
-        return 0.0;
+/// The planes of outliers as they lie on disk: counts, columns, values; nothing for one that is stored as it is.
+pub type OutlierStreams = [Option<Vec<u8>>; 3];
+
+/// The streams of the planes of outliers of these codes, given the step of a weight at a row and a column.
+pub(super) fn streams(
+    codes: &[u8],
+    rows: usize,
+    cols: usize,
+    outliers: &[Outlier],
+    step: impl Fn(usize, usize) -> f32,
+) -> OutlierStreams {
+    if outliers.is_empty() {
+        return OutlierStreams::default();
     }
-    let planes = Extras { column_scales: false, outliers: outliers as u64 }.plane_bytes(rows as u64, cols as u64);
+    let mut counts = vec![0u32; rows];
+    outliers.iter().for_each(|outlier| counts[outlier.row] += 1);
+    let columns: Option<Vec<u32>> = outliers.iter().map(|outlier| u32::try_from(outlier.column).ok()).collect();
+    let number = |outlier: &Outlier| {
+        let negative = codes[outlier.row * cols + outlier.column] < coding::table::ZERO;
+        ends::steps(outlier.value, negative, step(outlier.row, outlier.column))
+    };
+    let steps: Option<Vec<u32>> = outliers.iter().map(number).collect();
+    let matrix = Codes { plane: codes, stride: cols, cols };
+    let streams = [
+        ends::encode_counts(&counts),
+        columns.and_then(|columns| ends::encode_columns(&matrix, &counts, &columns)),
+        steps.map(|steps| ends::encode_steps(cols, &counts, &steps)),
+    ];
+    let extras = Extras { column_scales: false, outliers: outliers.len() as u64 };
+    let plain = extras.plane_bytes(rows as u64, cols as u64).unwrap_or_default();
+    let mut kept = streams
+        .into_iter()
+        .zip(plain)
+        .map(|(stream, (_, plain))| stream.filter(|stream| crate::coding::is_worth(plain, stream.len() as u64)));
+    std::array::from_fn(|_| kept.next().flatten())
+}
+
+/// Bytes of the planes of outliers on disk.
+pub(super) fn stored_bytes(rows: usize, cols: usize, outliers: usize, streams: &OutlierStreams) -> f64 {
+    let extras = Extras { column_scales: false, outliers: outliers as u64 };
     // What no file can hold is no outlier.
-    planes.map_or(f64::INFINITY, |planes| 8.0 * planes.iter().map(|(_, bytes)| *bytes).sum::<u64>() as f64)
+    let Ok(planes) = extras.plane_bytes(rows as u64, cols as u64) else { return f64::INFINITY };
+    let bytes =
+        |(i, (_, plain)): (usize, &(Plane, u64))| streams[i].as_ref().map_or(*plain, |stream| stream.len() as u64);
+    planes.iter().enumerate().map(bytes).sum::<u64>() as f64
+}
+
+/// What outliers cost in bits, about, given what all weights beyond the codes lie beyond them, in steps: each, and all
+/// together besides.
+fn about(rows: usize, cols: usize, (number, sum): (f64, f64)) -> (f64, f64) {
+    if number == 0.0 {
+        return (32.0, 32.0 * rows as f64);
+    }
+    // A geometric distribution, and the decisions of places; a count per row; lengths of blocks.
+    let each = log2(1.0 + sum / number) + 2.0;
+    let counts = rows as f64 * 0.5 * log2(1.0 + 17.0 * number / rows as f64);
+    (each, counts + 200.0 * rows.div_ceil(head::rows_per_block(cols)) as f64)
 }
 
 /// What is left of a number once an F16 stands for it; infinite where none can.
@@ -56,19 +111,29 @@ impl Matrix<'_> {
         // Squared error per weight, in squares of the step, away from the ends, and what a bit of the whole is worth.
         let noise = width * width / 12.0;
         let bit = 2.0 * std::f64::consts::LN_2 * noise;
-        let price = bit * (outlier_bits(self.rows, self.cols, 2) - outlier_bits(self.rows, self.cols, 1));
+        let end = end(choice);
+        let limit = f64::from(end);
+        let excess = |row: &[f32]| {
+            let excess = row.iter().map(|w| f64::from(w.abs()) / f64::from(step) - limit).filter(|&x| x > 0.75);
+            excess.fold((0.0, 0.0), |(number, sum), x| (number + 1.0, sum + x))
+        };
+        let rows: Vec<(f64, f64)> = self.weights.par_chunks(self.cols).map(excess).collect();
+        let beyond = rows.iter().fold((0.0, 0.0), |all, row| (all.0 + row.0, all.1 + row.1));
+        let (each, together) = about(self.rows, self.cols, beyond);
+        // A whole number of steps loses what a level does.
+        let price = bit * each + 1.0 / 12.0;
         let row = |row: &[f32]| {
             let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
-            if most <= END * step {
+            if most <= end * step {
                 return Row { clipped: (0.0, step), stored: (0.0, step) };
             }
             let step = f64::from(step);
-            let beyond: Vec<f64> = row.iter().map(|w| f64::from(w.abs()) / step).filter(|&x| x > 127.0).collect();
+            let beyond: Vec<f64> = row.iter().map(|w| f64::from(w.abs()) / step).filter(|&x| x > limit).collect();
             let mut best = Row { clipped: (f64::INFINITY, 0.0), stored: (f64::INFINITY, 0.0) };
             for part in 0.. {
                 let factor = coding::table::power(2 * part);
                 let (mut clipped, mut stored) = (0.0, 0.0);
-                for excess in beyond.iter().map(|x| x - 127.0 * factor).filter(|&x| x > 0.0) {
+                for excess in beyond.iter().map(|x| x - limit * factor).filter(|&x| x > 0.0) {
                     let lost = excess * excess;
                     clipped += lost;
                     stored += lost.min(price + (beyond_f16(excess * step) / step).powi(2));
@@ -89,13 +154,12 @@ impl Matrix<'_> {
         };
         let rows: Vec<Row> = self.weights.par_chunks(self.cols).map(row).collect();
         let saved: f64 = rows.iter().map(|row| row.clipped.0 - row.stored.0).sum();
-        let counts = outlier_bits(self.rows, self.cols, 1) - price / bit;
-        if saved.is_nan() || saved <= bit * counts {
+        if saved.is_nan() || saved <= bit * together {
             return Reach { scales: rows.iter().map(|row| row.clipped.1).collect(), outliers: Vec::new() };
         }
         let scales: Vec<f32> = rows.iter().map(|row| row.stored.1).collect();
         let outliers = self.weights.par_chunks(self.cols).zip(&scales).enumerate().map(|(row, (weights, &scale))| {
-            let excess = |w: f32| f64::from(w.abs()) - f64::from(END * scale);
+            let excess = |w: f32| f64::from(w.abs()) - f64::from(end * scale);
             let pays = |w: f32| {
                 excess(w) > 0.0 && {
                     let lost = |x: f64| (x / f64::from(step)).powi(2);
@@ -110,26 +174,37 @@ impl Matrix<'_> {
     }
 
     /// The matrix without what its outliers add.
-    pub(super) fn within(&self, reach: &Reach) -> Matrix<'_> {
+    pub(super) fn within(&self, reach: &Reach, choice: Choice) -> Matrix<'_> {
         let mut weights = Cow::Borrowed(&*self.weights);
         if !reach.outliers.is_empty() {
             let weights = weights.to_mut();
             for &place in &reach.outliers {
-                let end = END * reach.scales[place / self.cols];
+                let end = end(choice) * reach.scales[place / self.cols];
                 weights[place] = weights[place].clamp(-end, end);
             }
         }
         Matrix { weights, rows: self.rows, cols: self.cols, importance: self.importance.clone() }
     }
 
-    /// The outliers at these places, each adding what the matrix has over `base` there.
-    pub(super) fn outliers(&self, places: &[usize], base: impl Fn(usize) -> f32) -> Vec<Outlier> {
-        let outlier = |&place: &usize| Outlier {
-            row: place / self.cols,
-            column: place % self.cols,
-            // What was within the range before scales were fitted may be a little beyond it.
-            value: f16::from_f32((self.weights[place] - base(place)).clamp(f16::MIN.to_f32(), f16::MAX.to_f32())),
+    /// The outliers at these places, each adding whole steps to its code as long as that brings it nearer.
+    pub(super) fn outliers(&self, places: &[usize], codes: &[u8], scales: &[f32]) -> Vec<Outlier> {
+        let outlier = |&place: &usize| {
+            let (row, column) = (place / self.cols, place % self.cols);
+            let beyond = self.weights[place] - level(codes[place]) * scales[row];
+            Some(Outlier { row, column, value: whole(beyond, codes[place] < coding::table::ZERO, scales[row])? })
         };
-        places.iter().map(outlier).collect()
+        places.iter().filter_map(outlier).collect()
     }
+}
+
+/// The whole number of steps nearest to what a weight lies beyond its code, as it is stored; nothing for none.
+pub(super) fn whole(beyond: f32, negative: bool, step: f32) -> Option<f16> {
+    let beyond = if negative { -beyond } else { beyond };
+    let steps = (f64::from(beyond) / f64::from(step)).round_ties_even();
+    if steps.is_nan() || steps < 1.0 {
+        return None;
+    }
+    let value = ends::value(steps.min(f64::from(u32::MAX)) as u32, negative, step);
+    // What was within the range before scales were fitted may be a little beyond it.
+    Some(f16::from_f32(value.to_f32().clamp(f16::MIN.to_f32(), f16::MAX.to_f32())))
 }

@@ -15,8 +15,9 @@
 use std::borrow::Cow;
 
 use super::rate::{aim, exponent_of, meet};
-use super::reach::{END, Reach};
+use super::reach::{self, Reach, end};
 use super::{Choice, Matrix, Quantized, ROUNDS, level, prices};
+use crate::codec::extra::Outlier;
 use crate::coding::{self, context};
 use crate::error::Result;
 use crate::fit::hessian::{Hessian, ldlq};
@@ -118,14 +119,15 @@ impl<'a> Stepped<'a> {
         Self { weights, columns, hessian, scaled, own }
     }
 
-    /// The weights without what outliers add.
-    fn target(&self, reach: &Reach) -> Cow<'_, [f32]> {
-        let mut target = Cow::Borrowed(self.weights);
-        for &place in &reach.outliers {
-            let end = END * reach.scales[place / self.scaled.cols] * self.columns[place % self.scaled.cols];
-            target.to_mut()[place] = self.weights[place].clamp(-end, end);
-        }
-        target
+    /// What goes on for whole steps where the codes end.
+    fn outliers(&self, reach: &Reach, columns: &[f32], choice: Choice) -> Vec<Outlier> {
+        let outlier = |&place: &usize| {
+            let (row, column) = (place / self.scaled.cols, place % self.scaled.cols);
+            let (weight, step) = (self.weights[place], reach.scales[row] * columns[column]);
+            let beyond = weight - weight.signum() * (end(choice) * step);
+            Some(Outlier { row, column, value: reach::whole(beyond, weight < 0.0, step)? })
+        };
+        reach.outliers.iter().filter_map(outlier).collect()
     }
 
     /// Quantizes with a given common step.
@@ -133,10 +135,14 @@ impl<'a> Stepped<'a> {
         let (matrix, hessian) = (&self.scaled, self.hessian);
         let (rows, cols) = (matrix.rows, matrix.cols);
         let reach = matrix.reach(step, choice);
-        let mut codes = matrix.within(&reach).round(&reach.scales);
+        let mut codes = matrix.within(&reach, choice).round(&reach.scales);
         // Other columns make up for what these weights lose, which outliers must not change: they add what was taken out.
-        let target = self.target(&reach);
-        let scales = reach.scales;
+        let mut outliers = self.outliers(&reach, self.columns, choice);
+        let mut target = Cow::Borrowed(self.weights);
+        for outlier in &outliers {
+            target.to_mut()[outlier.row * cols + outlier.column] -= outlier.value.to_f32();
+        }
+        let scales = &reach.scales;
         let mut contexts = context::fit(&codes, rows, cols, None);
         let cost = |p: usize, column: usize| hessian.pivot(p) * f64::from(self.columns[column]).powi(2);
         let order: Vec<usize> = hessian.order().collect();
@@ -175,10 +181,26 @@ impl<'a> Stepped<'a> {
             contexts = context::fit(&codes, rows, cols, None);
         }
         let stream = coding::write(&codes, cols, &contexts)?;
-        let scales_stream = coding::encode_scales(&scales);
+        let scales_stream = coding::encode_scales(scales);
         let stretched = scales.iter().filter(|&&scale| scale != step).count();
+        // Steps of columns are others by now, and so little that the numbers of steps stay.
+        if self.own {
+            for outlier in &mut outliers {
+                let (row, column) = (outlier.row, outlier.column);
+                let was = coding::ends::steps(
+                    outlier.value,
+                    outlier.value.is_sign_negative(),
+                    scales[row] * self.columns[column],
+                );
+                let step = scales[row] * columns[column];
+                outlier.value =
+                    was.map_or(outlier.value, |n| coding::ends::value(n, outlier.value.is_sign_negative(), step));
+            }
+        }
+        let step_at = |row: usize, column: usize| if self.own { scales[row] * columns[column] } else { scales[row] };
+        let outlier_streams = reach::streams(&codes, rows, cols, &outliers, step_at);
         let column_scales = self.own.then_some(columns);
-        let outliers = Matrix::new(self.weights, rows, cols, None).outliers(&reach.outliers, |place| target[place]);
+        let scales = reach.scales;
         let mut out = Quantized {
             codes,
             scales,
@@ -187,6 +209,7 @@ impl<'a> Stepped<'a> {
             scales_stream,
             column_scales,
             outliers,
+            outlier_streams,
             squared_error: 0.0,
             weighted_error,
             step,

@@ -1,0 +1,200 @@
+//! Planes of outliers whose coding leans on other planes: which codes stand at the ends, and how long a step of a row is.
+//!
+//! They are read in blocks of rows, as codes are, so that rows are decoded without those before them: counts say
+//! which outliers are those of a block.
+
+use std::ops::Range;
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::coded::{self, Coding, Read};
+use super::entry::Entry;
+use crate::coding::ends::{self, Codes, Columns, Steps};
+use crate::error::{Error, Result};
+use crate::layout::{Layout, Plane};
+
+/// Blocks that are read together.
+const TOGETHER: usize = 32;
+
+/// The planes that are leaned on.
+struct Matrix<'a> {
+    entry: &'a Entry,
+    read: &'a Read<'a>,
+    rows: usize,
+    cols: usize,
+    /// Bytes of a row of codes.
+    stride: usize,
+    counts: Vec<u32>,
+}
+
+fn too_large(_: std::num::TryFromIntError) -> Error {
+    Error::invalid("the plane is larger than memory")
+}
+
+impl<'a> Matrix<'a> {
+    fn new(entry: &'a Entry, read: &'a Read<'a>) -> Result<Self> {
+        let (rows, cols) = entry.matrix();
+        let (rows, cols) = (usize::try_from(rows).map_err(too_large)?, usize::try_from(cols).map_err(too_large)?);
+        let Layout::Grouped(layout) = &entry.codec().layout else {
+            return Err(Error::invalid("a raw tensor has no outliers"));
+        };
+        let mut matrix = Self { entry, read, rows, cols, stride: layout.code_stride(cols), counts: Vec::new() };
+        let counts = matrix.part(Plane::OutlierCounts, 0..4 * rows)?;
+        matrix.counts = counts.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+        let sum: u64 = matrix.counts.iter().map(|&count| u64::from(count)).sum();
+        let most = matrix.counts.iter().copied().max().unwrap_or_default();
+        if sum != entry.extras().outliers || most as usize > cols {
+            return Err(Error::corrupt(0, "counts do not add up to the number of outliers"));
+        }
+        Ok(matrix)
+    }
+
+    /// Which plane of the entry this is.
+    fn index(&self, kind: Plane) -> Option<usize> {
+        self.entry.planes().iter().position(|place| place.plane == kind)
+    }
+
+    /// A part of another plane as it is in memory; of a plane that is not there, nothing.
+    fn part(&self, kind: Plane, bytes: Range<usize>) -> Result<Vec<u8>> {
+        let Some(plane) = self.index(kind) else { return Ok(Vec::new()) };
+        coded::range(self.entry, plane, bytes.start as u64, bytes.len() as u64, self.read).map_err(|e| match e {
+            Error::Corrupt { what, .. } => Error::corrupt(0, format!("plane {}: {what}", kind.name())),
+            e => e,
+        })
+    }
+
+    /// The F32 numbers of a part of another plane.
+    fn numbers(&self, kind: Plane, range: Range<usize>) -> Result<Vec<f32>> {
+        let bytes = self.part(kind, 4 * range.start..4 * range.end)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    }
+
+    /// How many outliers rows have.
+    fn number(&self, rows: Range<usize>) -> usize {
+        number_of(&self.counts[rows])
+    }
+}
+
+fn number_of(counts: &[u32]) -> usize {
+    counts.iter().map(|&count| count as usize).sum()
+}
+
+/// The bytes of one of these planes in pieces of whole blocks, from the block that has outlier `elements.start` on; `take` is
+/// given the first outlier of each piece.
+///
+/// # Errors
+/// [`Error::Corrupt`], with the byte of the stream, when it is not that of a plane of this matrix.
+pub(super) fn pieces(
+    entry: &Entry,
+    plane: usize,
+    elements: Range<usize>,
+    read: &Read<'_>,
+    mut take: impl FnMut(usize, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let matrix = Matrix::new(entry, read)?;
+    let place = &entry.planes()[plane];
+    let stored = read(plane, 0, place.bytes)?;
+    let (rows, cols) = (matrix.rows, matrix.cols);
+    let long =
+        entry.extras().elements(Plane::OutlierColumns, rows as u64, cols as u64).is_some_and(|(d, _)| d.size() == 4);
+    let coded_columns =
+        matrix.index(Plane::OutlierColumns).filter(|&i| entry.planes()[i].coding == Some(Coding::Columns));
+    let steps = match place.coding {
+        Some(Coding::Steps) => Some(Steps::open(&stored, rows, cols)?),
+        _ => None,
+    };
+    let columns_stream = match (coded_columns, &steps) {
+        (Some(columns), Some(_)) => Some(read(columns, 0, entry.planes()[columns].bytes)?),
+        _ => None,
+    };
+    let columns = match (&columns_stream, coded_columns) {
+        (Some(stream), _) => Some(Columns::open(stream, rows, cols)?),
+        (None, Some(_)) => Some(Columns::open(&stored, rows, cols)?),
+        (None, None) => None,
+    };
+    let column_scales = if steps.is_some() { matrix.numbers(Plane::ColumnScales, 0..cols)? } else { Vec::new() };
+    let per_block = coded::rows_per_block(cols);
+    let blocks = rows.div_ceil(per_block);
+    let (mut block, mut at) = (0, 0);
+    while block < blocks && at < elements.end {
+        let last = (block + TOGETHER).min(blocks);
+        let here = block * per_block..(last * per_block).min(rows);
+        let number = matrix.number(here.clone());
+        if at + number <= elements.start || number == 0 {
+            (block, at) = (last, at + number);
+            continue;
+        }
+        let codes = matrix.part(Plane::Codes, here.start * matrix.stride..here.end * matrix.stride)?;
+        let scales = if steps.is_some() { matrix.numbers(Plane::Scales, here.clone())? } else { Vec::new() };
+        let width = if long { 4 } else { 2 };
+        // Columns that are not coded are read as they are.
+        let plain = match &columns {
+            Some(_) => Vec::new(),
+            None => matrix.part(Plane::OutlierColumns, width * at..width * (at + number))?,
+        };
+        let starts: Vec<usize> = (block..last)
+            .scan(0, |sum, block| {
+                let start = *sum;
+                *sum += matrix.number(block * per_block..((block + 1) * per_block).min(rows));
+                Some(start)
+            })
+            .collect();
+        let (all, stride) = (&*matrix.counts, matrix.stride);
+        let one = |(i, &start): (usize, &usize)| {
+            let block = block + i;
+            let own = block * per_block..((block + 1) * per_block).min(rows);
+            let first = (own.start - here.start) * stride;
+            let codes = &codes[first..][..own.len() * stride];
+            let codes = Codes { plane: codes, stride, cols };
+            let counts = &all[own.clone()];
+            let number = number_of(&all[own.clone()]);
+            let mut found = Vec::new();
+            match &columns {
+                Some(columns) => columns.decode(block, &codes, counts, &mut found)?,
+                None => found.extend((start..start + number).map(|i| column(&plain, i, long))),
+            }
+            let Some(steps) = &steps else {
+                let bytes = |&column: &u32| column.to_le_bytes()[..width].to_vec();
+                return Ok(found.iter().flat_map(bytes).collect::<Vec<u8>>());
+            };
+            let mut numbers = Vec::new();
+            steps.decode(block, number, &mut numbers)?;
+            let mut out = Vec::with_capacity(2 * number);
+            let mut outliers = found.iter().zip(&numbers);
+            for (row, &count) in counts.iter().enumerate() {
+                let scale = scales[own.start - here.start + row];
+                for (&column, &number) in outliers.by_ref().take(count as usize) {
+                    let column = column as usize;
+                    let Some(&code) = codes.plane[row * stride..][..cols].get(column) else {
+                        return Err(Error::corrupt(0, format!("an outlier in column {column} of {cols}")));
+                    };
+                    let step = column_scales.get(column).map_or(scale, |factor| scale * factor);
+                    let value: f16 = ends::value(number, code < 128, step);
+                    if !value.is_finite() {
+                        return Err(Error::corrupt(
+                            0,
+                            format!("a value of {number} steps of {step:e}, which no F16 is"),
+                        ));
+                    }
+                    out.extend(value.to_le_bytes());
+                }
+            }
+            Ok(out)
+        };
+        let parts: Vec<Vec<u8>> = starts.par_iter().enumerate().map(one).collect::<Result<_>>()?;
+        take(at, &parts.concat())?;
+        (block, at) = (last, at + number);
+    }
+    Ok(())
+}
+
+/// A column in a plane of them.
+fn column(plane: &[u8], index: usize, long: bool) -> u32 {
+    if long {
+        let bytes = &plane[4 * index..];
+        u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    } else {
+        u32::from(u16::from_le_bytes([plane[2 * index], plane[2 * index + 1]]))
+    }
+}

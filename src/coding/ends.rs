@@ -1,0 +1,360 @@
+//! Outliers that go on where the codes end: their planes on disk, in little more than the entropy of what codes do not say.
+//!
+//! A weight beyond the codes has the code at their end, and as an outlier a whole number of steps more: then its place is
+//! known but for a decision per code at the ends, its sign is that of the code, and what remains is a small number. All of
+//! it goes through the adaptive coder of [`super::range`], in blocks of rows that are those of [`super::block`], so that
+//! rows are read without those before them.
+
+#![expect(clippy::cast_possible_truncation, reason = "numbers are below 2^24 where they are coded")]
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::head::rows_per_block;
+use super::range::{Decoder, Encoder, Odds};
+use crate::error::{Error, Result};
+
+/// Octaves of numbers: they and one are below `2^OCTAVES`.
+const OCTAVES: usize = 24;
+/// Bits below the highest one that are learned.
+const LEARNED: u32 = 3;
+
+/// Whole numbers of any size, small ones in few decisions: the octave in unary, then what lies below its first bit.
+struct Numbers {
+    octave: [Odds; OCTAVES],
+    below: [[Odds; 1 << LEARNED]; OCTAVES],
+}
+
+impl Numbers {
+    /// The first number that is too large.
+    const END: u32 = (1 << OCTAVES) - 1;
+
+    fn new() -> Self {
+        Self { octave: [Odds::EVEN; OCTAVES], below: [[Odds::EVEN; 1 << LEARNED]; OCTAVES] }
+    }
+
+    fn encode(&mut self, to: &mut Encoder, number: u32) {
+        let number = number + 1;
+        let octave = number.ilog2();
+        for i in 0..OCTAVES as u32 - 1 {
+            to.bit(&mut self.octave[i as usize], i < octave);
+            if i == octave {
+                break;
+            }
+        }
+        let mut node = 1;
+        for i in (0..octave).rev() {
+            let bit = number >> i & 1;
+            match self.below[octave as usize].get_mut(node) {
+                Some(odds) => to.bit(odds, bit == 1),
+                None => to.bit(&mut Odds::EVEN.clone(), bit == 1),
+            }
+            node = (node << 1 | bit as usize).min(1 << LEARNED);
+        }
+    }
+
+    fn decode(&mut self, from: &mut Decoder<'_>) -> u32 {
+        let mut octave = 0;
+        while octave < OCTAVES - 1 && from.bit(&mut self.octave[octave]) {
+            octave += 1;
+        }
+        let (mut number, mut node) = (1, 1);
+        for _ in 0..octave {
+            let bit = match self.below[octave].get_mut(node) {
+                Some(odds) => from.bit(odds),
+                None => from.bit(&mut Odds::EVEN.clone()),
+            };
+            number = number << 1 | u32::from(bit);
+            node = (node << 1 | usize::from(bit)).min(1 << LEARNED);
+        }
+        number - 1
+    }
+}
+
+fn refuse<T>(at: usize, what: impl Into<String>) -> Result<T> {
+    Err(Error::corrupt(at as u64, what))
+}
+
+/// How many outliers each row has, as bytes; nothing where one has too many for it.
+#[must_use]
+pub fn encode_counts(counts: &[u32]) -> Option<Vec<u8>> {
+    let (mut to, mut numbers) = (Encoder::new(), Numbers::new());
+    for &count in counts {
+        if count >= Numbers::END {
+            return None;
+        }
+        numbers.encode(&mut to, count);
+    }
+    Some(to.finish())
+}
+
+/// The counts of `rows` rows back.
+///
+/// # Errors
+/// [`Error::Corrupt`] when these are not the bytes of so many counts.
+pub fn decode_counts(bytes: &[u8], rows: usize) -> Result<Vec<u32>> {
+    let mut counts = Vec::new();
+    if counts.try_reserve_exact(rows).is_err() {
+        return Err(Error::OutOfMemory { what: "counts of outliers".into(), bytes: 4 * rows as u64 });
+    }
+    if rows == 0 {
+        return if bytes.is_empty() { Ok(counts) } else { refuse(0, "bytes for no counts") };
+    }
+    let (mut from, mut numbers) = (Decoder::new(bytes), Numbers::new());
+    counts.extend((0..rows).map(|_| numbers.decode(&mut from)));
+    from.finish(0)?;
+    Ok(counts)
+}
+
+/// A matrix of codes as it is in memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Codes<'a> {
+    /// Rows of `stride` bytes.
+    pub plane: &'a [u8],
+    /// Bytes of a row, of which the first `cols` are codes.
+    pub stride: usize,
+    /// Columns.
+    pub cols: usize,
+}
+
+impl<'a> Codes<'a> {
+    /// The codes of a row.
+    fn row(&self, row: usize) -> &'a [u8] {
+        &self.plane[row * self.stride..][..self.cols]
+    }
+}
+
+/// What lies where in a stream of blocks.
+#[derive(Debug)]
+pub struct Blocks<'a> {
+    bytes: &'a [u8],
+    /// Rows of a block.
+    per_block: usize,
+    spans: Vec<Range<usize>>,
+}
+
+impl<'a> Blocks<'a> {
+    /// Reads the lengths that stand in front of the blocks of a matrix.
+    fn open(bytes: &'a [u8], at: usize, rows: usize, cols: usize) -> Result<Self> {
+        let per_block = rows_per_block(cols);
+        let count = rows.div_ceil(per_block);
+        let Some(index) = bytes.get(at..).filter(|rest| rest.len() / 4 >= count) else {
+            return refuse(bytes.len(), format!("a stream of {} bytes for {count} blocks", bytes.len()));
+        };
+        let mut start = at + 4 * count;
+        let mut spans = Vec::with_capacity(count);
+        for length in index[..4 * count].as_chunks::<4>().0 {
+            let end = start.saturating_add(u32::from_le_bytes(*length) as usize);
+            spans.push(start..end);
+            start = end;
+        }
+        if start != bytes.len() {
+            return refuse(bytes.len(), format!("a stream of {} bytes, expected {start}", bytes.len()));
+        }
+        Ok(Self { bytes, per_block, spans })
+    }
+
+    fn write(head: &[u8], blocks: &[Vec<u8>]) -> Vec<u8> {
+        let mut out = head.to_vec();
+        for block in blocks {
+            out.extend((block.len() as u32).to_le_bytes());
+        }
+        blocks.iter().for_each(|block| out.extend(block));
+        out
+    }
+
+    /// Rows of a block; the last one may have fewer.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.per_block
+    }
+
+    /// A decoder of a block, and where it begins.
+    fn block(&self, block: usize) -> (Decoder<'a>, usize) {
+        let span = self.spans[block].clone();
+        (Decoder::new(&self.bytes[span.clone()]), span.start)
+    }
+
+    /// Refuses what a block has that was not needed.
+    fn finish(&self, block: usize, from: Decoder<'_>, used: bool) -> Result<()> {
+        let span = &self.spans[block];
+        if !used && !span.is_empty() {
+            return refuse(span.start, format!("a block of {} bytes that says nothing", span.len()));
+        }
+        from.finish(span.start as u64)
+    }
+}
+
+/// Which columns hold outliers, as bytes, given how many there are in each row; nothing where an outlier has code 128,
+/// or a code below none has.
+#[must_use]
+pub fn encode_columns(codes: &Codes<'_>, counts: &[u32], columns: &[u32]) -> Option<Vec<u8>> {
+    let mut rest = columns;
+    let mut least = 127;
+    for (row, &count) in counts.iter().enumerate() {
+        let (own, later) = rest.split_at_checked(count as usize)?;
+        for &column in own {
+            least = least.min(magnitude(*codes.row(row).get(column as usize)?));
+        }
+        rest = later;
+    }
+    if least == 0 {
+        return None;
+    }
+    let mut rest = columns;
+    let blocks = counts.chunks(rows_per_block(codes.cols)).enumerate().map(|(block, counts)| {
+        let (mut to, mut odds) = (Encoder::new(), [Odds::EVEN; 128]);
+        for (i, &count) in counts.iter().enumerate() {
+            let row = codes.row(block * rows_per_block(codes.cols) + i);
+            let (mut own, later) = rest.split_at(count as usize);
+            rest = later;
+            for (column, &code) in row.iter().enumerate() {
+                if own.is_empty() {
+                    break;
+                }
+                let magnitude = magnitude(code);
+                if magnitude >= least {
+                    let here = own[0] as usize == column;
+                    to.bit(&mut odds[usize::from(magnitude)], here);
+                    own = &own[usize::from(here)..];
+                }
+            }
+        }
+        to.finish()
+    });
+    Some(Blocks::write(&[least], &blocks.collect::<Vec<_>>()))
+}
+
+/// The magnitude of the level of a code; that of 0, which is none, is that of the greatest one.
+fn magnitude(code: u8) -> u8 {
+    code.abs_diff(128).min(127)
+}
+
+/// The columns of outliers, open for reading.
+#[derive(Debug)]
+pub struct Columns<'a> {
+    least: u8,
+    blocks: Blocks<'a>,
+}
+
+impl<'a> Columns<'a> {
+    /// Reads the head of the stream of a matrix.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the head contradicts itself, the matrix or the length.
+    pub fn open(bytes: &'a [u8], rows: usize, cols: usize) -> Result<Self> {
+        match bytes.first() {
+            Some(&least @ 1..=127) => Ok(Self { least, blocks: Blocks::open(bytes, 1, rows, cols)? }),
+            Some(least) => refuse(0, format!("outliers from level {least} on, expected 1 to 127")),
+            None => refuse(0, "a stream of no bytes"),
+        }
+    }
+
+    /// The blocks.
+    #[must_use]
+    pub fn blocks(&self) -> &Blocks<'a> {
+        &self.blocks
+    }
+
+    /// Appends the columns of the outliers of a block, given its codes and how many each of its rows has.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when its bytes are not those of a block; `out` has grown by no more than the counts then.
+    pub fn decode(&self, block: usize, codes: &Codes<'_>, counts: &[u32], out: &mut Vec<u32>) -> Result<()> {
+        let (mut from, at) = self.blocks.block(block);
+        let mut odds = [Odds::EVEN; 128];
+        let mut used = false;
+        for (row, &count) in counts.iter().enumerate() {
+            let mut left = count;
+            for (column, &code) in codes.row(row).iter().enumerate() {
+                if left == 0 {
+                    break;
+                }
+                let magnitude = magnitude(code);
+                if magnitude >= self.least {
+                    used = true;
+                    if from.bit(&mut odds[usize::from(magnitude)]) {
+                        out.push(column as u32);
+                        left -= 1;
+                    }
+                }
+            }
+            if left > 0 {
+                return refuse(at, format!("a row of {count} outliers has codes for {} of them", count - left));
+            }
+        }
+        self.blocks.finish(block, from, used)
+    }
+}
+
+/// What an outlier adds that is so many steps beyond its code, as it is stored.
+#[must_use]
+pub fn value(steps: u32, negative: bool, step: f32) -> f16 {
+    let value = f16::from_f32(steps as f32 * step);
+    if negative { -value } else { value }
+}
+
+/// How many steps beyond its code an outlier is; nothing where no number of them is stored as this value.
+#[must_use]
+pub fn steps(stored: f16, negative: bool, step: f32) -> Option<u32> {
+    let near = (stored.to_f64() / f64::from(step)).abs().round_ties_even();
+    if !(near < f64::from(Numbers::END) && stored.is_finite()) {
+        return None;
+    }
+    let near = near as u32;
+    [near, near.saturating_sub(1), near + 1]
+        .into_iter()
+        .find(|&steps| (1..Numbers::END).contains(&steps) && value(steps, negative, step).to_bits() == stored.to_bits())
+}
+
+/// How many steps beyond its code each outlier is, as bytes, given how many there are in each row of a matrix of `cols` columns.
+///
+/// # Panics
+/// When a number is 0 or there are not as many as counts say.
+#[must_use]
+pub fn encode_steps(cols: usize, counts: &[u32], steps: &[u32]) -> Vec<u8> {
+    let mut rest = steps;
+    let blocks = counts.chunks(rows_per_block(cols)).map(|counts| {
+        let number = counts.iter().map(|&count| count as usize).sum();
+        let (own, later) = rest.split_at(number);
+        rest = later;
+        let (mut to, mut numbers) = (Encoder::new(), Numbers::new());
+        own.iter().for_each(|&steps| numbers.encode(&mut to, steps - 1));
+        to.finish()
+    });
+    Blocks::write(&[], &blocks.collect::<Vec<_>>())
+}
+
+/// How far outliers go beyond their codes, open for reading.
+#[derive(Debug)]
+pub struct Steps<'a> {
+    blocks: Blocks<'a>,
+}
+
+impl<'a> Steps<'a> {
+    /// Reads the head of the stream of a matrix.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the head contradicts the matrix or the length.
+    pub fn open(bytes: &'a [u8], rows: usize, cols: usize) -> Result<Self> {
+        Ok(Self { blocks: Blocks::open(bytes, 0, rows, cols)? })
+    }
+
+    /// The blocks.
+    #[must_use]
+    pub fn blocks(&self) -> &Blocks<'a> {
+        &self.blocks
+    }
+
+    /// Appends the numbers of a block of so many outliers.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when its bytes are not those of a block.
+    pub fn decode(&self, block: usize, number: usize, out: &mut Vec<u32>) -> Result<()> {
+        let (mut from, _) = self.blocks.block(block);
+        let mut numbers = Numbers::new();
+        out.extend((0..number).map(|_| numbers.decode(&mut from) + 1));
+        self.blocks.finish(block, from, number > 0)
+    }
+}
