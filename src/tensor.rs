@@ -94,7 +94,9 @@ impl FromStr for DType {
         };
         Self::ALL.iter().copied().find(|d| d.name() == alias).ok_or_else(|| {
             let known: Vec<_> = Self::ALL.iter().map(|d| d.name()).collect();
-            Error::invalid(format!("unknown dtype '{s}', expected one of {}", known.join(", ")))
+            // It may come from a file, whose control characters a terminal would obey.
+            let found: String = s.chars().take(100).flat_map(char::escape_debug).collect();
+            Error::invalid(format!("unknown dtype '{found}', expected one of {}", known.join(", ")))
         })
     }
 }
