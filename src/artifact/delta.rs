@@ -9,6 +9,7 @@
 //! planes before anything is copied. Attached files are the variant's: the delta carries them all, and a chain gives
 //! those of its last delta.
 
+pub mod chain;
 pub mod checkpoint;
 
 use std::collections::HashSet;
@@ -273,7 +274,7 @@ pub struct Materialized {
 /// Writes what a base, an artifact or a checkpoint, and a chain of deltas stand for.
 ///
 /// # Errors
-/// Those of [`materialize`] and [`checkpoint::materialize`].
+/// Those of [`materialize`] and [`chain::materialize`].
 pub fn restore(
     base: &Model,
     deltas: &[ArtifactFile],
@@ -289,7 +290,7 @@ pub fn restore(
         }
         Model::Source(base) => {
             let options = export::Options { force, ..export::Options::default() };
-            checkpoint::materialize(base, deltas, target, &options, on_progress)
+            chain::materialize(base, deltas, target, &options, on_progress)
         }
     }
 }

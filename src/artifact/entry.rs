@@ -104,7 +104,7 @@ impl Entry {
     /// # Errors
     /// [`Error::Invalid`] when the codec stores bytes as they are, the matrix is a transpose, or the dtype is not one that
     /// differences are added in.
-    pub(crate) fn as_difference(mut self) -> Result<Self> {
+    pub(crate) fn into_difference(mut self) -> Result<Self> {
         if self.codec.grouped().is_err() || self.transposed || !takes_difference(self.info.dtype()) {
             return Err(Error::invalid(format!(
                 "tensor '{}' is a difference of {} in {}, expected one of F32, F16 or BF16 in a codec of codes, not transposed",
@@ -450,7 +450,7 @@ impl EntryJson {
             .with_extras(extras)?
             .at_rate(self.rate.map(Rate::from_thousandths).transpose()?)?;
         if self.difference {
-            entry = entry.as_difference()?;
+            entry = entry.into_difference()?;
         }
         for (index, plane) in self.planes.iter().enumerate().take(entry.planes.len()) {
             if let Some(id) = &plane.coding {

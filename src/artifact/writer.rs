@@ -475,9 +475,9 @@ impl TensorWriter {
     /// Says that what was written is added to the base's tensor, of this dtype.
     ///
     /// # Errors
-    /// Those of [`Entry::as_difference`].
+    /// Those of [`Entry::into_difference`].
     pub(super) fn into_difference(mut self, dtype: DType) -> Result<Self> {
-        self.entry = self.entry.in_dtype(dtype)?.as_difference()?;
+        self.entry = self.entry.in_dtype(dtype)?.into_difference()?;
         Ok(self)
     }
 

@@ -87,7 +87,7 @@ impl Width {
 
     /// The key of a base's word.
     fn key(self, word: u32) -> usize {
-        (word << 1 << (32 - self.bits) >> 24) as usize
+        ((word << 1 << (32 - self.bits)) >> 24) as usize
     }
 
     /// What `to` differs from `from`: small for small differences of either sign.
@@ -120,7 +120,7 @@ fn least(symbol: u32) -> (u32, u32) {
         return (symbol, 0);
     }
     let rest = (symbol - DIRECT) / 4 + SHORTEST - 3;
-    ((4 | (symbol - DIRECT) % 4) << rest, rest)
+    ((4 | ((symbol - DIRECT) % 4)) << rest, rest)
 }
 
 /// How often each symbol occurs, by key; the first of two passes over a tensor and its base.
