@@ -9,8 +9,9 @@ Base and variant are stored in BF16. Each row is a delta, or the variant compres
 file has, how many times smaller than the 16-bit file, nMSE of all weights against the variant's, the squared error over
 the square of what was learned, and the KL divergence in nats per token from the variant, on ``--test``; ``base`` is
 using the base instead of the variant. ``svd`` is what low rank would give: the best approximation of each matrix's
-difference of rank r, by an exact SVD, its factors counted as F16 without any header. ``--variant`` takes a model that
-is fine-tuned already instead of training one, and ``--rows`` some kinds of rows only.
+difference of rank r, by an exact SVD, its factors counted as F16 without any header; ``sign`` what one bit for the sign
+of each difference and the F16 mean magnitude of its row would, which is the best scale for signs. ``--variant`` takes a
+model that is fine-tuned already instead of training one, and ``--rows`` some kinds of rows only.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH, LENGTH, WINDOWS = 4, 96, 24
+ROWS = ("delta", "alone", "svd", "sign")
 Weights = dict[str, torch.Tensor]
 
 
@@ -101,6 +103,21 @@ def low_rank(base: Weights, variant: Weights, rank: int) -> tuple[int, Weights]:
     return size, out
 
 
+def signs(base: Weights, variant: Weights) -> tuple[int, Weights]:
+    """Bytes and weights of the base with signs and a scale per row; what is no matrix is the variant's."""
+    size, out = 0, {}
+    for name, new in variant.items():
+        if new.ndim != 2:
+            out[name] = new
+            size += 2 * new.numel()
+            continue
+        difference = new.float() - base[name].float()
+        scale = difference.abs().mean(dim=1, keepdim=True).half().float()
+        out[name] = (base[name].float() + torch.where(difference < 0, -scale, scale)).bfloat16()
+        size += new.numel() // 8 + 2 * len(new)
+    return size, out
+
+
 def main() -> int:
     """Train, then print a row per mode."""
     parser = argparse.ArgumentParser(description="deltas of a fine-tuned model: size and loss")
@@ -111,7 +128,7 @@ def main() -> int:
     parser.add_argument("--test", type=Path, required=True, help="UTF-8 text that divergence is measured on")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=2e-5, help="greatest learning rate")
-    parser.add_argument("--rows", nargs="+", choices=["delta", "alone", "svd"], default=["delta", "alone", "svd"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -163,6 +180,8 @@ def main() -> int:
         for rank in (1, 4, 16, 48) if "svd" in args.rows else []:
             size, weights = low_rank(old, new, rank)
             scale.row(f"svd of rank {rank}", size, weights)
+        if "sign" in args.rows:
+            scale.row("sign, a scale per row", *signs(old, new))
     return 0
 
 

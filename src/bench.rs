@@ -181,10 +181,7 @@ fn measure(
         let mut decoded = vec![0.0; whole.len()];
         encoded.decode_into(&mut decoded);
         let end = Instant::now();
-        let beside =
-            encoded.planes().skip(rows[i].codec.layout.planes().len()).map(|(_, plane)| plane.len()).sum::<usize>();
-        let bytes = quantized.stream.len() + quantized.scales_stream.len() + beside;
-        rows[i].take(bytes as u64, [middle - start, end - middle], &whole, &decoded);
+        rows[i].take(quantized.bytes(), [middle - start, end - middle], &whole, &decoded);
         rows[i].run(device, &encoded, &mut decoded)?;
         rows[i].count(tensor.info().elements());
     }

@@ -9,6 +9,7 @@ use super::allocate::{Allocation, gradient};
 use super::size::Settled;
 use super::{OnProgress, Options, Progress, TensorReport, plan_settled, reports};
 use crate::codec::Codec;
+use crate::codec::extra::Extras;
 use crate::codecs;
 use crate::error::{Error, Result};
 use crate::fit::entropy::{Curve, SAMPLE};
@@ -138,6 +139,9 @@ pub fn frontier(
         for (curve, tensor) in curves.iter().zip(settled.reports(source)?) {
             if let (Some(curve), Some(rate)) = (curve, tensor.rate) {
                 sums.add(curve.noise(rate.bits()), curve.power(), gradient(&tensor, options));
+                let beyond = Extras { column_scales: false, outliers: curve.outliers(rate.bits()) };
+                let planes = beyond.plane_bytes(tensor.matrix.0, tensor.matrix.1)?;
+                sums.beside += planes.iter().map(|(_, bytes)| bytes).sum::<u64>();
             }
         }
         points.push(point(source, &settled, &counts, (codecs::get(codecs::ANY_RATE)?, Some(rate)), &sums)?);
@@ -162,6 +166,8 @@ struct Sums {
     power: f64,
     /// Squared error times mean squared gradient, of the matrices that have one.
     cost: Option<f64>,
+    /// Bytes in memory of what lies beyond the codes.
+    beside: u64,
 }
 
 impl Sums {
@@ -206,7 +212,7 @@ fn point(
     sums: &Sums,
 ) -> Result<Point> {
     let report = plan_settled(source, settled)?;
-    let (mut weights, mut bytes, mut memory_bytes) = (0, 0, 0);
+    let (mut weights, mut bytes, mut memory_bytes) = (0, 0, sums.beside);
     for (tensor, _) in report.tensors.iter().zip(counts).filter(|(_, counts)| **counts) {
         weights += tensor.elements();
         bytes += tensor.stored_bytes;

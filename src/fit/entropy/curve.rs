@@ -14,10 +14,10 @@ use crate::fit::Rate;
 /// Weights of a sample, about.
 pub const SAMPLE: usize = 1 << 16;
 
-/// Rates near which a sample is quantized: with a trellis, and, where codes reach their ends, without one. The last lies beyond
-/// the greatest rate, so that all of these are known.
-const RATES: [(f64, bool); 7] =
-    [(1.5, true), (2.75, true), (4.25, true), (5.75, true), (7.0, false), (8.0, false), (9.0, false)];
+/// Rates near which a sample is quantized: with a trellis, and, where too much lies beyond its codes, without one. The last
+/// lies beyond the greatest rate, so that all of these are known.
+const RATES: [(f64, bool); 8] =
+    [(1.5, true), (2.75, true), (4.25, true), (5.5, true), (6.6, true), (7.2, false), (8.0, false), (9.0, false)];
 
 /// Squared error over bits of a matrix.
 #[derive(Debug, Clone)]
@@ -26,6 +26,8 @@ pub struct Curve {
     power: f64,
     /// Bits per weight, rising, and the logarithm of squared error over power, falling.
     points: Vec<(f64, f64)>,
+    /// Bits per weight, rising, and how many of the weights lie beyond the codes.
+    beyond: Vec<(f64, f64)>,
 }
 
 impl Curve {
@@ -40,7 +42,7 @@ impl Curve {
         let weights = (rows * cols) as f64;
         let part: f64 = sample.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
         let power = if sample.is_empty() { 0.0 } else { part * (weights / sample.len() as f64) };
-        let mut curve = Self { weights, power, points: Vec::new() };
+        let mut curve = Self { weights, power, points: Vec::new(), beyond: Vec::new() };
         if part == 0.0 {
             return Ok(curve);
         }
@@ -57,12 +59,14 @@ impl Curve {
         for tried in RATES.into_iter().map(at_rate) {
             let tried = tried?;
             let bits = whole_bits(&tried, here, cols, rows)?;
+            curve.beyond.push((bits, tried.outliers.len() as f64 / sample.len() as f64));
             if tried.squared_error > 0.0 {
                 curve.points.push((bits, log2(tried.squared_error / part)));
             }
         }
         // More bits that lose no less are never taken.
         curve.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        curve.beyond.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut least = f64::INFINITY;
         curve.points.retain(|&(_, loss)| {
             let less = loss < least;
@@ -94,6 +98,18 @@ impl Curve {
     #[must_use]
     pub fn most_rate(&self) -> Option<Rate> {
         Rate::from_bits(self.most_bits().min(Rate::MOST.bits())).ok()
+    }
+
+    /// About how many weights lie beyond the codes at a number of bits per weight.
+    #[must_use]
+    pub fn outliers(&self, bits: f64) -> u64 {
+        let next = self.beyond.partition_point(|&(at, _)| at <= bits);
+        let part = match (next.checked_sub(1).map(|last| self.beyond[last]), self.beyond.get(next)) {
+            (Some((b0, n0)), Some(&(b1, n1))) => n0 + (n1 - n0) * ((bits - b0) / (b1 - b0)),
+            (Some((_, part)), None) | (None, Some(&(_, part))) => part,
+            (None, None) => 0.0,
+        };
+        (part * self.weights) as u64
     }
 
     /// Squared error at a number of bits per weight.
@@ -147,7 +163,7 @@ fn whole_bits(sample: &Quantized, here: usize, cols: usize, rows: usize) -> Resu
     let ends = blocks * 4 * head::LANES.min(rows);
     let scales = sample.scales_stream.len() as f64 * if sample.stretched > 0 { rows as f64 / here as f64 } else { 1.0 };
     let bytes = codes * (rows as f64 / here as f64) + deviations + (8 * blocks + ends) as f64 + scales;
-    let outliers = sample.outlier_bytes() * (rows as f64 / here as f64);
+    let outliers = sample.outlier_bytes() as f64 * (rows as f64 / here as f64);
     Ok(8.0 * (bytes + outliers) / (rows * cols) as f64)
 }
 
@@ -170,10 +186,13 @@ mod tests {
         let (rows, cols) = (384, 256);
         let weights = matrix(rows, cols);
         let curve = Curve::of_sample(&weights[..64 * cols], rows, cols).unwrap();
-        for bits in [2.5, 3.5, 4.5, 6.0] {
+        for bits in [2.5, 3.5, 4.5, 6.0, 8.0] {
             let real = crate::fit::entropy::quantize(&weights, rows, cols, bits, None).unwrap();
             let ratio = curve.noise(real.bits_per_weight()) / real.squared_error;
             assert!((0.93..1.07).contains(&ratio), "{bits} bits: {ratio} of the error");
+            let outliers = curve.outliers(real.bits_per_weight()) as f64 / (rows * cols) as f64;
+            let found = real.outliers.len() as f64 / (rows * cols) as f64;
+            assert!((outliers - found).abs() < 0.005, "{bits} bits: {outliers} of the weights, {found} are beyond");
             let back = curve.bits(curve.noise(bits));
             assert!((back - bits).abs() < 1e-9, "{back} is not {bits}");
         }

@@ -87,13 +87,18 @@ impl Quantized {
     /// Bits on disk per weight, all planes counted.
     #[must_use]
     pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.bytes() as f64 / self.codes.len().max(1) as f64
+    }
+
+    /// Bytes on disk, all planes counted.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
         let columns = self.column_scales.as_ref().map_or(0, |scales| 4 * scales.len());
-        let weights = self.codes.len().max(1);
-        8.0 * ((self.stream.len() + self.scales_stream.len() + columns) as f64 + self.outlier_bytes()) / weights as f64
+        ((self.stream.len() + self.scales_stream.len() + columns) as u64).saturating_add(self.outlier_bytes())
     }
 
     /// Bytes of the planes of outliers on disk.
-    fn outlier_bytes(&self) -> f64 {
+    fn outlier_bytes(&self) -> u64 {
         let (rows, weights) = (self.scales.len(), self.codes.len());
         reach::stored_bytes(rows, weights / rows.max(1), self.outliers.len(), &self.outlier_streams)
     }

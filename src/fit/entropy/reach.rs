@@ -71,13 +71,13 @@ pub(super) fn streams(
 }
 
 /// Bytes of the planes of outliers on disk.
-pub(super) fn stored_bytes(rows: usize, cols: usize, outliers: usize, streams: &OutlierStreams) -> f64 {
+pub(super) fn stored_bytes(rows: usize, cols: usize, outliers: usize, streams: &OutlierStreams) -> u64 {
     let extras = Extras { column_scales: false, outliers: outliers as u64 };
     // What no file can hold is no outlier.
-    let Ok(planes) = extras.plane_bytes(rows as u64, cols as u64) else { return f64::INFINITY };
+    let Ok(planes) = extras.plane_bytes(rows as u64, cols as u64) else { return u64::MAX };
     let bytes =
         |(i, (_, plain)): (usize, &(Plane, u64))| streams[i].as_ref().map_or(*plain, |stream| stream.len() as u64);
-    planes.iter().enumerate().map(bytes).sum::<u64>() as f64
+    planes.iter().enumerate().map(bytes).sum()
 }
 
 /// What outliers cost in bits, about, given what all weights beyond the codes lie beyond them, in steps: each, and all
