@@ -2,7 +2,7 @@
 //!
 //! A weight beyond the codes has the code at their end, and as an outlier a whole number of steps more: then its place is
 //! known but for a decision per code at the ends, its sign is that of the code, and what remains is a small number. All of
-//! it goes through the adaptive coder of [`super::range`], in blocks of rows that are those of [`super::block`], so that
+//! it goes through the adaptive coder of `range`, in blocks of rows that are those of `block`, so that
 //! rows are read without those before them.
 
 #![expect(clippy::cast_possible_truncation, reason = "numbers are below 2^24 where they are coded")]
