@@ -61,7 +61,7 @@ def watch() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **options: Any) -> Any:
+def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, mmap: bool = False, **options: Any) -> Any:
     """Load a compressed model for transformers, its weights as planes: no dense copy of them is ever made.
 
     Parameters
@@ -72,6 +72,9 @@ def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **o
     act
         Arithmetic of products: ``"float32"``, ``"bfloat16"`` or ``"int8"``, see :func:`tenpak.matmul`; by default the
         one that goes with the dtype of activations.
+    mmap
+        Map the planes of a single file instead of reading them: no copy, and processes share them, but whoever cuts the
+        file short then ends them all.
     **options
         As for transformers' ``from_pretrained``: ``dtype`` (of activations and of what is not quantized),
         ``device_map``, ``attn_implementation`` …
@@ -79,7 +82,7 @@ def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **o
     Returns
     -------
     transformers.PreTrainedModel
-        Of the class that the config names; planes of a single file are views of it.
+        Of the class that the config names; with ``mmap`` planes of a single file are views of it.
 
     Raises
     ------
@@ -94,4 +97,4 @@ def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **o
     """
     from .huggingface import from_pretrained as load
 
-    return load(path, act=act, **options)
+    return load(path, act=act, mmap=mmap, **options)

@@ -167,8 +167,10 @@ def test_coded_planes_are_decoded_when_a_model_is_loaded(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama tied", "gpt2", "mixtral"])
-def test_a_single_file_loads_as_views_of_itself(kind: str, made: Any) -> None:
-    model = tenpak.from_pretrained(made(kind).file)
+def test_a_single_file_loads_as_views_of_itself_where_it_is_mapped(kind: str, made: Any) -> None:
+    read = tenpak.from_pretrained(made(kind).file)
+    assert torch.equal(logits(read), logits(made(kind).load()))
+    model = tenpak.from_pretrained(made(kind).file, mmap=True)
     assert torch.equal(logits(model), logits(made(kind).load())) and model.generation_config.eos_token_id == 1
     layers = [m for m in quantized(model) if isinstance(m, tt.QuantizedLinear)]
     maps = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "tenpak" in line]

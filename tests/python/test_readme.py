@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_commands_of_a_checkpoint_s_life_work_in_order(folder: Path) -> None:
     blocks = [part.strip().splitlines() for part in README.split("```")[1::2]]
     lines = next(block for block in blocks if block[0].startswith("tenpak "))
-    assert len(lines) == 11
+    assert len(lines) == 12
     for line in lines:
         command = shlex.split(line, comments=True)
         command[0] = os.environ.get("TENPAK_BIN", command[0])

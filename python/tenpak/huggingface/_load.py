@@ -35,12 +35,12 @@ _DTYPES = {
 }
 
 
-def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, **options: Any) -> Any:
+def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, mmap: bool = False, **options: Any) -> Any:
     """Load a compressed model; see :func:`tenpak.from_pretrained`."""
     register()
     place = os.fspath(path)
     if os.path.isfile(place):
-        model = _from_artifact(open_artifact(place), **options)
+        model = _from_artifact(open_artifact(place, mmap=mmap), **options)
     else:
         config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(place)
         model = _class(config).from_pretrained(place, config=config, **options)

@@ -18,7 +18,7 @@ mod blocks;
 mod keys;
 mod tokenizer;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use architecture::{Architecture, Place};
@@ -188,7 +188,7 @@ impl Plan {
             Become::Dense => Type::dense(&entries[index], name).0,
             Become::Packed { layout, .. } => Type::of(layout).expect("layouts that are not held are refused"),
         };
-        let (mut outs, mut stacks) = (Vec::new(), HashMap::new());
+        let (mut outs, mut stacks) = (Vec::new(), BTreeMap::new());
         for (index, entry) in entries.iter().enumerate() {
             let (name, heads, adds_one, turned) = match architecture.place(entry.info().name())? {
                 Place::Nowhere => continue,
