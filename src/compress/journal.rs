@@ -326,6 +326,8 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
+        // A child of this process that has not called exec yet would hold the lock as well.
+        drop(self.log.unlock());
         if !self.of_use {
             // Nothing is lost where it stays: the next run begins anew.
             drop(std::fs::remove_dir_all(&self.dir));
