@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 
 /// Octaves of numbers: they and one are below `2^OCTAVES`.
 const OCTAVES: usize = 24;
+/// Codes that are looked at together.
+const LOOK: usize = 32;
 /// Bits below the highest one that are learned.
 const LEARNED: u32 = 3;
 
@@ -267,16 +269,22 @@ impl<'a> Columns<'a> {
         let mut used = false;
         for (row, &count) in counts.iter().enumerate() {
             let mut left = count;
-            for (column, &code) in codes.row(row).iter().enumerate() {
+            for (chunk, codes) in codes.row(row).chunks(LOOK).enumerate() {
                 if left == 0 {
                     break;
                 }
-                let magnitude = magnitude(code);
-                if magnitude >= self.least {
-                    used = true;
-                    if from.bit(&mut odds[usize::from(magnitude)]) {
-                        out.push(column as u32);
-                        left -= 1;
+                // Most chunks have no code at an end, which vectors see at once.
+                if codes.iter().fold(0, |most, &code| magnitude(code).max(most)) < self.least {
+                    continue;
+                }
+                for (i, &code) in codes.iter().enumerate() {
+                    let magnitude = magnitude(code);
+                    if left > 0 && magnitude >= self.least {
+                        used = true;
+                        if from.bit(&mut odds[usize::from(magnitude)]) {
+                            out.push((chunk * LOOK + i) as u32);
+                            left -= 1;
+                        }
                     }
                 }
             }
