@@ -284,6 +284,17 @@ def decode_scales(data: bytes, rows: int) -> F32:
     return values[which].astype(np.float32)
 
 
+def frequencies(data: bytes, at: int) -> tuple[Integers, int]:
+    """Read how often each of 256 symbols is; give the place behind it, too."""
+    require(len(data) >= at + 32, "a short table")
+    present = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8, 32, at), bitorder="little"))
+    require(len(data) >= at + 32 + 2 * len(present), "a short table")
+    freq = np.zeros(256, np.int64)
+    freq[present] = np.frombuffer(data, "<u2", len(present), at + 32)
+    require(bool(((freq[present] >= 1) & (freq[present] < TOTAL)).all()) and freq.sum() == TOTAL, "frequencies")
+    return freq, at + 32 + 2 * len(present)
+
+
 def decode_bytes(data: bytes, rows: int, row: int) -> Bytes:
     """Bytes `[rows, row]` of coded bytes.
 
@@ -301,16 +312,10 @@ def decode_bytes(data: bytes, rows: int, row: int) -> Bytes:
     at = 4
     tables = []
     for _ in range(size):
-        require(len(data) >= at + 32, "a short table")
-        present = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8, 32, at), bitorder="little"))
-        require(len(data) >= at + 32 + 2 * len(present), "a short table")
-        freq = np.zeros(256, np.int64)
-        freq[present] = np.frombuffer(data, "<u2", len(present), at + 32)
-        require(bool(((freq[present] >= 1) & (freq[present] < TOTAL)).all()) and freq.sum() == TOTAL, "frequencies")
+        freq, at = frequencies(data, at)
         start = np.cumsum(freq) - freq
         symbol = np.repeat(np.arange(256), freq)
         tables.append(Table(symbol, start[symbol], freq[symbol]))
-        at += 32 + 2 * len(present)
     symbols, starts, freqs = (np.array([getattr(t, name) for t in tables]) for name in ("symbol", "start", "freq"))
     rows_per_block = max(1, (1 << 18) // row)
     blocks = -(-rows // rows_per_block)
@@ -459,17 +464,11 @@ def decode_words(data: bytes, base: bytes, size: int) -> bytes:
     at = tables
     freqs, starts, symbols = [], [], []
     for _ in range(tables):
-        require(len(data) >= at + 32, "a short table")
-        present = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8, 32, at), bitorder="little"))
-        require(len(data) >= at + 32 + 2 * len(present), "a short table")
-        freq = np.zeros(256, np.int64)
-        freq[present] = np.frombuffer(data, "<u2", len(present), at + 32)
-        require(bool(((freq[present] >= 1) & (freq[present] < TOTAL)).all()) and freq.sum() == TOTAL, "frequencies")
-        require(not len(present) or present[-1] < 64 + 4 * (bits - 6), "a symbol of longer words")
+        freq, at = frequencies(data, at)
+        require(not freq[64 + 4 * (bits - 6) :].any(), "a symbol of longer words")
         freqs.append([int(f) for f in freq])
         starts.append([int(s) for s in np.cumsum(freq) - freq])
         symbols.append([int(s) for s in np.repeat(np.arange(256), freq)])
-        at += 32 + 2 * len(present)
     blocks = -(-len(old) // 65536)
     require(len(data) >= at + 8 * blocks, "a short index")
     index = struct.unpack_from(f"<{2 * blocks}I", data, at)

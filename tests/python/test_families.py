@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -81,14 +82,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    kept: dict[str, Made] = {}
-
-    def make(kind: str) -> Made:
-        if kind not in kept:
-            kept[kind] = Made(tmp_path_factory.mktemp("made"), kind)
-        return kept[kind]
-
-    return make
+    return functools.cache(lambda kind: Made(tmp_path_factory.mktemp("made"), kind))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

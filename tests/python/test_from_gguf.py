@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    kept: dict[str, Made] = {}
-
-    def make(kind: str) -> Made:
-        if kind not in kept:
-            kept[kind] = Made(tmp_path_factory.mktemp("made"), kind)
-        return kept[kind]
-
-    return make
+    return functools.cache(lambda kind: Made(tmp_path_factory.mktemp("made"), kind))
 
 
 def logits(folder: Path) -> Any:
@@ -96,6 +90,16 @@ def test_what_came_from_gguf_goes_there_again(kind: str, made: Any) -> None:
     assert {key: value for key, value in keys[0].items() if key not in ignored}.items() <= keys[1].items()
 
 
+def finish(writer: Any, reader: Any) -> None:
+    """Write the tensors of a file behind the keys that the writer has."""
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def rewritten(source: Path, target: Path, split: int = 0, **texts: str) -> None:
     """A file with more keys, in parts of so many tensors, as the writer of gguf itself has them."""
     reader = gguf.GGUFReader(source)
@@ -108,12 +112,7 @@ def rewritten(source: Path, target: Path, split: int = 0, **texts: str) -> None:
             writer.add_key_value(key, field.contents(), kind, sub_type=sub)
     for key, text in texts.items():
         writer.add_key_value(f"general.{key}", text, gguf.GGUFValueType.STRING)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, reader)
 
 
 def test_a_model_in_parts_is_read_as_one_and_what_is_said_of_it_is_passed_on(made: Any, tmp_path: Path) -> None:
@@ -180,12 +179,7 @@ def test_ways_of_cutting_text_come_back(cut: str, made: Any, tmp_path: Path) -> 
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
     writer.add_token_merges(["Ġ t", "Ġt h", "7 7"])
     writer.add_eos_token_id(len(tokens) - 1)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, reader)
     tenpak.compress(tmp_path / "m.gguf", tmp_path / "out")
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     # Llama 3 takes up to three digits at once, Qwen one.
