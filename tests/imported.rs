@@ -1,5 +1,7 @@
 //! What reading the checkpoints of other quantizers promises: codes and scales come in as they are, or not at all.
 
+#[path = "support/gguf.rs"]
+mod gguf;
 mod support;
 
 use std::collections::BTreeMap;
@@ -424,27 +426,8 @@ fn scales_that_no_codec_holds_are_found_when_they_are_read() {
 
 /// A GGUF file of these keys and tensors: name, dimensions innermost first, type, offset.
 fn gguf_file(keys: &[(&str, u32, Vec<u8>)], tensors: &[(&str, &[u64], u32, u64)], data: usize) -> Vec<u8> {
-    let mut out = b"GGUF\x03\0\0\0".to_vec();
-    out.extend((tensors.len() as u64).to_le_bytes());
-    out.extend((keys.len() as u64).to_le_bytes());
-    let text = |out: &mut Vec<u8>, text: &str| {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    };
-    for (key, kind, value) in keys {
-        text(&mut out, key);
-        out.extend(kind.to_le_bytes());
-        out.extend(value);
-    }
-    for (name, dims, kind, offset) in tensors {
-        text(&mut out, name);
-        out.extend(u32::try_from(dims.len()).unwrap().to_le_bytes());
-        dims.iter().for_each(|dim| out.extend(dim.to_le_bytes()));
-        out.extend(kind.to_le_bytes());
-        out.extend(offset.to_le_bytes());
-    }
-    out.resize(out.len().next_multiple_of(32) + data, 1);
-    out
+    let keys: Vec<_> = keys.iter().map(|(key, kind, value)| (*key, *kind, value.as_slice())).collect();
+    gguf::gguf(&keys, tensors, data)
 }
 
 fn string(text: &str) -> Vec<u8> {

@@ -223,25 +223,31 @@ fn a_coded_plane_reads_as_if_it_were_stored_as_it_is() {
     }
 }
 
-#[test]
-fn what_an_artifact_is_does_not_depend_on_how_its_planes_are_coded() {
-    let folder = Folder::new();
-    let input = folder.checkpoint("model.safetensors", &model());
-    let [file, directory, back, bare] = ["a.tenpak", "a", "b.tenpak", "c.tenpak"].map(|name| folder.path(name));
-    pack(&input, &file, &at("3.5")).unwrap();
-    let artifact = ArtifactFile::open(&file).unwrap();
-    let to = |to| Conversion { to, force: true, max_shard_bytes: 40_000, allow_requantize: false };
-    export::convert(&artifact, &directory, &to(To::Hf), &mut |_| Ok(())).unwrap();
+/// An artifact that has been a directory and come back byte for byte, then read from that directory without its header.
+fn by_its_config(folder: &Folder, artifact: &ArtifactFile, max_shard_bytes: u64) -> ArtifactFile {
+    let [directory, back, bare] = ["form", "back.tenpak", "bare.tenpak"].map(|name| folder.path(name));
+    let to = |to| Conversion { to, force: true, max_shard_bytes, allow_requantize: false };
+    export::convert(artifact, &directory, &to(To::Hf), &mut |_| Ok(())).unwrap();
     let form = ArtifactFile::open(&directory).unwrap();
     assert_eq!(verify::verify(&form, |_| Ok(())).unwrap().problems, []);
     export::convert(&form, &back, &to(To::Tenpak), &mut |_| Ok(())).unwrap();
-    assert!(fs::read(&file).unwrap() == fs::read(&back).unwrap());
+    assert!(fs::read(artifact.path()).unwrap() == fs::read(&back).unwrap());
 
     // Without the header, the config alone says which planes are coded, and digests are computed.
     fs::remove_file(directory.join("tenpak.json")).unwrap();
     let form = ArtifactFile::open(&directory).unwrap();
     export::convert(&form, &bare, &to(To::Tenpak), &mut |_| Ok(())).unwrap();
-    let bare = ArtifactFile::open(&bare).unwrap();
+    ArtifactFile::open(&bare).unwrap()
+}
+
+#[test]
+fn what_an_artifact_is_does_not_depend_on_how_its_planes_are_coded() {
+    let folder = Folder::new();
+    let input = folder.checkpoint("model.safetensors", &model());
+    let file = folder.path("a.tenpak");
+    pack(&input, &file, &at("3.5")).unwrap();
+    let artifact = ArtifactFile::open(&file).unwrap();
+    let bare = by_its_config(&folder, &artifact, 40_000);
     for (index, entry) in bare.tensors().iter().enumerate() {
         let same = artifact.find(entry.info().name()).unwrap();
         assert!(entry.same_content(&artifact.tensors()[same]), "{}", entry.info().name());
@@ -266,7 +272,7 @@ fn what_lies_beyond_the_codes_is_coded_too_and_read_in_any_part() {
     let folder = Folder::new();
     let tensors = wide();
     let input = folder.checkpoint("model.safetensors", &tensors);
-    let [file, directory, back, bare] = ["a.tenpak", "a", "b.tenpak", "c.tenpak"].map(|name| folder.path(name));
+    let file = folder.path("a.tenpak");
     let report = pack(&input, &file, &at("8")).unwrap();
     let artifact = ArtifactFile::open(&file).unwrap();
     assert_eq!(verify::verify(&artifact, |_| Ok(())).unwrap().problems, []);
@@ -287,16 +293,7 @@ fn what_lies_beyond_the_codes_is_coded_too_and_read_in_any_part() {
         artifact.decode_rows(index, 201, &mut part).unwrap();
         assert_eq!(bits(&part), bits(&all[201 * cols..208 * cols]));
     }
-    let to = |to| Conversion { to, force: true, max_shard_bytes: 400_000, allow_requantize: false };
-    export::convert(&artifact, &directory, &to(To::Hf), &mut |_| Ok(())).unwrap();
-    let form = ArtifactFile::open(&directory).unwrap();
-    assert_eq!(verify::verify(&form, |_| Ok(())).unwrap().problems, []);
-    export::convert(&form, &back, &to(To::Tenpak), &mut |_| Ok(())).unwrap();
-    assert!(fs::read(&file).unwrap() == fs::read(&back).unwrap());
-    fs::remove_file(directory.join("tenpak.json")).unwrap();
-    let form = ArtifactFile::open(&directory).unwrap();
-    export::convert(&form, &bare, &to(To::Tenpak), &mut |_| Ok(())).unwrap();
-    let bare = ArtifactFile::open(&bare).unwrap();
+    let bare = by_its_config(&folder, &artifact, 400_000);
     assert!(bare.tensors().iter().all(|entry| {
         let same = artifact.find(entry.info().name()).unwrap();
         entry.same_content(&artifact.tensors()[same])

@@ -19,6 +19,7 @@ use zip::CompressionMethod::{self, Deflated, Stored};
 use zip::write::SimpleFileOptions;
 
 use crate::format::{Artifact, Delta, Entry, File, Plane};
+use crate::gguf::gguf;
 use crate::reached;
 use crate::support::{Folder, Tensor, codec, safetensors};
 
@@ -428,31 +429,6 @@ fn directories(cases: &mut Cases) {
         },
         "not a regular file",
     );
-}
-
-/// A GGUF file of these keys and tensors: name, dimensions innermost first, type, offset.
-fn gguf(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64], u32, u64)], data: usize) -> Vec<u8> {
-    let mut out = b"GGUF\x03\0\0\0".to_vec();
-    let text = |out: &mut Vec<u8>, text: &str| {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    };
-    out.extend((tensors.len() as u64).to_le_bytes());
-    out.extend((keys.len() as u64).to_le_bytes());
-    for (key, kind, value) in keys {
-        text(&mut out, key);
-        out.extend(kind.to_le_bytes());
-        out.extend(*value);
-    }
-    for (name, dims, kind, offset) in tensors {
-        text(&mut out, name);
-        out.extend(u32::try_from(dims.len()).unwrap().to_le_bytes());
-        dims.iter().for_each(|dim| out.extend(dim.to_le_bytes()));
-        out.extend(kind.to_le_bytes());
-        out.extend(offset.to_le_bytes());
-    }
-    out.resize(out.len().next_multiple_of(32) + data, 1);
-    out
 }
 
 fn ggufs(cases: &mut Cases) {

@@ -11,6 +11,8 @@ mod faults;
 #[path = "../support/format.rs"]
 mod format;
 mod full;
+#[path = "../support/gguf.rs"]
+mod gguf;
 mod killed;
 mod models;
 #[path = "../support/mod.rs"]
