@@ -8,7 +8,7 @@ use std::ops::Range;
 use half::f16;
 use rayon::prelude::*;
 
-use super::coded::{self, Coding, Read};
+use super::coded::{self, Coded, Coding, Read};
 use super::entry::Entry;
 use crate::coding::ends::{self, Codes, Columns, Steps};
 use crate::error::{Error, Result};
@@ -26,6 +26,14 @@ struct Matrix<'a> {
     /// Bytes of a row of codes.
     stride: usize,
     counts: Vec<u32>,
+}
+
+/// The error of a plane that another one leans on.
+fn in_plane(kind: Plane, error: Error) -> Error {
+    match error {
+        Error::Corrupt { what, .. } => Error::corrupt(0, format!("plane {}: {what}", kind.name())),
+        error => error,
+    }
 }
 
 fn too_large(_: std::num::TryFromIntError) -> Error {
@@ -58,10 +66,8 @@ impl<'a> Matrix<'a> {
     /// A part of another plane as it is in memory; of a plane that is not there, nothing.
     fn part(&self, kind: Plane, bytes: Range<usize>) -> Result<Vec<u8>> {
         let Some(plane) = self.index(kind) else { return Ok(Vec::new()) };
-        coded::range(self.entry, plane, bytes.start as u64, bytes.len() as u64, self.read).map_err(|e| match e {
-            Error::Corrupt { what, .. } => Error::corrupt(0, format!("plane {}: {what}", kind.name())),
-            e => e,
-        })
+        coded::range(self.entry, plane, bytes.start as u64, bytes.len() as u64, self.read)
+            .map_err(|e| in_plane(kind, e))
     }
 
     /// The F32 numbers of a part of another plane.
@@ -113,6 +119,14 @@ pub(super) fn pieces(
         (None, Some(_)) => Some(Columns::open(&stored, rows, cols)?),
         (None, None) => None,
     };
+    // Codes are read by pieces of rows; their stream is opened once.
+    let coded_codes = matrix.index(Plane::Codes).filter(|&i| entry.planes()[i].coding.is_some());
+    let of_codes = |e| in_plane(Plane::Codes, e);
+    let codes_stream = coded_codes.map(|i| read(i, 0, entry.planes()[i].bytes)).transpose().map_err(of_codes)?;
+    let all_codes = match (coded_codes, &codes_stream) {
+        (Some(i), Some(stream)) => Some(Coded::open(entry, i, stream).map_err(of_codes)?),
+        _ => None,
+    };
     let column_scales = if steps.is_some() { matrix.numbers(Plane::ColumnScales, 0..cols)? } else { Vec::new() };
     let per_block = coded::rows_per_block(cols);
     let blocks = rows.div_ceil(per_block);
@@ -125,7 +139,11 @@ pub(super) fn pieces(
             (block, at) = (last, at + number);
             continue;
         }
-        let codes = matrix.part(Plane::Codes, here.start * matrix.stride..here.end * matrix.stride)?;
+        let own_codes = here.start * matrix.stride..here.end * matrix.stride;
+        let codes = match &all_codes {
+            Some(all) => all.range(own_codes).map_err(of_codes)?,
+            None => matrix.part(Plane::Codes, own_codes)?,
+        };
         let scales = if steps.is_some() { matrix.numbers(Plane::Scales, here.clone())? } else { Vec::new() };
         let width = if long { 4 } else { 2 };
         // Columns that are not coded are read as they are.
