@@ -2,19 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy.typing as npt
 
 from . import _arrays, _tenpak
 from ._arrays import Array
 from ._tenpak import Entry
-
-Path = str | os.PathLike[str]
-#: Called with source bytes done, source bytes in all, and the name of the tensor; an exception stops the work.
-Progress = Callable[[int, int, str], object]
-Report = dict[str, Any]
+from ._types import Path, Progress, Report
 
 
 def open(path: Path, *, mmap: bool = False) -> "Artifact":

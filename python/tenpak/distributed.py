@@ -9,8 +9,8 @@ from typing import Any
 
 import tenpak
 
-from ._artifact import Path, Progress, Report
 from ._errors import InvalidError, TenpakError
+from ._types import Path, Progress, Report
 
 __all__ = ["compress"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import tenpak
 
-from ._artifact import Path, Report
 from ._errors import InvalidError
+from ._types import Path, Report
 
 __all__ = ["METHODS", "available", "check", "run"]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ._artifact import Path
 from ._errors import InvalidError
 from ._huggingface import from_pretrained
+from ._types import Path
 from .torch import quantize_model
 from .torch._planes import Quantized
 

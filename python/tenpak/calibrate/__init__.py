@@ -27,9 +27,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as _Path
 
-from .._artifact import Path
 from .._console import check_output
 from .._errors import InvalidError
+from .._types import Path
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "DEFAULT_TOKENS", "Summary", "calibrate"]
 

@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path as _Path
 
-from .._artifact import Path
 from .._errors import InvalidError
+from .._types import Path
 from . import plan as _plan
 from .report import Baseline, Evaluation, Fidelity, Row, Sizes
 

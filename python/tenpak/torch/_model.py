@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .. import codecs, compress
-from .._artifact import Report
 from .._errors import InvalidError, NonfiniteError
 from .._tenpak import DEFAULT_CODEC_IN_MEMORY
+from .._types import Report
 from ._embedding import QuantizedEmbedding, beside, hindrance_of
 from ._experts import QuantizedStack, is_experts, set_stack, stack_names
 from ._linear import QuantizedLinear
