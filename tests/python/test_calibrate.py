@@ -150,7 +150,7 @@ def run(*arguments: object, **keywords: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_journal_that_resumes(tmp_path: Path, number: int, code: int) -> None:
     path = tmp_path / "s.safetensors"
-    size = ["--tokens", 8192, "--context", 16, "--window-batch", 1, "--threads", 1]
+    size = ["--tokens", 3072, "--context", 16, "--window-batch", 1, "--threads", 1]
     options = [MODEL, "--text", TEXT, "-o", path, *size]
     process = run(*options)
     while process.poll() is None and not (tmp_path / "s.safetensors.partial/plan.json").exists():
