@@ -1,7 +1,7 @@
 //! What coded planes cost: bits beside those of an ideal coder, error at given rates, and speed on one thread.
 //!
 //! `cargo bench --bench coding` takes matrices of known statistics; `cargo bench --bench coding -- FILE.safetensors` takes
-//! those of a file besides. The *ideal* gives every row and column the real-valued deviation that suits its codes best,
+//! those of a file besides; `cargo bench --bench coding -- files [BITS]` only decodes whole files. The *ideal* gives every row and column the real-valued deviation that suits its codes best,
 //! and the shape that suits the matrix best, out of the same family, and pays for neither.
 
 #![expect(clippy::print_stdout, reason = "the table is what it is run for")]
@@ -9,8 +9,12 @@
 
 use std::time::Instant;
 
+use tenpak::artifact::ArtifactFile;
 use tenpak::coding::{self, Stream, Trellis};
+use tenpak::compress::{Nonfinite, Options, compress};
 use tenpak::fit::entropy::{Choice, quantize, quantize_step, quantize_with};
+use tenpak::recipe::Recipe;
+use tenpak::source;
 
 /// Deviations of the ideal coder are this many to an octave, from 2^-5 to 2^7.
 const PER_OCTAVE: i32 = 32;
@@ -247,7 +251,48 @@ fn speeds() {
     }
 }
 
+/// Bytes of f32 weights a second out of whole files; at high rates weights go on beyond the codes, as outliers.
+fn files(only: Option<&str>) {
+    println!("\nwhole files, one tensor, one thread: GB of f32 weights a second\n");
+    println!("| matrix | bits | outliers | compress | decode_rows | planes |");
+    println!("|---|---|---|---|---|---|");
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let [input, output] = ["m.safetensors", "m.tenpak"].map(|name| folder.path().join(name));
+    for nu in [None, Some(5)] {
+        let Matrix { name, rows, cols, weights } = synthetic(2048, 2048, 0.0, nu);
+        let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![rows, cols], &bytes);
+        safetensors::serialize_to_file([("w", view.expect("a matrix"))], None, &input).expect("a file");
+        for rate in ["4.5", "6", "6.5", "7", "8"].into_iter().filter(|rate| only.is_none_or(|only| only == *rate)) {
+            let codec = tenpak::codecs::get("ecu_v1").expect("a codec");
+            let recipe = Recipe::new(codec).target_bits(rate.parse().expect("a rate"));
+            let options = Options::new(recipe, Nonfinite::Error, true);
+            let source = source::open(&input, &source::Options::default()).expect("a checkpoint");
+            let start = Instant::now();
+            compress(&source, &output, &options, &mut |_| Ok(())).expect("an artifact");
+            let encode = bytes.len() as f64 / start.elapsed().as_secs_f64() / 1e9;
+            let artifact = ArtifactFile::open(&output).expect("an artifact");
+            let mut out = vec![0.0; rows * cols];
+            // Nanoseconds of a byte.
+            let decode = time(bytes.len(), || artifact.decode_rows(0, 0, &mut out).expect("weights"));
+            let planes = time(bytes.len(), || drop(artifact.planes(0).expect("planes")));
+            let outliers = artifact.tensors()[0].extras().outliers as f64 / weights.len() as f64;
+            println!(
+                "| {name} | {rate} | {:.2} % | {encode:.3} | {:.2} | {:.2} |",
+                100.0 * outliers,
+                1.0 / decode,
+                1.0 / planes
+            );
+        }
+    }
+}
+
 fn main() {
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    if args.first().is_some_and(|arg| arg == "files") {
+        return one.install(|| files(args.get(1).map(String::as_str)));
+    }
     let mut matrices = vec![
         synthetic(512, 512, 0.0, None),
         synthetic(768, 768, 0.3, None),
@@ -256,11 +301,13 @@ fn main() {
         synthetic(768, 768, 0.3, Some(5)),
         synthetic(128, 256, 0.0, None),
     ];
-    for path in std::env::args().skip(1).filter(|arg| !arg.starts_with("--")) {
-        matrices.extend(from_file(&path));
+    for path in &args {
+        matrices.extend(from_file(path));
     }
     bits(&matrices);
     rates();
-    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
-    one.install(speeds);
+    one.install(|| {
+        speeds();
+        files(None);
+    });
 }

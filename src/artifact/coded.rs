@@ -292,6 +292,14 @@ impl<'a> Coded<'a> {
         }
     }
 
+    /// The rows of one block of codes.
+    pub fn block(&self, block: usize) -> Result<Vec<u8>> {
+        let Inner::Rows(stream) = &self.stream else { return Err(Error::invalid("a plane that is not one of codes")) };
+        let mut out = try_zeroed(stream.rows(block).len() * self.stride, || "a block of codes".to_owned())?;
+        self.decode(block, &mut out)?;
+        Ok(out)
+    }
+
     /// A range of the plane.
     pub fn range(&self, range: Range<usize>) -> Result<Vec<u8>> {
         let mut out = try_zeroed(range.len(), || "a part of a coded plane".to_owned())?;
@@ -312,6 +320,21 @@ impl<'a> Coded<'a> {
 
 /// Reads bytes of a plane of an entry as they are in the file: plane, first byte, number of bytes.
 pub(super) type Read<'a> = dyn Fn(usize, u64, u64) -> Result<Block> + 'a;
+
+/// Parts of planes as they are in memory, which were read already: those that others lean on.
+#[derive(Clone, Copy)]
+pub(crate) struct Known<'a> {
+    /// Rows of codes, and the first of them.
+    pub codes: (usize, &'a [u8]),
+    /// Columns of outliers, and the first of them; none where they are not known yet.
+    pub columns: (usize, &'a [u8]),
+}
+
+/// Some elements of `width` bytes of a part of a plane that begins with element `first`, where the part has all of them.
+pub(super) fn part_of<'a>((first, part): (usize, &'a [u8]), elements: &Range<usize>, width: usize) -> Option<&'a [u8]> {
+    let start = elements.start.checked_sub(first)?;
+    part.get(start * width..(start + elements.len()) * width)
+}
 
 /// Rows in a block of codes.
 pub(super) fn rows_per_block(cols: usize) -> usize {
@@ -335,7 +358,9 @@ pub(super) fn digest(
         look(at, piece)
     };
     if place.coding.is_some_and(Coding::leans) {
-        outliers::pieces(entry, plane, 0..usize::MAX, read, |first, piece| take(first * width(entry, plane), piece))?;
+        outliers::pieces(entry, plane, 0..usize::MAX, None, read, |first, piece| {
+            take(first * width(entry, plane), piece)
+        })?;
     } else {
         let stored = read(plane, 0, place.bytes)?;
         Coded::open(entry, plane, &stored)?.pieces(0, |at, piece| take(at, piece).map(|()| true))?;
@@ -350,11 +375,18 @@ fn width(entry: &Entry, plane: usize) -> usize {
     elements.map_or(1, |(dtype, _)| usize::try_from(dtype.size()).expect("at most 8"))
 }
 
-/// The bytes of a part of a plane as they are in memory.
+/// The bytes of a part of a plane as they are in memory; what is `known` is not decoded for it again.
 ///
 /// # Errors
 /// [`Error::Corrupt`], with the byte of the stream, when it is not that of a plane of this matrix; those of `read`.
-pub(super) fn range(entry: &Entry, plane: usize, start: u64, bytes: u64, read: &Read<'_>) -> Result<Vec<u8>> {
+pub(super) fn range(
+    entry: &Entry,
+    plane: usize,
+    start: u64,
+    bytes: u64,
+    known: Option<Known<'_>>,
+    read: &Read<'_>,
+) -> Result<Vec<u8>> {
     let place = &entry.planes()[plane];
     let Some(coding) = place.coding else { return read(plane, start, bytes).map(|block| block.to_vec()) };
     let too_large = |_| Error::invalid("the plane is larger than memory");
@@ -367,7 +399,7 @@ pub(super) fn range(entry: &Entry, plane: usize, start: u64, bytes: u64, read: &
     let width = width(entry, plane);
     let mut out = try_zeroed(bytes, || "a part of a coded plane".to_owned())?;
     let end = start + bytes;
-    outliers::pieces(entry, plane, start / width..end.div_ceil(width), read, |first, piece| {
+    outliers::pieces(entry, plane, start / width..end.div_ceil(width), known, read, |first, piece| {
         let at = first * width;
         let (from, until) = (start.max(at), end.min(at + piece.len()));
         if from < until {
@@ -435,7 +467,7 @@ pub(crate) fn decode_outliers(
         return Err(Error::invalid(format!("there is no plane '{}'", plane.escape_debug())));
     };
     let too_large = |_| Error::invalid("the plane is larger than memory");
-    range(&entry, index, 0, entry.plain_bytes(index), &|plane, start, bytes| {
+    range(&entry, index, 0, entry.plain_bytes(index), None, &|plane, start, bytes| {
         let start = usize::try_from(start).map_err(too_large)?;
         Ok(Block::Owned(found[plane][start..start + usize::try_from(bytes).map_err(too_large)?].to_vec()))
     })

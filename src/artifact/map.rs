@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::attached::AttachedFile;
-use super::coded;
+use super::coded::{self, Known};
 use super::entry::{CHUNK, Entry};
 use super::header::Header;
 use super::identity::Identity;
@@ -144,6 +144,27 @@ impl ArtifactFile {
         self.range(tensor, plane, 0, bytes)
     }
 
+    /// The bytes of all planes of a tensor as they are in memory, checked, and with all that holds of the extra ones.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming tensor, plane and chunk; [`Error::Io`].
+    pub fn planes(&self, tensor: usize) -> Result<Vec<Block>> {
+        let entry = &self.tensors()[tensor];
+        let mut blocks: Vec<Block> = Vec::new();
+        for plane in 0..entry.planes().len() {
+            let found = |kind| entry.planes()[..plane].iter().position(|place| place.plane == kind);
+            let block = |at: usize| (0, &*blocks[at]);
+            let columns = found(Plane::OutlierColumns).map_or((0, &[][..]), block);
+            let known = found(Plane::Codes).map(|at| Known { codes: block(at), columns });
+            blocks.push(self.range_by(tensor, plane, 0, entry.plain_bytes(plane), known)?);
+        }
+        if entry.extras() != Extras::NONE {
+            let extra = slices(&blocks[entry.codec().layout.planes().len()..]);
+            with_extras(entry, entry.matrix().0, &extra, |_| Ok(())).map_err(|e| self.of_file(e))?;
+        }
+        Ok(blocks)
+    }
+
     /// Reads the extra planes of a tensor and checks all that holds of them.
     ///
     /// # Errors
@@ -151,8 +172,10 @@ impl ArtifactFile {
     pub fn check_extras(&self, tensor: usize) -> Result<()> {
         let entry = &self.tensors()[tensor];
         let rows = entry.matrix().0;
-        let parts = extra_parts(entry, 0, rows, |plane, start, bytes| self.range(tensor, plane, start, bytes));
-        parts.and_then(|parts| with_extras(entry, rows, &parts, |_| Ok(()))).map_err(|e| self.of_file(e))
+        let parts = extra_parts(entry, 0, rows, None, |plane, start, bytes, known| {
+            self.range_by(tensor, plane, start, bytes, known)
+        });
+        parts.and_then(|parts| with_extras(entry, rows, &slices(&parts), |_| Ok(()))).map_err(|e| self.of_file(e))
     }
 
     /// An error about a tensor as one of the file.
@@ -198,13 +221,19 @@ impl ArtifactFile {
     /// Some bytes of a plane as they are in memory, checked. Of a coded one the blocks are decoded that hold them, each
     /// time again.
     pub(crate) fn range(&self, tensor: usize, plane: usize, start: u64, bytes: u64) -> Result<Block> {
+        self.range_by(tensor, plane, start, bytes, None)
+    }
+
+    /// The same, where codes that the plane leans on may be known.
+    fn range_by(&self, tensor: usize, plane: usize, start: u64, bytes: u64, known: Option<Known<'_>>) -> Result<Block> {
         let entry = &self.tensors()[tensor];
         let place = &entry.planes()[plane];
         if place.coding.is_none() {
             return self.stored(tensor, plane, start, bytes);
         }
         let read = |plane: usize, start: u64, bytes: u64| self.stored(tensor, plane, start, bytes);
-        let part = coded::range(entry, plane, start, bytes, &read).map_err(|e| self.in_plane(tensor, plane, e))?;
+        let part =
+            coded::range(entry, plane, start, bytes, known, &read).map_err(|e| self.in_plane(tensor, plane, e))?;
         match bad_content(entry, place.plane, start, &part) {
             Some(what) => Err(self.in_plane(tensor, plane, Error::corrupt(0, what))),
             None => Ok(Block::Owned(part)),
@@ -309,8 +338,8 @@ impl ArtifactFile {
     /// # Panics
     /// When the rows are not rows of the tensor: a bug of the caller.
     pub fn decode_rows(&self, tensor: usize, first_row: u64, out: &mut [f32]) -> Result<()> {
-        decode_rows(&self.tensors()[tensor], first_row, out, |plane, start, bytes| {
-            self.range(tensor, plane, start, bytes)
+        decode_rows(&self.tensors()[tensor], first_row, out, |plane, start, bytes, known| {
+            self.range_by(tensor, plane, start, bytes, known)
         })
         .map_err(|e| self.of_file(e))
     }
@@ -329,12 +358,12 @@ pub(super) fn bad_file(entry: &AttachedFile, bytes: &[u8]) -> Option<(Option<u64
     (digest != entry.blake3).then(|| (None, format!("digest is {digest}, expected {}", entry.blake3)))
 }
 
-/// Decodes rows of a tensor, given a way to read `bytes` bytes of a plane from `start` on.
+/// Decodes rows of a tensor, given a way to read `bytes` bytes of a plane from `start` on, with the codes that are known.
 pub(crate) fn decode_rows<B: Deref<Target = [u8]>>(
     entry: &Entry,
     first_row: u64,
     out: &mut [f32],
-    read: impl Fn(usize, u64, u64) -> Result<B>,
+    read: impl Fn(usize, u64, u64, Option<Known<'_>>) -> Result<B>,
 ) -> Result<()> {
     let (rows, cols) = entry.matrix();
     let cols = usize::try_from(cols).map_err(|_| Error::invalid("a row is larger than memory"))?;
@@ -347,20 +376,27 @@ pub(crate) fn decode_rows<B: Deref<Target = [u8]>>(
     let layout = &entry.codec().layout;
     let part = |(plane, &kind)| {
         let stride = layout.stride(kind, dtype, cols) as u64;
-        read(plane, first_row * stride, count * stride)
+        read(plane, first_row * stride, count * stride, None)
     };
     let parts: Vec<B> = layout.planes().iter().enumerate().map(part).collect::<Result<_>>()?;
     match layout {
         Layout::Raw => tensor::to_f32(dtype, &parts[0], out),
         Layout::Grouped(layout) => {
-            let slices: Vec<&[u8]> = parts.iter().map(|b| &**b).collect();
-            let extra = extra_parts(entry, first_row, count, read)?;
-            with_extras(entry, count, &extra, |extra| {
-                codec::decode_matrix(layout, &Planes::new(layout, &slices), extra, cols, out)
+            let own = slices(&parts);
+            let codes = entry.codec().layout.planes().iter().position(|&kind| kind == Plane::Codes);
+            let first = usize::try_from(first_row).map_err(|_| Error::invalid("the matrix is larger than memory"))?;
+            let known = codes.map(|at| Known { codes: (first, own[at]), columns: (0, &[]) });
+            let extra = extra_parts(entry, first_row, count, known, read)?;
+            with_extras(entry, count, &slices(&extra), |extra| {
+                codec::decode_matrix(layout, &Planes::new(layout, &own), extra, cols, out)
             })?;
         }
     }
     Ok(())
+}
+
+fn slices<B: Deref<Target = [u8]>>(parts: &[B]) -> Vec<&[u8]> {
+    parts.iter().map(|part| &**part).collect()
 }
 
 /// The extra planes of `count` rows from `first` on; what counts say must be seen as a whole.
@@ -368,7 +404,8 @@ fn extra_parts<B: Deref<Target = [u8]>>(
     entry: &Entry,
     first: u64,
     count: u64,
-    read: impl Fn(usize, u64, u64) -> Result<B>,
+    known: Option<Known<'_>>,
+    read: impl Fn(usize, u64, u64, Option<Known<'_>>) -> Result<B>,
 ) -> Result<Vec<Vec<u8>>> {
     if entry.extras() == Extras::NONE {
         return Ok(Vec::new());
@@ -380,7 +417,7 @@ fn extra_parts<B: Deref<Target = [u8]>>(
     let mut parts = Vec::new();
     for (plane, place) in entry.planes().iter().enumerate().skip(own) {
         let width = entry.extras().elements(place.plane, rows, cols).map_or(1, |(dtype, _)| dtype.size());
-        let whole = || read(plane, 0, entry.plain_bytes(plane));
+        let whole = || read(plane, 0, entry.plain_bytes(plane), None);
         parts.push(match place.plane {
             Plane::ColumnScales => whole()?.to_vec(),
             Plane::OutlierCounts => {
@@ -395,7 +432,16 @@ fn extra_parts<B: Deref<Target = [u8]>>(
                 }
                 counts[from..until].to_vec()
             }
-            _ => read(plane, skipped * width, taken * width)?.to_vec(),
+            _ => {
+                // Values come right behind their columns.
+                let columns = parts.last().map_or(&[][..], Vec::as_slice);
+                let first = usize::try_from(skipped).map_err(|_| Error::invalid("the matrix is larger than memory"))?;
+                let known = known.map(|known| match place.plane {
+                    Plane::OutlierValues => Known { columns: (first, columns), ..known },
+                    _ => known,
+                });
+                read(plane, skipped * width, taken * width, known)?.to_vec()
+            }
         });
     }
     Ok(parts)
@@ -405,13 +451,12 @@ fn extra_parts<B: Deref<Target = [u8]>>(
 fn with_extras(
     entry: &Entry,
     count: u64,
-    parts: &[Vec<u8>],
+    parts: &[&[u8]],
     work: impl FnOnce(&ExtraPlanes<'_>) -> Result<()>,
 ) -> Result<()> {
-    let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
     let size = |n: u64| usize::try_from(n).map_err(|_| Error::invalid("the matrix is larger than memory"));
     let (rows, cols) = (size(count)?, size(entry.matrix().1)?);
-    let extra = ExtraPlanes::new(&parts, rows, cols).and_then(|extra| extra.check().map(|()| extra));
+    let extra = ExtraPlanes::new(parts, rows, cols).and_then(|extra| extra.check().map(|()| extra));
     work(&extra.map_err(|e| wrong(entry, &e.to_string()))?)
 }
 

@@ -3,12 +3,13 @@
 //! They are read in blocks of rows, as codes are, so that rows are decoded without those before them: counts say
 //! which outliers are those of a block.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::f16;
 use rayon::prelude::*;
 
-use super::coded::{self, Coded, Coding, Read};
+use super::coded::{self, Coded, Coding, Known, Read};
 use super::entry::Entry;
 use crate::coding::ends::{self, Codes, Columns, Steps};
 use crate::error::{Error, Result};
@@ -66,7 +67,7 @@ impl<'a> Matrix<'a> {
     /// A part of another plane as it is in memory; of a plane that is not there, nothing.
     fn part(&self, kind: Plane, bytes: Range<usize>) -> Result<Vec<u8>> {
         let Some(plane) = self.index(kind) else { return Ok(Vec::new()) };
-        coded::range(self.entry, plane, bytes.start as u64, bytes.len() as u64, self.read)
+        coded::range(self.entry, plane, bytes.start as u64, bytes.len() as u64, None, self.read)
             .map_err(|e| in_plane(kind, e))
     }
 
@@ -75,19 +76,15 @@ impl<'a> Matrix<'a> {
         let bytes = self.part(kind, 4 * range.start..4 * range.end)?;
         Ok(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
     }
-
-    /// How many outliers rows have.
-    fn number(&self, rows: Range<usize>) -> usize {
-        number_of(&self.counts[rows])
-    }
 }
 
+/// How many outliers rows have.
 fn number_of(counts: &[u32]) -> usize {
     counts.iter().map(|&count| count as usize).sum()
 }
 
 /// The bytes of one of these planes in pieces of whole blocks, from the block that has outlier `elements.start` on; `take` is
-/// given the first outlier of each piece.
+/// given the first outlier of each piece. What is `known` is not decoded again.
 ///
 /// # Errors
 /// [`Error::Corrupt`], with the byte of the stream, when it is not that of a plane of this matrix.
@@ -95,13 +92,14 @@ pub(super) fn pieces(
     entry: &Entry,
     plane: usize,
     elements: Range<usize>,
+    known: Option<Known<'_>>,
     read: &Read<'_>,
     mut take: impl FnMut(usize, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let matrix = Matrix::new(entry, read)?;
     let place = &entry.planes()[plane];
     let stored = read(plane, 0, place.bytes)?;
-    let (rows, cols) = (matrix.rows, matrix.cols);
+    let (rows, cols, stride) = (matrix.rows, matrix.cols, matrix.stride);
     let long =
         entry.extras().elements(Plane::OutlierColumns, rows as u64, cols as u64).is_some_and(|(d, _)| d.size() == 4);
     let coded_columns =
@@ -119,7 +117,6 @@ pub(super) fn pieces(
         (None, Some(_)) => Some(Columns::open(&stored, rows, cols)?),
         (None, None) => None,
     };
-    // Codes are read by pieces of rows; their stream is opened once.
     let coded_codes = matrix.index(Plane::Codes).filter(|&i| entry.planes()[i].coding.is_some());
     let of_codes = |e| in_plane(Plane::Codes, e);
     let codes_stream = coded_codes.map(|i| read(i, 0, entry.planes()[i].bytes)).transpose().map_err(of_codes)?;
@@ -129,52 +126,57 @@ pub(super) fn pieces(
     };
     let column_scales = if steps.is_some() { matrix.numbers(Plane::ColumnScales, 0..cols)? } else { Vec::new() };
     let per_block = coded::rows_per_block(cols);
-    let blocks = rows.div_ceil(per_block);
-    let (mut block, mut at) = (0, 0);
-    while block < blocks && at < elements.end {
-        let last = (block + TOGETHER).min(blocks);
-        let here = block * per_block..(last * per_block).min(rows);
-        let number = matrix.number(here.clone());
-        if at + number <= elements.start || number == 0 {
-            (block, at) = (last, at + number);
-            continue;
-        }
-        let own_codes = here.start * matrix.stride..here.end * matrix.stride;
-        let codes = match &all_codes {
-            Some(all) => all.range(own_codes).map_err(of_codes)?,
-            None => matrix.part(Plane::Codes, own_codes)?,
+    let rows_of = |block: usize| block * per_block..((block + 1) * per_block).min(rows);
+    // The first outlier of each block, and the end of all.
+    let mut starts = vec![0];
+    starts.extend(matrix.counts.chunks(per_block).scan(0, |sum, counts| {
+        *sum += number_of(counts);
+        Some(*sum)
+    }));
+    let (mut block, end) =
+        (starts.partition_point(|&at| at <= elements.start) - 1, starts.partition_point(|&at| at < elements.end));
+    let end = end.min(starts.len() - 1);
+    while block < end {
+        let last = (block + TOGETHER).min(end);
+        let here = rows_of(block).start..rows_of(last - 1).end;
+        let outliers = starts[block]..starts[last];
+        // Codes that are not coded are read as they are, and so are columns.
+        let plain_codes = match &all_codes {
+            Some(_) => Vec::new(),
+            None => matrix.part(Plane::Codes, here.start * stride..here.end * stride)?,
         };
         let scales = if steps.is_some() { matrix.numbers(Plane::Scales, here.clone())? } else { Vec::new() };
         let width = if long { 4 } else { 2 };
-        // Columns that are not coded are read as they are.
-        let plain = match &columns {
+        let plain_columns = match &columns {
             Some(_) => Vec::new(),
-            None => matrix.part(Plane::OutlierColumns, width * at..width * (at + number))?,
+            None => matrix.part(Plane::OutlierColumns, width * outliers.start..width * outliers.end)?,
         };
-        let starts: Vec<usize> = (block..last)
-            .scan(0, |sum, block| {
-                let start = *sum;
-                *sum += matrix.number(block * per_block..((block + 1) * per_block).min(rows));
-                Some(start)
-            })
-            .collect();
-        let (all, stride) = (&*matrix.counts, matrix.stride);
-        let one = |(i, &start): (usize, &usize)| {
-            let block = block + i;
-            let own = block * per_block..((block + 1) * per_block).min(rows);
-            let first = (own.start - here.start) * stride;
-            let codes = &codes[first..][..own.len() * stride];
-            let codes = Codes { plane: codes, stride, cols };
-            let counts = &all[own.clone()];
-            let number = number_of(&all[own.clone()]);
-            let mut found = Vec::new();
-            match &columns {
-                Some(columns) => columns.decode(block, &codes, counts, &mut found)?,
-                None => found.extend((start..start + number).map(|i| column(&plain, i, long))),
+        let counts = &*matrix.counts;
+        let one = |block: usize| {
+            let own = rows_of(block);
+            let codes = match (known.and_then(|known| coded::part_of(known.codes, &own, stride)), &all_codes) {
+                (Some(codes), _) => Cow::Borrowed(codes),
+                (None, Some(all)) => Cow::Owned(all.block(block).map_err(of_codes)?),
+                (None, None) => Cow::Borrowed(&plain_codes[(own.start - here.start) * stride..][..own.len() * stride]),
+            };
+            let codes = Codes { plane: &codes, stride, cols };
+            let counts = &counts[own.clone()];
+            let number = starts[block + 1] - starts[block];
+            let mut found = Vec::with_capacity(number);
+            let own_outliers = starts[block]..starts[block + 1];
+            let plain = match &columns {
+                Some(_) if steps.is_none() => None,
+                Some(_) => known.and_then(|known| coded::part_of(known.columns, &own_outliers, width)),
+                None => coded::part_of((outliers.start, &plain_columns), &own_outliers, width),
+            };
+            match (plain, &columns) {
+                (None, Some(columns)) => columns.decode(block, &codes, counts, &mut found)?,
+                (plain, _) => found.extend((0..number).map(|i| column(plain.unwrap_or_default(), i, long))),
             }
             let Some(steps) = &steps else {
-                let bytes = |&column: &u32| column.to_le_bytes()[..width].to_vec();
-                return Ok(found.iter().flat_map(bytes).collect::<Vec<u8>>());
+                let mut out = Vec::with_capacity(width * number);
+                found.iter().for_each(|column| out.extend(&column.to_le_bytes()[..width]));
+                return Ok(out);
             };
             let mut numbers = Vec::new();
             steps.decode(block, number, &mut numbers)?;
@@ -200,9 +202,9 @@ pub(super) fn pieces(
             }
             Ok(out)
         };
-        let parts: Vec<Vec<u8>> = starts.par_iter().enumerate().map(one).collect::<Result<_>>()?;
-        take(at, &parts.concat())?;
-        (block, at) = (last, at + number);
+        let parts: Vec<Vec<u8>> = (block..last).into_par_iter().map(one).collect::<Result<_>>()?;
+        take(outliers.start, &parts.concat())?;
+        block = last;
     }
     Ok(())
 }

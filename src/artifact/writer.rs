@@ -499,8 +499,8 @@ impl TensorWriter {
             writer.out.read_at(self.entry.planes()[plane].offset + start, &mut buffer)?;
             Ok(Block::Owned(buffer))
         };
-        decode_rows(&self.entry, first_row, out, |plane, start, bytes| {
-            coded::range(&self.entry, plane, start, bytes, &read)
+        decode_rows(&self.entry, first_row, out, |plane, start, bytes, known| {
+            coded::range(&self.entry, plane, start, bytes, known, &read)
         })
     }
 

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 /// Octaves of numbers: they and one are below `2^OCTAVES`.
 const OCTAVES: usize = 24;
 /// Codes that are looked at together.
-const LOOK: usize = 32;
+const LOOK: usize = u64::BITS as usize;
 /// Bits below the highest one that are learned.
 const LEARNED: u32 = 3;
 
@@ -56,19 +56,19 @@ impl Numbers {
         }
     }
 
+    #[inline(always)] // in a loop the decoder stays in registers
     fn decode(&mut self, from: &mut Decoder<'_>) -> u32 {
         let mut octave = 0;
         while octave < OCTAVES - 1 && from.bit(&mut self.octave[octave]) {
             octave += 1;
         }
-        let (mut number, mut node) = (1, 1);
-        for _ in 0..octave {
-            let bit = match self.below[octave].get_mut(node) {
-                Some(odds) => from.bit(odds),
-                None => from.bit(&mut Odds::EVEN.clone()),
-            };
-            number = number << 1 | u32::from(bit);
-            node = (node << 1 | usize::from(bit)).min(1 << LEARNED);
+        // As long as a bit is learned, the number so far says by which odds.
+        let mut number = 1;
+        for _ in 0..octave.min(LEARNED as usize) {
+            number = number << 1 | u32::from(from.bit(&mut self.below[octave][number as usize]));
+        }
+        for _ in LEARNED as usize..octave {
+            number = number << 1 | u32::from(from.bit(&mut Odds::EVEN.clone()));
         }
         number - 1
     }
@@ -211,16 +211,11 @@ pub fn encode_columns(codes: &Codes<'_>, counts: &[u32], columns: &[u32]) -> Opt
             let row = codes.row(block * rows_per_block(codes.cols) + i);
             let (mut own, later) = rest.split_at(count as usize);
             rest = later;
-            for (column, &code) in row.iter().enumerate() {
-                if own.is_empty() {
-                    break;
-                }
-                let magnitude = magnitude(code);
-                if magnitude >= least {
-                    let here = own[0] as usize == column;
-                    to.bit(&mut odds[usize::from(magnitude)], here);
-                    own = &own[usize::from(here)..];
-                }
+            let mut ends = Ends::new(row, least);
+            while let (Some(&next), Some(column)) = (own.first(), ends.next()) {
+                let here = next as usize == column;
+                to.bit(&mut odds[usize::from(magnitude(row[column]))], here);
+                own = &own[usize::from(here)..];
             }
         }
         to.finish()
@@ -231,6 +226,59 @@ pub fn encode_columns(codes: &Codes<'_>, counts: &[u32], columns: &[u32]) -> Opt
 /// The magnitude of the level of a code; that of 0, which is none, is that of the greatest one.
 fn magnitude(code: u8) -> u8 {
     code.abs_diff(128).min(127)
+}
+
+/// The columns of a row whose codes have at least a given magnitude, in order.
+struct Ends<'a> {
+    row: &'a [u8],
+    /// In each byte: the first code that has less, and how many have.
+    less: [u64; 2],
+    /// The column of the first bit of `found`.
+    base: usize,
+    found: u64,
+}
+
+impl<'a> Ends<'a> {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = Self::EACH << 7;
+
+    fn new(row: &'a [u8], least: u8) -> Self {
+        let less = [129 - least, 2 * least - 1].map(|byte| u64::from(byte) * Self::EACH);
+        Self { row, less, base: 0, found: Self::look(row, less) }
+    }
+
+    /// A bit for each of the first codes of `row` that is an end, eight codes at a time.
+    fn look(row: &[u8], [first, many]: [u64; 2]) -> u64 {
+        let eight = |codes: &[u8; 8]| {
+            let word = u64::from_le_bytes(*codes);
+            // Byte by byte: how far the code is from the first that is none, and whether that is at least `many`.
+            let from = ((word | Self::HIGH) - (first & !Self::HIGH)) ^ ((word ^ !first) & Self::HIGH);
+            let low = (from | Self::HIGH) - (many & !Self::HIGH);
+            let end = ((from & !many) | (!(from ^ many) & low)) & Self::HIGH;
+            // The product moves the bit of byte i to bit 56 + i.
+            (end >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
+        };
+        let row = &row[..row.len().min(LOOK)];
+        let (words, rest) = row.as_chunks::<8>();
+        let mut last = [128; 8];
+        last[..rest.len()].copy_from_slice(rest);
+        let bits = words.iter().enumerate().fold(0, |bits, (i, word)| bits | eight(word) << (8 * i));
+        if rest.is_empty() { bits } else { bits | eight(&last) << (8 * words.len()) }
+    }
+}
+
+impl Iterator for Ends<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        while self.found == 0 {
+            self.base += LOOK;
+            self.found = Self::look(self.row.get(self.base..)?, self.less);
+        }
+        let column = self.base + self.found.trailing_zeros() as usize;
+        self.found &= self.found - 1;
+        Some(column)
+    }
 }
 
 /// The columns of outliers, open for reading.
@@ -268,24 +316,15 @@ impl<'a> Columns<'a> {
         let mut odds = [Odds::EVEN; 128];
         let mut used = false;
         for (row, &count) in counts.iter().enumerate() {
-            let mut left = count;
-            for (chunk, codes) in codes.row(row).chunks(LOOK).enumerate() {
-                if left == 0 {
-                    break;
-                }
-                // Most chunks have no code at an end, which vectors see at once.
-                if codes.iter().fold(0, |most, &code| magnitude(code).max(most)) < self.least {
-                    continue;
-                }
-                for (i, &code) in codes.iter().enumerate() {
-                    let magnitude = magnitude(code);
-                    if left > 0 && magnitude >= self.least {
-                        used = true;
-                        if from.bit(&mut odds[usize::from(magnitude)]) {
-                            out.push((chunk * LOOK + i) as u32);
-                            left -= 1;
-                        }
-                    }
+            let row = codes.row(row);
+            let (mut left, mut ends) = (count, Ends::new(row, self.least));
+            while left > 0
+                && let Some(column) = ends.next()
+            {
+                used = true;
+                if from.bit(&mut odds[usize::from(magnitude(row[column]))]) {
+                    out.push(column as u32);
+                    left -= 1;
                 }
             }
             if left > 0 {
@@ -364,5 +403,22 @@ impl<'a> Steps<'a> {
         let mut numbers = Numbers::new();
         out.extend((0..number).map(|_| numbers.decode(&mut from) + 1));
         self.blocks.finish(block, from, number > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_are_the_codes_of_a_magnitude_wherever_they_stand() {
+        let row: Vec<u8> = (0..=255).chain((0..=255).rev()).chain(100..=160).collect();
+        for least in 1..=127 {
+            for len in [0, 1, 7, 8, 63, 64, 65, 128, row.len()] {
+                let row = &row[..len];
+                let expected: Vec<usize> = (0..len).filter(|&i| magnitude(row[i]) >= least).collect();
+                assert_eq!(Ends::new(row, least).collect::<Vec<_>>(), expected, "{least} in {len}");
+            }
+        }
     }
 }

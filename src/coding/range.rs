@@ -25,12 +25,10 @@ impl Odds {
         (range >> BITS) * u32::from(self.0)
     }
 
+    #[inline]
     fn learn(&mut self, bit: bool) {
-        if bit {
-            self.0 -= self.0 >> RATE;
-        } else {
-            self.0 += ((1 << BITS) - self.0) >> RATE;
-        }
+        let (one, zero) = (self.0 - (self.0 >> RATE), self.0 + (((1 << BITS) - self.0) >> RATE));
+        self.0 = if bit { one } else { zero };
     }
 }
 
@@ -99,39 +97,55 @@ impl Encoder {
 #[derive(Debug)]
 pub(super) struct Decoder<'a> {
     bytes: &'a [u8],
+    /// Bytes that have been shifted into the code; zeros follow the last one.
     at: usize,
     range: u32,
-    code: u32,
+    /// The code in the upper half, and what follows it.
+    window: u64,
+    /// Bits of the lower half that have been read.
+    ahead: u32,
 }
 
 impl<'a> Decoder<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
-        let mut decoder = Self { bytes, at: 0, range: u32::MAX, code: 0 };
-        for _ in 0..4 {
-            decoder.code = decoder.code << 8 | decoder.next();
-        }
+        let mut decoder = Self { bytes, at: 4, range: u32::MAX, window: 0, ahead: 0 };
+        decoder.window = u64::from(decoder.word(0)) << 32;
+        decoder.fill();
         decoder
     }
 
-    fn next(&mut self) -> u32 {
-        let byte = self.bytes.get(self.at).copied().unwrap_or(0);
-        self.at += 1;
-        u32::from(byte)
+    /// Four bytes from `at` on.
+    fn word(&self, at: usize) -> u32 {
+        match self.bytes.get(at..).and_then(<[u8]>::first_chunk::<4>) {
+            Some(bytes) => u32::from_be_bytes(*bytes),
+            None => (at..at + 4).fold(0, |word, at| word << 8 | u32::from(self.bytes.get(at).copied().unwrap_or(0))),
+        }
     }
 
+    /// Reads what follows the code again.
+    fn fill(&mut self) {
+        self.window = self.window >> 32 << 32 | u64::from(self.word(self.at));
+        self.ahead = 32;
+    }
+
+    /// One decision; what it is goes into numbers and not into branches, since it cannot be foretold.
+    #[inline(always)] // in a loop the state stays in registers
     pub(super) fn bit(&mut self, odds: &mut Odds) -> bool {
         let bound = odds.bound(self.range);
-        let bit = self.code >= bound;
-        if bit {
-            self.code -= bound;
-            self.range -= bound;
-        } else {
-            self.range = bound;
-        }
+        let bit = (self.window >> 32) as u32 >= bound;
+        let one = u32::from(bit).wrapping_neg();
+        self.window -= u64::from(bound & one) << 32;
+        self.range = bound ^ (bound ^ (self.range - bound)) & one;
         odds.learn(bit);
-        while self.range < LOW {
-            self.range <<= 8;
-            self.code = self.code << 8 | self.next();
+        let shift = self.range.leading_zeros() & !7;
+        if shift > 0 {
+            self.range <<= shift;
+            if self.ahead < shift {
+                self.fill();
+            }
+            self.window <<= shift;
+            self.ahead -= shift;
+            self.at += (shift / 8) as usize;
         }
         bit
     }

@@ -198,10 +198,7 @@ impl PyArtifact {
     fn planes<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<PlaneView<'py>>> {
         let (index, blocks) = guarded(py, || {
             let index = self.0.find(name)?;
-            let count = self.0.tensors()[index].planes().len();
-            self.0.check_extras(index)?;
-            let blocks = (0..count).map(|plane| self.0.plane(index, plane)).collect::<Result<Vec<_>>>()?;
-            Ok((index, blocks))
+            Ok((index, self.0.planes(index)?))
         })?;
         let entry = &self.0.tensors()[index];
         blocks
