@@ -169,10 +169,10 @@ impl Object {
                     let (store, meta) = (Arc::clone(&store), meta.clone());
                     under_way.spawn(async move { (range.start, part(&*store, &meta, range).await) });
                 }
-                // Nobody takes what comes after a failure.
-                match under_way.join_next().await {
-                    Some(Ok(part)) if came.send(part).is_ok() => {}
-                    _ => return,
+                let Some(Ok(part)) = under_way.join_next().await else { return };
+                if came.send(part).is_err() {
+                    // Nobody takes what comes after a failure.
+                    return;
                 }
             }
         })?;

@@ -1,6 +1,5 @@
 //! What a store says when it refuses, in one sentence and without what nobody else may know.
 
-use std::error::Error as _;
 use std::io;
 
 use object_store::Error as Refused;
