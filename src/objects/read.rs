@@ -14,8 +14,11 @@ use crate::error::{Error, Result};
 use crate::location::Kind;
 
 /// Bytes at the start of an object that come at once with the first of them that are wanted: what files of weights say of
-/// themselves, as a rule.
+/// themselves, as a rule. More than this is never kept of one read.
 const START: u64 = 64 << 10;
+
+/// Bytes that come at once where short reads follow one another.
+const AHEAD: u64 = 1 << 20;
 
 /// Bytes of one request.
 const PART: u64 = 4 << 20;
@@ -35,7 +38,20 @@ pub(crate) struct Object {
     url: Url,
     store: Arc<dyn ObjectStore>,
     meta: ObjectMeta,
-    start: Mutex<Option<Vec<u8>>>,
+    recent: Mutex<Recent>,
+}
+
+/// What the last short read has fetched, and where it begins.
+#[derive(Debug, Default)]
+struct Recent {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Recent {
+    fn end(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
 }
 
 /// Why a part did not come.
@@ -109,7 +125,7 @@ impl Url {
         let meta = if self.is_folder { None } else { self.look()? };
         let none = std::io::Error::new(std::io::ErrorKind::NotFound, "there is no such object");
         let meta = meta.ok_or_else(|| Error::io(self.path(), none))?;
-        Ok(Object { url: self.clone(), store: store(self)?, meta, start: Mutex::default() })
+        Ok(Object { url: self.clone(), store: store(self)?, meta, recent: Mutex::default() })
     }
 }
 
@@ -136,20 +152,32 @@ impl Object {
         if out.is_empty() {
             return Ok(());
         }
-        if end > START {
+        if out.len() as u64 > START {
             return self.fetch(offset, out);
         }
-        let mut start = self.start.lock().expect("no holder of the lock panics");
-        let bytes = match &mut *start {
-            Some(bytes) => bytes,
-            none => {
-                let mut bytes = vec![0; usize::try_from(START.min(self.len())).expect("a few bytes")];
-                self.fetch(0, &mut bytes)?;
-                none.insert(bytes)
+        let copy = |recent: &Recent, out: &mut [u8]| {
+            let at = usize::try_from(offset - recent.start).expect("inside what was fetched");
+            out.copy_from_slice(&recent.bytes[at..at + out.len()]);
+        };
+        let wanted = {
+            let recent = self.recent.lock().expect("no holder of the lock panics");
+            if recent.start <= offset && end <= recent.end() {
+                copy(&recent, out);
+                return Ok(());
+            }
+            let goes_on = !recent.bytes.is_empty() && offset == recent.end();
+            match (end <= START, goes_on) {
+                (true, _) => 0..START,
+                (false, true) => offset..offset + AHEAD,
+                (false, false) => offset..end,
             }
         };
-        let at = usize::try_from(offset).expect("at the start");
-        out.copy_from_slice(&bytes[at..at + out.len()]);
+        // Others may read meanwhile.
+        let len = usize::try_from(wanted.end.min(self.len()) - wanted.start).expect("at most what is read ahead");
+        let mut fetched = Recent { start: wanted.start, bytes: vec![0; len] };
+        self.fetch(fetched.start, &mut fetched.bytes)?;
+        copy(&fetched, out);
+        *self.recent.lock().expect("no holder of the lock panics") = fetched;
         Ok(())
     }
 
