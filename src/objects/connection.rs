@@ -25,12 +25,19 @@ const THREADS: usize = 2;
 /// The settings of a connection.
 type Settings = Vec<(String, String)>;
 
+/// A connection, and what it was made by.
+struct Known {
+    origin: String,
+    settings: Settings,
+    store: Arc<dyn ObjectStore>,
+}
+
 /// What this process has for stores.
 struct Home {
     process: u32,
     runtime: Runtime,
-    /// By origin and settings: connections stay open between one file and the next.
-    stores: Mutex<Vec<(String, Settings, Arc<dyn ObjectStore>)>>,
+    /// They stay open between one file and the next.
+    stores: Mutex<Vec<Known>>,
 }
 
 /// That of this process; a child that was forked has none of its parent's threads and gets its own.
@@ -74,15 +81,14 @@ pub(super) fn store(url: &Url) -> Result<Arc<dyn ObjectStore>> {
     let home = home()?;
     let settings = settings(url.scheme);
     let mut stores = home.stores.lock().expect("no holder of the lock panics");
-    let known = stores.iter().find(|(origin, by, _)| *origin == url.origin && *by == settings);
-    if let Some((_, _, store)) = known {
-        return Ok(Arc::clone(store));
+    if let Some(known) = stores.iter().find(|known| known.origin == url.origin && known.settings == settings) {
+        return Ok(Arc::clone(&known.store));
     }
     // Some builders look for a runtime.
     let inside = home.runtime.enter();
     let store = connect(url, &settings).map_err(|e| refusal::of_settings(url, &e))?;
     drop(inside);
-    stores.push((url.origin.clone(), settings, Arc::clone(&store)));
+    stores.push(Known { origin: url.origin.clone(), settings, store: Arc::clone(&store) });
     Ok(store)
 }
 
