@@ -154,8 +154,10 @@ pub(crate) fn bytes(dir: &Path, names: &[&str]) -> Result<u64> {
 /// [`Error::Io`], also when it is no text; those of [`of`].
 #[cfg(feature = "cli")]
 pub(crate) fn text(path: &Path) -> Result<String> {
-    if let Location::Local(path) = of(path)? {
-        return std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e));
+    match of(path)? {
+        // A pipe too.
+        Location::Local(path) => return std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e)),
+        Location::Remote(_) => {}
     }
     let file = crate::file::InputFile::open(path, crate::file::Access::Read)?;
     crate::limits::check("bytes of a text", crate::Limits::DEFAULT.header_bytes, file.len())?;
