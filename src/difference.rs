@@ -3,7 +3,6 @@
 //! Tensors are matched by name. What both artifacts hold in the same bytes is not read at all: their digests say so.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -11,8 +10,9 @@ use rayon::prelude::*;
 use crate::artifact::{ArtifactFile, HEADER_FILE, MAGIC};
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
 use crate::error::{Error, Result};
-use crate::file::Access;
+use crate::file::{Access, InputFile};
 use crate::limits::Limits;
+use crate::location::{self, Kind};
 use crate::measure::Distance;
 use crate::source::{self, Source};
 use crate::tensor::{self, TensorInfo};
@@ -32,10 +32,20 @@ impl Model {
     /// # Errors
     /// Those of [`ArtifactFile::open_with`] and [`source::open`].
     pub fn open(path: &Path, access: Access, limits: &Limits) -> Result<Self> {
-        let mut start = [0; MAGIC.len()];
-        let begins = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut start));
+        let path = &*location::resolved(path)?;
+        let begins = || -> Result<bool> {
+            let mut start = [0; MAGIC.len()];
+            let file = InputFile::open(path, Access::Read)?;
+            Ok(file.len() >= MAGIC.len() as u64 && file.read_into(0, &mut start).map(|()| start == MAGIC)?)
+        };
         let named = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tenpak"));
-        if named || path.join(HEADER_FILE).is_file() || (begins.is_ok() && start == MAGIC) {
+        let is_artifact = match location::found(path)? {
+            _ if named => true,
+            Some(Kind::Directory) => location::found(&path.join(HEADER_FILE))? == Some(Kind::File),
+            Some(Kind::File) => begins()?,
+            None => false,
+        };
+        if is_artifact {
             return ArtifactFile::open_with(path, access, limits).map(|artifact| Self::Artifact(Box::new(artifact)));
         }
         source::open(path, &source::Options { access, limits: *limits }).map(|source| Self::Source(Box::new(source)))

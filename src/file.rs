@@ -1,5 +1,5 @@
 //! A file's bytes by range: by reading into memory of our own, or, where the caller asks for it, through windows of mapped
-//! memory.
+//! memory; and an object's, where the path is a URL, by asking its store for them.
 //!
 //! Either way a range goes away with the [`Block`] that holds it, so neither the address space nor the resident memory of
 //! a process grows with the file. Ranges are checked against the length at opening. A file that another process cuts
@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::error::{Error, Result};
+use crate::location::{self, Location};
+use crate::objects::Object;
 
 /// How the bytes of a file are reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,14 +29,21 @@ pub enum Access {
     Map,
 }
 
-/// A regular file, open for reading by range.
+/// A regular file or an object, open for reading by range.
 #[derive(Debug)]
 pub struct InputFile {
     path: PathBuf,
-    file: File,
+    bytes: Bytes,
     len: u64,
     access: Access,
     digest: Mutex<Digest>,
+}
+
+/// What bytes are asked of.
+#[derive(Debug)]
+enum Bytes {
+    File(File),
+    Object(Box<Object>),
 }
 
 /// The digest of what was seen of a file so far, from its start.
@@ -65,12 +74,31 @@ impl Deref for Block {
 }
 
 impl InputFile {
-    /// Opens a regular file.
+    /// Opens a regular file, or an object where the path is a URL.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be opened, [`Error::Invalid`] when it is not a regular file.
+    /// [`Error::Io`] when it cannot be opened, [`Error::Invalid`] when it is not a regular file, or an object is to be mapped.
     pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self> {
-        let path = path.as_ref();
+        let path = match location::of(path.as_ref())? {
+            Location::Local(path) => path,
+            Location::Remote(url) if access == Access::Map => {
+                return Err(Error::invalid(format!(
+                    "{url} is not on this machine and cannot be mapped; leave --mmap out"
+                )));
+            }
+            Location::Remote(url) => {
+                let (path, object) = (path.as_ref().to_owned(), url.open()?);
+                let len = object.len();
+                return Ok(Self {
+                    path,
+                    bytes: Bytes::Object(Box::new(object)),
+                    len,
+                    access,
+                    digest: Mutex::default(),
+                });
+            }
+        };
+        let path = &*path;
         // Opening a pipe would block before its kind could be seen.
         let kind = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if !kind.is_file() {
@@ -83,7 +111,7 @@ impl InputFile {
     /// Takes a file that is already open, `path` serving messages only.
     pub(crate) fn from_file(path: &Path, file: File, access: Access) -> Result<Self> {
         let len = file.metadata().map_err(|e| Error::io(path, e))?.len();
-        Ok(Self { path: path.to_owned(), file, len, access, digest: Mutex::default() })
+        Ok(Self { path: path.to_owned(), bytes: Bytes::File(file), len, access, digest: Mutex::default() })
     }
 
     /// Where the file is.
@@ -104,12 +132,31 @@ impl InputFile {
         self.len == 0
     }
 
-    /// What the system knows about the file now.
+    /// When the file was last written, where the system knows; of an object nobody asks.
     ///
     /// # Errors
     /// [`Error::Io`] when the system refuses.
-    pub fn metadata(&self) -> Result<std::fs::Metadata> {
-        self.file.metadata().map_err(|e| Error::io(&self.path, e))
+    pub fn modified(&self) -> Result<Option<std::time::SystemTime>> {
+        match &self.bytes {
+            Bytes::File(file) => Ok(file.metadata().map_err(|e| Error::io(&self.path, e))?.modified().ok()),
+            Bytes::Object(_) => Ok(None),
+        }
+    }
+
+    /// Whether this is what lies at a path, under whatever name.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses; [`Error::Invalid`] for a URL that cannot be read.
+    pub fn lies_at(&self, path: &Path) -> Result<bool> {
+        match (location::of(path)?, &self.bytes) {
+            (Location::Local(path), Bytes::File(file)) => {
+                let Ok(found) = std::fs::metadata(&path) else { return Ok(false) };
+                let own = file.metadata().map_err(|e| Error::io(&self.path, e))?;
+                Ok(same_file(&found, &own, &path, &self.path))
+            }
+            (Location::Remote(url), Bytes::Object(object)) => Ok(url == *object.url()),
+            _ => Ok(false),
+        }
     }
 
     /// The bytes from `offset` on.
@@ -119,15 +166,21 @@ impl InputFile {
     /// [`Error::OutOfMemory`] when there is no room for a copy.
     pub fn read(&self, offset: u64, len: usize) -> Result<Block> {
         self.check(offset, len)?;
-        if self.access == Access::Read || len == 0 {
-            return self.copy(offset, len).map(Block::Owned);
-        }
-        if self.metadata()?.len() < offset + len as u64 {
+        let file = match &self.bytes {
+            Bytes::File(file) if self.access == Access::Map && len > 0 => file,
+            Bytes::File(file) => return self.copy(file, offset, len).map(Block::Owned),
+            Bytes::Object(object) => {
+                let mut bytes = crate::error::try_zeroed(len, || format!("a part of {}", self.path.display()))?;
+                object.read_into(offset, &mut bytes)?;
+                return Ok(Block::Owned(bytes));
+            }
+        };
+        if file.metadata().map_err(|e| Error::io(&self.path, e))?.len() < offset + len as u64 {
             return Err(self.shrank());
         }
         // SAFETY: the window lies inside the file as of the line above. A writer that changes the bytes meanwhile
         // changes what is read, never memory of ours: they are only ever read as plain numbers.
-        let map = unsafe { memmap2::MmapOptions::new().offset(offset).len(len).map(&self.file) };
+        let map = unsafe { memmap2::MmapOptions::new().offset(offset).len(len).map(file) };
         Ok(Block::Map(map.map_err(|e| Error::io(&self.path, e))?))
     }
 
@@ -143,7 +196,10 @@ impl InputFile {
     /// Those of [`InputFile::read`].
     pub fn read_into(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.check(offset, out.len())?;
-        self.read_at(offset, out)
+        match &self.bytes {
+            Bytes::File(file) => self.read_at(file, offset, out),
+            Bytes::Object(object) => object.read_into(offset, out),
+        }
     }
 
     fn check(&self, offset: u64, len: usize) -> Result<()> {
@@ -159,7 +215,7 @@ impl InputFile {
 
     /// The bytes of a range that lies in the file as it was opened, in memory that only the system has written.
     #[cfg(unix)]
-    fn copy(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+    fn copy(&self, file: &File, offset: u64, len: usize) -> Result<Vec<u8>> {
         use rustix::buffer::spare_capacity;
 
         let mut bytes = Vec::new();
@@ -169,7 +225,7 @@ impl InputFile {
         }
         while bytes.len() < len {
             let at = offset + bytes.len() as u64;
-            match rustix::io::pread(&self.file, spare_capacity(&mut bytes), at) {
+            match rustix::io::pread(file, spare_capacity(&mut bytes), at) {
                 Ok(0) => return Err(self.shrank()),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(Error::io(&self.path, e.into())),
@@ -181,23 +237,23 @@ impl InputFile {
     }
 
     #[cfg(not(unix))]
-    fn copy(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+    fn copy(&self, file: &File, offset: u64, len: usize) -> Result<Vec<u8>> {
         let mut bytes = crate::error::try_zeroed(len, || format!("a part of {}", self.path.display()))?;
-        self.read_at(offset, &mut bytes)?;
+        self.read_at(file, offset, &mut bytes)?;
         Ok(bytes)
     }
 
     #[cfg(unix)]
-    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+    fn read_at(&self, file: &File, offset: u64, out: &mut [u8]) -> Result<()> {
         use std::os::unix::fs::FileExt;
-        self.file.read_exact_at(out, offset).map_err(|e| self.read_error(e))
+        file.read_exact_at(out, offset).map_err(|e| self.read_error(e))
     }
 
     #[cfg(windows)]
-    fn read_at(&self, mut offset: u64, mut out: &mut [u8]) -> Result<()> {
+    fn read_at(&self, file: &File, mut offset: u64, mut out: &mut [u8]) -> Result<()> {
         use std::os::windows::fs::FileExt;
         while !out.is_empty() {
-            let n = self.file.seek_read(out, offset).map_err(|e| self.read_error(e))?;
+            let n = file.seek_read(out, offset).map_err(|e| self.read_error(e))?;
             if n == 0 {
                 return Err(self.shrank());
             }
@@ -242,9 +298,77 @@ impl InputFile {
     }
 
     /// The file as a stream from its start, for containers that must be read in order.
-    pub(crate) fn stream(&self) -> Result<impl Read + Seek + '_> {
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(0)).map_err(|e| Error::io(&self.path, e))?;
-        Ok(file)
+    pub(crate) fn stream(&self) -> Result<Stream<'_>> {
+        match &self.bytes {
+            Bytes::File(file) => {
+                let mut stream = file;
+                stream.seek(SeekFrom::Start(0)).map_err(|e| Error::io(&self.path, e))?;
+                Ok(Stream::File(stream))
+            }
+            Bytes::Object(_) => Ok(Stream::Object { file: self, at: 0, window: Vec::new(), start: 0 }),
+        }
+    }
+}
+
+#[cfg(unix)]
+fn same_file(a: &std::fs::Metadata, b: &std::fs::Metadata, _: &Path, _: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}
+
+#[cfg(not(unix))]
+fn same_file(_: &std::fs::Metadata, _: &std::fs::Metadata, a: &Path, b: &Path) -> bool {
+    match (std::fs::canonicalize(a), std::fs::canonicalize(b)) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
+}
+
+/// A file or object as a stream.
+#[derive(Debug)]
+pub(crate) enum Stream<'a> {
+    /// The file itself.
+    File(&'a File),
+    /// Windows of an object.
+    Object { file: &'a InputFile, at: u64, window: Vec<u8>, start: u64 },
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        const WINDOW: u64 = 1 << 20;
+        let (file, at, window, start) = match self {
+            Self::File(file) => return file.read(out),
+            Self::Object { file, at, window, start } => (file, at, window, start),
+        };
+        if *at >= file.len {
+            return Ok(0);
+        }
+        if !(*start..*start + window.len() as u64).contains(at) {
+            *start = *at / WINDOW * WINDOW;
+            let len = usize::try_from(WINDOW.min(file.len - *start)).expect("a window is small");
+            window.clear();
+            window.extend_from_slice(&file.read(*start, len).map_err(io::Error::other)?);
+        }
+        let rest = &window[usize::try_from(*at - *start).expect("inside the window")..];
+        let n = rest.len().min(out.len());
+        out[..n].copy_from_slice(&rest[..n]);
+        *at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Stream<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let (file, at) = match self {
+            Self::File(file) => return file.seek(to),
+            Self::Object { file, at, .. } => (file, at),
+        };
+        let place = match to {
+            SeekFrom::Start(place) => Some(place),
+            SeekFrom::End(by) => file.len.checked_add_signed(by),
+            SeekFrom::Current(by) => at.checked_add_signed(by),
+        };
+        *at = place.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(*at)
     }
 }

@@ -28,7 +28,9 @@ pub mod gemm;
 mod gguf;
 pub mod layout;
 mod limits;
+mod location;
 pub mod measure;
+mod objects;
 pub mod output;
 #[cfg(feature = "python")]
 mod python;

@@ -34,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
 use crate::layout::{Layout, Plane};
 use crate::limits::Limits;
+use crate::location;
 use crate::source::{self, METHOD, Options, Source, SourceTensor};
 use crate::tensor::{DType, TensorInfo};
 
@@ -210,12 +211,11 @@ fn build(
     places: Box<[[Place; super::store::PLANES]]>,
     attached: Vec<Content>,
 ) -> Result<ArtifactFile> {
-    let len = |name: &str| std::fs::metadata(path.join(name)).map_or(0, |found| found.len());
     let shards: Vec<InputFile> = source.into_files();
-    let weight_bytes = shards.iter().map(InputFile::len).sum::<u64>() + len(HEADER_FILE);
+    let weight_bytes = shards.iter().map(InputFile::len).sum::<u64>() + location::bytes(path, &[HEADER_FILE])?;
     let mut others: HashSet<&str> = header.files().iter().map(|f| &*f.name).collect();
     others.extend([CONFIG, source::INDEX, "README.md"]);
-    let bytes = weight_bytes + others.into_iter().map(len).sum::<u64>();
+    let bytes = weight_bytes + location::bytes(path, &others.into_iter().collect::<Vec<_>>())?;
     let path = path.to_owned();
     let directory = Directory { path, shards, places, attached, weight_bytes, bytes };
     Ok(ArtifactFile::new(Store::Directory(directory), header))

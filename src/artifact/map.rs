@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::file::{Access, Block, InputFile};
 use crate::layout::{Layout, Plane};
 use crate::limits::Limits;
+use crate::location::{self, Kind};
 use crate::tensor;
 
 /// An artifact, open for reading; its header has been validated.
@@ -43,7 +44,7 @@ impl ArtifactFile {
         Self::open_with(path, Access::default(), &Limits::DEFAULT)
     }
 
-    /// Opens an artifact, a file or a directory, and validates its header; no plane is read.
+    /// Opens an artifact, a file or a directory, here or at a URL, and validates its header; no plane is read.
     ///
     /// A directory is a safetensors checkpoint of planes with a `tenpak.json`; one without, as other programs write it,
     /// is read entirely for its checksums.
@@ -52,11 +53,12 @@ impl ArtifactFile {
     /// [`Error::Io`], or what is wrong with the header: [`Error::Corrupt`], [`Error::Unsupported`], [`Error::Limit`];
     /// [`Error::Invalid`] for a directory that is not compressed.
     pub fn open_with(path: impl AsRef<Path>, access: Access, limits: &Limits) -> Result<Self> {
-        if path.as_ref().is_dir() {
-            return super::directory::open(path.as_ref(), access, limits);
+        let path = &*location::resolved(path.as_ref())?;
+        if location::found(path)? == Some(Kind::Directory) {
+            return super::directory::open(path, access, limits);
         }
-        let file = InputFile::open(&path, access)?;
-        let header = Header::read(&file, limits).map_err(|e| e.in_file(&path))?;
+        let file = InputFile::open(path, access)?;
+        let header = Header::read(&file, limits).map_err(|e| e.in_file(path))?;
         Ok(Self::new(Store::File(Box::new(file)), header))
     }
 

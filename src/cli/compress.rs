@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::export::MAX_SHARD_BYTES;
 use crate::fit::outliers::Share;
 use crate::fit::{MaxLoss, Rate};
+use crate::location;
 use crate::measure::Distance;
 use crate::recipe::{Recipe, Request};
 use crate::report::{self, Sizes};
@@ -130,11 +131,10 @@ impl Choice {
     /// The recipe, and the size that it is to be fitted to.
     /// What to do with a checkpoint that is quantized already comes third.
     pub fn recipe(&self, fit: Option<&str>) -> Result<(Recipe, Option<u64>, Quantized)> {
-        let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, e));
         let text = match &self.recipe {
             Some(path) => match path.to_str().filter(|name| Recipe::named(name).is_some()) {
                 Some(name) if !path.exists() => Some(name.to_owned()),
-                _ => Some(read(path)?),
+                _ => Some(location::text(path)?),
             },
             None => None,
         };

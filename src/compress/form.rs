@@ -15,6 +15,7 @@ use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::export::hf::{self, Cut};
 use crate::export::{To, card};
+use crate::location;
 use crate::output::{self, OutputDirectory, preflight};
 use crate::source::{Kind, Source};
 
@@ -52,6 +53,7 @@ pub fn compress_as(
     max_shard_bytes: u64,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Report> {
+    let target = &*location::resolved(target)?;
     if To::of(target) == To::Tenpak {
         return super::compress(source, target, options, on_progress);
     }

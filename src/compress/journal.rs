@@ -26,6 +26,7 @@ use crate::artifact::entry::Entry;
 use crate::artifact::writer::{Writer, whole_tensors};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::location::{self, Location};
 use crate::measure::Distance;
 use crate::output::{OutputFile, directory, write_all_at};
 use crate::source::{Source, SourceFile};
@@ -84,8 +85,7 @@ struct Format {
 impl Run {
     fn of(source: &Source, options: &Options, target: Target) -> Result<Self> {
         let stamp = |file: &SourceFile| -> Result<Stamp> {
-            let modified = file.file().metadata()?.modified().ok();
-            let since = modified.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+            let since = file.file().modified()?.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
             let modified = since.and_then(|since| u64::try_from(since.as_nanos()).ok());
             Ok(Stamp { name: file.name().to_owned(), bytes: file.file().len(), modified })
         };
@@ -203,6 +203,7 @@ impl Journal {
         (output, target): (&Path, Target),
         planned: &[TensorReport],
     ) -> Result<(Self, Writer)> {
+        location::refuse_url(output, "a journal, as --resume keeps it,")?;
         let home = match target {
             Target::File => OutputFile::check(output, options.force)?,
             Target::Directory(_) | Target::Part(..) => output.to_owned(),
@@ -391,7 +392,8 @@ fn sync_directory(_: &Path) -> Result<()> {
 /// Says that there is a journal of an output that nobody asked to use.
 #[must_use]
 pub fn leftover(output: &Path, part: Option<Part>) -> Option<String> {
-    let dir = place(output, part.map_or(Target::File, |part| Target::Part(part, 0)));
+    let Ok(Location::Local(output)) = location::of(output) else { return None };
+    let dir = place(&output, part.map_or(Target::File, |part| Target::Part(part, 0)));
     let what = "holds what a run that was stopped had finished; --resume goes on with it, otherwise remove it";
     dir.join(LOG).is_file().then(|| format!("{} {what}", dir.display()))
 }

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::export::hf::{Cut, Plan};
 use crate::file::Access;
 use crate::limits::Limits;
+use crate::location;
 use crate::output::{OutputDirectory, preflight};
 
 /// What was put together.
@@ -49,6 +50,8 @@ struct Found {
 /// [`Error::Corrupt`] when a part is not what its manifest says; [`Error::Io`], and whatever `on_progress` returns. The
 /// parts are then as they were.
 pub fn merge(dir: &Path, on_progress: &mut OnProgress<'_>) -> Result<Merged> {
+    location::refuse_url(dir, "putting parts together")?;
+    let dir = &*location::resolved(dir)?;
     if dir.join(HEADER_FILE).exists() {
         let what = "is whole: its parts have been put together already, or it never had any";
         return Err(Error::invalid(format!("{} {what}", dir.display())));

@@ -34,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::file::InputFile;
 use crate::fit::{Method, Rate};
 use crate::layout::Layout;
+use crate::location;
 use crate::measure::Distance;
 use crate::output;
 use crate::recipe::{Choice, Reason, Recipe};
@@ -394,6 +395,7 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind, unless
 /// [`Options::resume`] asks for a journal, which is gone once the output is complete.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
+    let target = &*location::resolved(target)?;
     output::refuse_input(target, inputs(source, options))?;
     let settled = size::settled(source, options, |header| Ok(header.file_bytes()))?;
     let planned = plan_settled(source, &settled)?;
@@ -427,7 +429,7 @@ fn begin(source: &Source, options: &Options, to: (&Path, Target), planned: &[Ten
     }
     let (writer, part) = match to {
         (target, Target::File) => (Writer::create(target, options.force)?, None),
-        (target, Target::Directory(_)) => (Writer::nameless_in(output::directory(target))?, None),
+        (target, Target::Directory(_)) => (Writer::nameless_in(&location::beside(target)?)?, None),
         (target, Target::Part(part, _)) => (Writer::nameless_in(target)?, Some(part)),
     };
     Ok(Begun { writer, journal: None, notes: leftover(to.0, part).into_iter().collect() })

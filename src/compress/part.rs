@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::export::To;
 use crate::export::hf::{Cut, Plan};
 use crate::file::InputFile;
+use crate::location;
 use crate::output::{OutputDirectory, preflight};
 use crate::source::Source;
 
@@ -172,6 +173,7 @@ pub fn compress_part(
     part: Part,
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Report> {
+    let target = &*location::resolved(target)?;
     check(Some(target), options)?;
     let home = target.join(part.directory());
     OutputDirectory::check(&home, options.force, manifest::NAME, inputs(source, options))?;
@@ -224,6 +226,7 @@ fn check(target: Option<&Path>, options: &Options) -> Result<()> {
         ));
     }
     let Some(target) = target else { return Ok(()) };
+    location::refuse_url(target, "what processes write in parts")?;
     if To::of(target) == To::Tenpak {
         return Err(Error::invalid(format!(
             "output {} is one file, which cannot be written in parts; choose a directory, and convert it when it is whole",

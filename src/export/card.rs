@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::artifact::header::Header;
 use crate::artifact::{Entry, config, directory::json};
+use crate::location::{self, Kind};
 use crate::report::Sizes;
 use crate::tensor::DType;
 
@@ -29,7 +30,8 @@ pub(crate) fn model_name(config: Option<&[u8]>, path: &Path) -> String {
         if let Some(cached) = parts.rev().find_map(|part| part.strip_prefix("models--")) {
             return cached.replace("--", "/");
         }
-        let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+        let is_directory = location::kind(&path).is_ok_and(|kind| kind == Kind::Directory);
+        let name = if is_directory { path.file_name() } else { path.file_stem() };
         name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
     })
 }

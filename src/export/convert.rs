@@ -8,6 +8,7 @@ use crate::artifact::{ArtifactFile, HEADER_FILE, Writer};
 use crate::compress::{OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::file::InputFile;
+use crate::location;
 use crate::output::{self, OutputDirectory, preflight};
 
 /// What an artifact is converted to.
@@ -171,6 +172,7 @@ pub fn convert(
     on_progress: &mut OnProgress<'_>,
 ) -> Result<Exported> {
     artifact.refuse_delta()?;
+    let target = &*location::resolved(target)?;
     match how.to {
         To::Hf => {
             how.to.check(target, how.force, artifact.inputs())?;

@@ -23,6 +23,7 @@ use crate::artifact::{ArtifactFile, Entry};
 use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+use crate::location::{self, Kind};
 use crate::output::{self, OutputFile};
 use crate::tensor::{DType, from_f32};
 
@@ -37,7 +38,8 @@ pub(crate) fn safetensors_head<'a>(
 /// Refuses a target of another kind than safetensors, and a file that exists, before there is anything to write to it;
 /// directories are looked into when they are written.
 pub(crate) fn check_target(target: &Path, force: bool) -> Result<()> {
-    if !force && target.is_file() {
+    let target = &*location::resolved(target)?;
+    if !force && location::found(target)? == Some(Kind::File) {
         return Err(output::exists(target));
     }
     match target.extension().and_then(|e| e.to_str()) {
@@ -100,6 +102,7 @@ pub fn decompress(
     if let Some(dtype) = options.dtype.filter(|d| !d.is_float()) {
         return Err(Error::invalid(format!("weights cannot be written as {dtype}, choose a float dtype")));
     }
+    let target = &*location::resolved(target)?;
     output::refuse_input(target, artifact.inputs())?;
     let total = artifact.tensors().iter().map(|t| t.info().bytes()).sum();
     let mut job = Job { artifact, options, on_progress, done: 0, total, notes: Vec::new() };

@@ -12,6 +12,7 @@ use super::{Files, Job};
 use crate::artifact::{HEADER_FILE, config};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::location;
 use crate::output::{self, OutputDirectory, OutputFile};
 use crate::source::INDEX;
 use crate::tensor::{DType, TensorInfo};
@@ -27,17 +28,18 @@ pub(super) fn file(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
 /// Writes `model.safetensors`, or shards and their index: a directory that is new appears as a whole, into one that exists
 /// files are put one after another.
 pub(super) fn directory(job: &mut Job<'_, '_>, target: &Path) -> Result<Files> {
-    if target.join(HEADER_FILE).exists() {
+    let is_url = location::url(target)?.is_some();
+    if !is_url && target.join(HEADER_FILE).exists() {
         return Err(Error::invalid(format!(
             "output {} holds a compressed model; remove it or choose another name",
             target.display()
         )));
     }
-    if target.exists() {
+    if !is_url && target.exists() {
         return into(job, target);
     }
     OutputDirectory::check(target, job.options.force, HEADER_FILE, job.artifact.inputs())?;
-    std::fs::create_dir_all(output::directory(target)).map_err(|e| Error::io(target, e))?;
+    std::fs::create_dir_all(location::beside(target)?).map_err(|e| Error::io(target, e))?;
     let out = OutputDirectory::create(target)?;
     let visible = |path: &Path| match path.strip_prefix(out.path()) {
         Ok(name) => target.join(name),

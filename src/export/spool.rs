@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, try_zeroed};
+use crate::location;
 use crate::output::{read_exact_at, write_all_at};
 
 /// Room for a known number of bytes.
@@ -19,8 +20,7 @@ impl Spool {
             let len = usize::try_from(bytes).expect("small enough for memory");
             return Ok(Self::Memory(try_zeroed(len, || "a transposed tensor".to_owned())?));
         }
-        let dir = beside.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = tempfile::tempfile_in(dir).map_err(|e| Error::io(beside, e))?;
+        let file = tempfile::tempfile_in(location::beside(beside)?).map_err(|e| Error::io(beside, e))?;
         Ok(Self::File { file, beside: beside.to_owned() })
     }
 

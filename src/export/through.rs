@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::file::Access;
 use crate::layout::{Layout, ROW};
 use crate::limits::Limits;
+use crate::location;
 use crate::output;
 use crate::recipe::{Recipe, Role};
 use crate::source::Source;
@@ -70,7 +71,10 @@ pub fn exporting(
     let quantized = if keep { Quantized::Keep } else { Quantized::wanted(true, how.allow_requantize) };
     let folder = output::folder_beside(target)?;
     // Models are called as their file where their config gives no name.
-    let home = std::fs::canonicalize(input).map_err(|e| Error::io(input, e))?;
+    let home = match location::url(input)? {
+        Some(_) => input.to_owned(),
+        None => std::fs::canonicalize(location::resolved(input)?).map_err(|e| Error::io(input, e))?,
+    };
     let path = folder.path().join(home.file_stem().unwrap_or_default()).with_extension("tenpak");
     let options = compress::Options::new(recipe, Nonfinite::Error, false).for_quantized(&source, quantized)?;
     let report = compress(&source, &path, &options, on_progress)?;

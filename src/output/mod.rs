@@ -2,7 +2,8 @@
 //!
 //! Bytes go to a nameless file in the target's directory (a hidden temporary one where the file system knows no
 //! nameless ones); [`OutputFile::commit`] makes them durable and gives them the name in one step, replacing an older
-//! file atomically. Whatever goes wrong before, and a signal or a crash too, leaves the target as it was.
+//! file atomically. Whatever goes wrong before, and a signal or a crash too, leaves the target as it was. A target that is
+//! a URL gets the bytes at the end, as an object that appears in one step.
 
 mod tree;
 
@@ -11,15 +12,17 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::location::{self, Location};
+use crate::objects::Url;
 pub use tree::OutputDirectory;
 pub(crate) use tree::preflight;
 
-/// A hidden folder beside `target`, gone with what it returns.
+/// A hidden folder beside `target`, gone with what it returns; that of a URL is in the system's directory for such.
 ///
 /// # Errors
 /// [`Error::Io`] when the directory above cannot be written.
 pub(crate) fn folder_beside(target: &Path) -> Result<tempfile::TempDir> {
-    let folder = tempfile::Builder::new().prefix(".tenpak-").suffix(".tmp").tempdir_in(directory(target));
+    let folder = tempfile::Builder::new().prefix(".tenpak-").suffix(".tmp").tempdir_in(location::beside(target)?);
     folder.map_err(|e| Error::io(target, e))
 }
 
@@ -30,6 +33,8 @@ pub struct OutputFile {
     file: File,
     /// The name under which the file can be found, where it has one already.
     named: Option<tempfile::TempPath>,
+    /// Where it goes, where that is a store.
+    url: Option<Url>,
     force: bool,
 }
 
@@ -38,12 +43,17 @@ impl OutputFile {
     ///
     /// # Errors
     /// [`Error::Invalid`] when the target exists and `force` is not set, is not a regular file or is a symbolic link that
-    /// points to nothing; [`Error::Io`] when its directory cannot be written.
+    /// points to nothing, or is a URL that is not written to; [`Error::Io`] when its directory cannot be written.
     pub fn create(target: &Path, force: bool) -> Result<Self> {
+        if let Some(url) = location::url(target)? {
+            url.check_file(force)?;
+            let spool = Self::nameless_in(&location::beside(target)?)?;
+            return Ok(Self { target: target.to_owned(), url: Some(url), force, ..spool });
+        }
         let target = Self::check(target, force)?;
         let dir = directory(&target);
         if let Some(file) = nameless(dir) {
-            return Ok(Self { target, file, named: None, force });
+            return Ok(Self { target, file, named: None, url: None, force });
         }
         let temp = tempfile::Builder::new()
             .prefix(".tenpak-")
@@ -51,7 +61,7 @@ impl OutputFile {
             .tempfile_in(dir)
             .map_err(|e| Error::io(&target, e))?;
         let (file, path) = temp.into_parts();
-        Ok(Self { target, file, named: Some(path), force })
+        Ok(Self { target, file, named: Some(path), url: None, force })
     }
 
     /// Starts a file that will be called `target`, which passed [`OutputFile::check`], and until then is `path` in the same
@@ -59,7 +69,7 @@ impl OutputFile {
     pub(crate) fn kept(target: PathBuf, force: bool, file: File, path: &Path) -> Result<Self> {
         let mut named = tempfile::TempPath::try_from_path(path).map_err(|e| Error::io(path, e))?;
         named.disable_cleanup(true);
-        Ok(Self { target, file, named: Some(named), force })
+        Ok(Self { target, file, named: Some(named), url: None, force })
     }
 
     /// Checks that a file can be called `target`, and says what that is behind a symbolic link.
@@ -67,6 +77,11 @@ impl OutputFile {
     /// # Errors
     /// Those of [`OutputFile::create`] that concern the target.
     pub(crate) fn check(target: &Path, force: bool) -> Result<PathBuf> {
+        let target = match location::of(target)? {
+            Location::Local(target) => target,
+            Location::Remote(url) => return url.check_file(force).map(|()| target.to_owned()),
+        };
+        let target = &*target;
         match std::fs::metadata(target) {
             Ok(found) if !found.is_file() => {
                 return Err(Error::invalid(format!("output {} exists and is not a file", target.display())));
@@ -92,7 +107,7 @@ impl OutputFile {
     /// [`Error::Io`] when the directory cannot be written.
     pub(crate) fn nameless_in(dir: &Path) -> Result<Self> {
         let file = nameless(dir).map_or_else(|| tempfile::tempfile_in(dir), Ok).map_err(|e| Error::io(dir, e))?;
-        Ok(Self { target: dir.to_owned(), file, named: None, force: false })
+        Ok(Self { target: dir.to_owned(), file, named: None, url: None, force: false })
     }
 
     /// The file itself, without a name.
@@ -149,9 +164,12 @@ impl OutputFile {
     /// [`Error::Io`] when the system refuses any step, [`Error::Invalid`] when someone else made the target meanwhile;
     /// the target is then as it was.
     pub fn commit(self, len: u64) -> Result<()> {
-        let Self { target, file, named, force } = self;
+        let Self { target, file, named, url, force } = self;
         let io = |e| Error::io(&target, e);
         file.set_len(len).map_err(io)?;
+        if let Some(url) = url {
+            return url.put(&file, len, force);
+        }
         set_mode(&file, &target).map_err(io)?;
         file.sync_all().map_err(io)?;
         match named {
@@ -184,9 +202,8 @@ pub(crate) fn directory(target: &Path) -> &Path {
 /// # Errors
 /// [`Error::Invalid`] naming both.
 pub fn refuse_input<'a>(target: &Path, inputs: impl IntoIterator<Item = &'a crate::file::InputFile>) -> Result<()> {
-    let Ok(target_meta) = std::fs::metadata(target) else { return Ok(()) };
     for input in inputs {
-        if same_file(&target_meta, &input.metadata()?, target, input.path()) {
+        if input.lies_at(target)? {
             return Err(Error::invalid(format!(
                 "output {} is the input {}; writing it would destroy it, choose another name",
                 target.display(),
@@ -195,20 +212,6 @@ pub fn refuse_input<'a>(target: &Path, inputs: impl IntoIterator<Item = &'a crat
         }
     }
     Ok(())
-}
-
-#[cfg(unix)]
-fn same_file(a: &std::fs::Metadata, b: &std::fs::Metadata, _: &Path, _: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    (a.dev(), a.ino()) == (b.dev(), b.ino())
-}
-
-#[cfg(not(unix))]
-fn same_file(_: &std::fs::Metadata, _: &std::fs::Metadata, a: &Path, b: &Path) -> bool {
-    match (std::fs::canonicalize(a), std::fs::canonicalize(b)) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
-    }
 }
 
 #[cfg(unix)]

@@ -2,7 +2,8 @@
 //!
 //! Its files are written into a hidden directory beside the target; [`OutputDirectory::commit`] makes them durable and
 //! renames it, exchanging it with an older directory in one step where the system can. Whatever goes wrong before leaves
-//! the target as it was and nothing beside it.
+//! the target as it was and nothing beside it. A target that is a URL gets its files at the end, one after another, those
+//! last by which programs find a model.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,12 +12,16 @@ use std::path::{Path, PathBuf};
 use super::{directory, exists, free_bytes, taken};
 use crate::error::{Error, Result};
 use crate::file::InputFile;
+use crate::location::{self, Location};
+use crate::objects::Url;
 
 /// A directory under way to its name.
 #[derive(Debug)]
 pub struct OutputDirectory {
     target: PathBuf,
     temp: tempfile::TempDir,
+    /// Where it goes, where that is a store.
+    url: Option<Url>,
     replaces: bool,
 }
 
@@ -37,6 +42,11 @@ impl OutputDirectory {
     ) -> Result<()> {
         let inputs: Vec<_> = inputs.into_iter().collect();
         super::refuse_input(target, inputs.iter().copied())?;
+        let target = match location::of(target)? {
+            Location::Local(target) => target,
+            Location::Remote(url) => return url.check_directory(),
+        };
+        let target = &*target;
         match std::fs::metadata(target) {
             Ok(found) if !found.is_dir() => {
                 return Err(Error::invalid(format!(
@@ -80,11 +90,18 @@ impl OutputDirectory {
     /// # Errors
     /// [`Error::Io`] when the directory above it cannot be written.
     pub fn create(target: &Path) -> Result<Self> {
+        let local = match location::of(target)? {
+            Location::Local(local) => local,
+            Location::Remote(url) => {
+                let (target, temp) = (target.to_owned(), super::folder_beside(target)?);
+                return Ok(Self { target, temp, url: Some(url), replaces: false });
+            }
+        };
         // A symbolic link keeps pointing; what it points to is replaced.
-        let target = std::fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
+        let target = std::fs::canonicalize(&local).unwrap_or_else(|_| local.into_owned());
         let temp = super::folder_beside(&target)?;
         let replaces = target.is_dir();
-        Ok(Self { target, temp, replaces })
+        Ok(Self { target, temp, url: None, replaces })
     }
 
     /// Where the directory will be.
@@ -142,6 +159,9 @@ impl OutputDirectory {
     /// [`Error::Io`] when the system refuses any step, [`Error::Invalid`] when someone else made the target meanwhile;
     /// the target is then as it was.
     pub fn commit(self) -> Result<()> {
+        if let Some(url) = &self.url {
+            return url.put_directory(self.temp.path());
+        }
         let io = |e| Error::io(&self.target, e);
         for entry in std::fs::read_dir(self.temp.path()).map_err(io)? {
             File::open(entry.map_err(io)?.path()).and_then(|file| file.sync_all()).map_err(io)?;
@@ -166,7 +186,7 @@ impl OutputDirectory {
 /// # Errors
 /// [`Error::Io`] with the figures.
 pub(crate) fn preflight(target: &Path, bytes: u64) -> Result<()> {
-    match free_bytes(directory(target)) {
+    match free_bytes(&location::beside(target)?) {
         Some(free) if free < bytes => Err(Error::io(
             target,
             io::Error::new(

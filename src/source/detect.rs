@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
+use crate::location::{self, Kind};
 
 use super::{Options, Source, bundle, directory, gguf, npy, npz, safetensors};
 
@@ -14,8 +15,8 @@ const ARTIFACT: &[u8] = b"\x89TNPK\r\n\x1a";
 
 /// Opens whatever is at `path`.
 pub(super) fn open(path: &Path, options: &Options) -> Result<Source> {
-    let kind = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    if kind.is_dir() {
+    let path = &*location::resolved(path)?;
+    if location::kind(path)? == Kind::Directory {
         return directory::open(path, options);
     }
     let file = InputFile::open(path, Access::Read)?;

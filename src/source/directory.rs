@@ -15,6 +15,7 @@ use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
 use crate::limits::{self, Limits};
+use crate::location;
 
 use super::json::{self, Failure, once};
 use super::{Kind, Options, Source, SourceFile, compressed, detect, duplicate, quoted, safetensors, side_files};
@@ -65,10 +66,8 @@ pub(crate) fn open_shards(dir: &Path, options: &Options) -> Result<Source> {
 
 /// The name of the one file that holds the weights of a directory without an index.
 fn single_file(dir: &Path) -> Result<String> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
-        names.extend(entry.map_err(|e| Error::io(dir, e))?.file_name().into_string().ok());
-    }
+    // A server that lists nothing is asked for the usual name.
+    let mut names = location::names(dir)?.unwrap_or_else(|| vec![SINGLE.to_owned()]);
     if names.iter().any(|name| name == SINGLE) {
         return Ok(SINGLE.to_owned());
     }
@@ -163,6 +162,10 @@ pub(crate) fn member(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
             "the file name {} is not one plain name; files of a model lie in its directory",
             quoted(name)
         )));
+    }
+    if let Some(url) = location::url(dir)? {
+        let url = url.child(name)?;
+        return Ok(url.bytes()?.map(|_| PathBuf::from(url.to_string())));
     }
     let path = dir.join(name);
     let kind = match std::fs::symlink_metadata(&path) {

@@ -11,6 +11,7 @@ use super::{Options, SourceFile};
 use crate::artifact::config;
 use crate::error::{Error, Result};
 use crate::file::{Access, InputFile};
+use crate::location;
 
 /// Whole names.
 const NAMES: &[&str] = &[
@@ -24,6 +25,9 @@ const NAMES: &[&str] = &[
     "vocab.json",
     "vocab.txt",
 ];
+
+/// Further names that are asked for where a server lists nothing.
+const ASKED: &[&str] = &["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"];
 
 /// Beginnings and ends of names.
 const PARTS: &[(&str, &str)] = &[
@@ -47,11 +51,9 @@ fn is_side_file(name: &str) -> bool {
 /// # Errors
 /// [`Error::Io`], [`Error::Invalid`] for a link out of the directory.
 pub(crate) fn side_files(dir: &Path, options: &Options) -> Result<Vec<SourceFile>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
-        let name = entry.map_err(|e| Error::io(dir, e))?.file_name().into_string();
-        names.extend(name.ok().filter(|name| is_side_file(name)));
-    }
+    let asked = || NAMES.iter().chain(ASKED).map(|name| (*name).to_owned()).collect();
+    let mut names: Vec<_> = location::names(dir)?.unwrap_or_else(asked);
+    names.retain(|name| is_side_file(name));
     names.sort_unstable();
     let mut files = Vec::new();
     for name in names {

@@ -602,6 +602,18 @@ def test_errors_are_of_the_class_that_says_who_acts(tmp_path: Path, artifact: Pa
     assert (sample_model / "model.safetensors").read_bytes() == original
 
 
+def test_a_url_is_a_local_path_or_an_error_that_says_how_to_read_it(tmp_path: Path, artifact: Path) -> None:
+    assert tenpak.open(artifact.as_uri()).identity == tenpak.open(artifact).identity
+    for url in ("s3://bucket/model", "https://host/model", Path("gs://bucket/model")):
+        for work in (tenpak.open, tenpak.verify, lambda url: tenpak.compress(url, tmp_path / "x.tenpak")):
+            with pytest.raises(tenpak.UnsupportedError, match="features python,objects"):
+                work(url)
+        with pytest.raises(tenpak.UnsupportedError, match="features python,objects"):
+            tenpak.decompress(artifact, url)
+    with pytest.raises(tenpak.InvalidError, match="s3://"):
+        tenpak.open("ftp://bucket/model")
+
+
 def test_errors_of_the_system_keep_number_and_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         tenpak.open(tmp_path / "missing")

@@ -15,6 +15,7 @@ use crate::compress::{BLOCK_BYTES, OnProgress, Progress};
 use crate::error::{Error, Result, try_zeroed};
 use crate::export;
 use crate::file::Block;
+use crate::location;
 use crate::output;
 use crate::source::Source;
 use crate::tensor::TensorInfo;
@@ -40,7 +41,7 @@ pub fn materialize(
         Writer::create(target, options.force)?
     } else {
         export::check_target(target, options.force)?;
-        Writer::nameless_in(output::directory(target))?
+        Writer::nameless_in(&location::beside(target)?)?
     };
     let base_bytes: u64 = base.tensors().iter().map(|t| t.info().bytes()).sum();
     let (mut done, mut total) = (0, 2 * base_bytes);
