@@ -154,15 +154,16 @@ pub(crate) fn bytes(dir: &Path, names: &[&str]) -> Result<u64> {
 /// [`Error::Io`], also when it is no text; those of [`of`].
 #[cfg(feature = "cli")]
 pub(crate) fn text(path: &Path) -> Result<String> {
-    match of(path)? {
+    let bytes = match of(path)? {
         // A pipe too.
-        Location::Local(path) => return std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e)),
-        Location::Remote(_) => {}
-    }
-    let file = crate::file::InputFile::open(path, crate::file::Access::Read)?;
-    crate::limits::check("bytes of a text", crate::Limits::DEFAULT.header_bytes, file.len())?;
-    let bytes = file.read(0, usize::try_from(file.len()).expect("below the limit"))?;
-    String::from_utf8(bytes.to_vec()).map_err(|e| Error::io(path, std::io::Error::new(ErrorKind::InvalidData, e)))
+        Location::Local(path) => std::fs::read(&path).map_err(|e| Error::io(&path, e))?,
+        Location::Remote(_) => {
+            let file = crate::file::InputFile::open(path, crate::file::Access::Read)?;
+            crate::limits::check("bytes of a text", crate::Limits::DEFAULT.header_bytes, file.len())?;
+            file.read(0, usize::try_from(file.len()).expect("below the limit"))?.to_vec()
+        }
+    };
+    String::from_utf8(bytes).map_err(|e| Error::io(path, std::io::Error::new(ErrorKind::InvalidData, e)))
 }
 
 /// Where files can lie that go to a path in the end: beside it, or in the system's directory for such where it is a URL.

@@ -115,6 +115,7 @@ fn a_file_at_a_url_becomes_the_same_artifact() {
     shell.store.put("/devstoreaccount1/box/model.safetensors", shell.bytes("model.safetensors"));
     shell.run("compress az://box/model.safetensors -o az://box/out.tenpak", 0);
     assert!(shell.store.get("/devstoreaccount1/box/out.tenpak").unwrap() == shell.bytes("here.tenpak"));
+    shell.run("plan s3://bucket/in/model.safetensors", 0);
     let url = format!("{}/bucket/in/model.safetensors", shell.store.address);
     shell.run(&format!("compress {url} -o there.tenpak"), 0);
     assert!(shell.bytes("there.tenpak") == shell.bytes("here.tenpak"));
@@ -143,7 +144,6 @@ fn a_directory_at_a_url_goes_through_every_verb_like_a_local_one() {
     shell.run(&format!("verify {url}"), 0);
     shell.run(&format!("inspect {url}/"), 0);
     shell.run(&format!("inspect {web}/out/here"), 0);
-    shell.run("plan s3://bucket/models/tiny-books", 0);
     shell.run(&format!("diff {url} here"), 0);
     shell.run("export here --to tenpak -o one.tenpak", 0);
     shell.run(&format!("export {url} --to tenpak -o s3://bucket/one.tenpak"), 0);
@@ -156,7 +156,7 @@ fn a_directory_at_a_url_goes_through_every_verb_like_a_local_one() {
     shell.run("decompress s3://bucket/one.tenpak -o s3://bucket/back.npz", 0);
     shell.run("decompress one.tenpak -o back.npz", 0);
     assert!(shell.store.get("/bucket/back.npz").unwrap() == shell.bytes("back.npz"));
-    shell.run("compress s3://bucket/back.npz -o npz.tenpak", 0);
+    shell.run("compress s3://bucket/back.npz -o npz.tenpak --codec int8_sym_v1", 0);
 }
 
 #[test]
