@@ -253,6 +253,22 @@ fn a_long_output_goes_up_in_parts_and_a_failed_one_leaves_nothing() {
 }
 
 #[test]
+fn what_arrives_is_compared_with_what_was_sent() {
+    let shell = Shell::new();
+    shell.checkpoint("/bucket/model.safetensors", 64);
+    shell.store.fault("PUT", "out.tenpak", Fault::Lose, 1);
+    let error = shell.run("compress model.safetensors -o s3://bucket/out.tenpak", 2);
+    assert!(error.contains("bytes arrived") && error.contains("removed again"), "{error}");
+    assert_eq!(shell.store.get("/bucket/out.tenpak"), None);
+
+    shell.store.fault("HEAD", "out.tenpak", Fault::Status(400, ""), 1);
+    let error = shell.run("compress model.safetensors -o s3://bucket/out.tenpak --force", 2);
+    assert!(error.contains("may not be there: look"), "{error}");
+    shell.run("compress model.safetensors -o here.tenpak", 0);
+    assert!(shell.store.get("/bucket/out.tenpak").unwrap() == shell.bytes("here.tenpak"));
+}
+
+#[test]
 fn a_directory_that_fails_half_way_is_taken_back() {
     let shell = Shell::new();
     shell.store.fault(

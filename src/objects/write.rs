@@ -35,6 +35,30 @@ enum Failure {
     Refused(object_store::Error),
     /// The same, but parts that nobody can read are still stored.
     LeftParts(object_store::Error),
+    /// Something else arrived than what was sent, and was removed.
+    Removed(object_store::Error),
+    /// All was sent, and then the store did not say that it is there.
+    Unseen(object_store::Error),
+}
+
+impl Failure {
+    /// The error, and what it leaves of an object of `len` bytes.
+    fn told(&self, len: u64) -> (&object_store::Error, String) {
+        let before = format!("the {len} bytes were not written, and what was there before is as it was");
+        match self {
+            Self::Refused(error) => (error, before),
+            Self::LeftParts(error) => {
+                let what = "but parts of it that nobody can read are still stored: have the store give up uploads that were begun";
+                (error, format!("{before}, {what}"))
+            }
+            Self::Removed(error) => {
+                (error, "what arrived was removed again, and what was there before is gone".to_owned())
+            }
+            Self::Unseen(error) => {
+                (error, format!("all {len} bytes were sent, but may not be there: look before you send them again"))
+            }
+        }
+    }
 }
 
 impl Url {
@@ -83,7 +107,8 @@ impl Url {
     /// Writes the first `len` bytes of a file as an object, which appears when it is whole; over another only by `force`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when someone else made the object meanwhile, [`Error::Io`]; there is then what was there before.
+    /// [`Error::Invalid`] when someone else made the object meanwhile, [`Error::Io`]; there is then what was there before, or
+    /// the message says what is.
     pub fn put(&self, file: &File, len: u64, force: bool) -> Result<()> {
         let file = file.try_clone().map_err(|e| Error::io(self.path(), e))?;
         let (store, key) = (store(self)?, self.key.clone());
@@ -95,26 +120,20 @@ impl Url {
                 Ok(meta) => {
                     let what = format!("{} bytes arrived, {len} were sent", meta.size);
                     drop(store.delete(&key).await);
-                    Err(Failure::Refused(object_store::Error::Generic { store: "store", source: what.into() }))
+                    Err(Failure::Removed(object_store::Error::Generic { store: "store", source: what.into() }))
                 }
-                Err(e) => Err(Failure::Refused(e)),
+                Err(e) => Err(Failure::Unseen(e)),
             }
         })?;
         outcome.map_err(|failure| {
-            let (error, left) = match &failure {
-                Failure::Refused(error) => (error, ""),
-                Failure::LeftParts(error) => {
-                    (error, ", but parts of it that nobody can read are still stored: have the store give up uploads that were begun")
-                }
-            };
+            let (error, left) = failure.told(len);
             if let object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } = error {
                 return exists(&self.path());
             }
             match refusal::of(self, error) {
                 Error::Io { path, source } => {
                     let kind = source.kind();
-                    let what = format!("{source}; the {len} bytes were not written, and what was there before is as it was{left}");
-                    Error::io(path, std::io::Error::new(kind, what))
+                    Error::io(path, std::io::Error::new(kind, format!("{source}; {left}")))
                 }
                 other => other,
             }

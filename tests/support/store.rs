@@ -16,6 +16,8 @@ pub enum Fault {
     Cut,
     /// Right before it, the object gets other bytes of the same length.
     Replace,
+    /// Half of what was sent is taken for all of it.
+    Lose,
 }
 
 /// A request as it came.
@@ -128,13 +130,16 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     let mut out = stream.try_clone()?;
     let mut reader = BufReader::new(stream);
     loop {
-        let Some((mut request, body)) = read(&mut reader)? else { return Ok(()) };
+        let Some((mut request, mut body)) = read(&mut reader)? else { return Ok(()) };
         let mut state = state.lock().unwrap();
         let fault = state.fault(&request);
         let path = decoded(request.target.split('?').next().unwrap());
         if fault == Some(Fault::Replace) {
             let other = vec![7; state.objects[&path].0.len()];
             state.put(&path, other);
+        }
+        if fault == Some(Fault::Lose) {
+            body.truncate(body.len() / 2);
         }
         let answer = match fault {
             Some(Fault::Status(status, text)) => answer(status, text),
