@@ -108,23 +108,6 @@ pub(super) fn pieces(
         Some(Coding::Steps) => Some(Steps::open(&stored, rows, cols)?),
         _ => None,
     };
-    let columns_stream = match (coded_columns, &steps) {
-        (Some(columns), Some(_)) => Some(read(columns, 0, entry.planes()[columns].bytes)?),
-        _ => None,
-    };
-    let columns = match (&columns_stream, coded_columns) {
-        (Some(stream), _) => Some(Columns::open(stream, rows, cols)?),
-        (None, Some(_)) => Some(Columns::open(&stored, rows, cols)?),
-        (None, None) => None,
-    };
-    let coded_codes = matrix.index(Plane::Codes).filter(|&i| entry.planes()[i].coding.is_some());
-    let of_codes = |e| in_plane(Plane::Codes, e);
-    let codes_stream = coded_codes.map(|i| read(i, 0, entry.planes()[i].bytes)).transpose().map_err(of_codes)?;
-    let all_codes = match (coded_codes, &codes_stream) {
-        (Some(i), Some(stream)) => Some(Coded::open(entry, i, stream).map_err(of_codes)?),
-        _ => None,
-    };
-    let column_scales = if steps.is_some() { matrix.numbers(Plane::ColumnScales, 0..cols)? } else { Vec::new() };
     let per_block = coded::rows_per_block(cols);
     let rows_of = |block: usize| block * per_block..((block + 1) * per_block).min(rows);
     // The first outlier of each block, and the end of all.
@@ -136,25 +119,54 @@ pub(super) fn pieces(
     let (mut block, end) =
         (starts.partition_point(|&at| at <= elements.start) - 1, starts.partition_point(|&at| at < elements.end));
     let end = end.min(starts.len() - 1);
+    if block >= end {
+        return Ok(());
+    }
+    let width = if long { 4 } else { 2 };
+    let known_codes = |rows: Range<usize>| known.and_then(|known| coded::part_of(known.codes, &rows, stride));
+    let known_columns = |outliers: Range<usize>| {
+        known.filter(|_| steps.is_some()).and_then(|known| coded::part_of(known.columns, &outliers, width))
+    };
+    // Streams are opened once, and only where something of theirs is not known.
+    let columns_stream = match (coded_columns, &steps) {
+        (Some(columns), Some(_)) if known_columns(starts[block]..starts[end]).is_none() => {
+            Some(read(columns, 0, entry.planes()[columns].bytes)?)
+        }
+        _ => None,
+    };
+    let columns = match (&columns_stream, &steps, coded_columns) {
+        (Some(stream), ..) => Some(Columns::open(stream, rows, cols)?),
+        (None, None, Some(_)) => Some(Columns::open(&stored, rows, cols)?),
+        _ => None,
+    };
+    let coded_codes = matrix.index(Plane::Codes).filter(|&i| entry.planes()[i].coding.is_some());
+    let of_codes = |e| in_plane(Plane::Codes, e);
+    let all_known = known_codes(rows_of(block).start..rows_of(end - 1).end).is_some();
+    let codes_stream = coded_codes.filter(|_| !all_known).map(|i| read(i, 0, entry.planes()[i].bytes));
+    let codes_stream = codes_stream.transpose().map_err(of_codes)?;
+    let all_codes = match (coded_codes, &codes_stream) {
+        (Some(i), Some(stream)) => Some(Coded::open(entry, i, stream).map_err(of_codes)?),
+        _ => None,
+    };
+    let column_scales = if steps.is_some() { matrix.numbers(Plane::ColumnScales, 0..cols)? } else { Vec::new() };
     while block < end {
         let last = (block + TOGETHER).min(end);
         let here = rows_of(block).start..rows_of(last - 1).end;
         let outliers = starts[block]..starts[last];
-        // Codes that are not coded are read as they are, and so are columns.
+        // What is neither known nor coded is read as it is.
         let plain_codes = match &all_codes {
-            Some(_) => Vec::new(),
-            None => matrix.part(Plane::Codes, here.start * stride..here.end * stride)?,
+            None if !all_known => matrix.part(Plane::Codes, here.start * stride..here.end * stride)?,
+            _ => Vec::new(),
         };
         let scales = if steps.is_some() { matrix.numbers(Plane::Scales, here.clone())? } else { Vec::new() };
-        let width = if long { 4 } else { 2 };
-        let plain_columns = match &columns {
+        let plain_columns = match coded_columns {
             Some(_) => Vec::new(),
             None => matrix.part(Plane::OutlierColumns, width * outliers.start..width * outliers.end)?,
         };
         let counts = &*matrix.counts;
         let one = |block: usize| {
             let own = rows_of(block);
-            let codes = match (known.and_then(|known| coded::part_of(known.codes, &own, stride)), &all_codes) {
+            let codes = match (known_codes(own.clone()), &all_codes) {
                 (Some(codes), _) => Cow::Borrowed(codes),
                 (None, Some(all)) => Cow::Owned(all.block(block).map_err(of_codes)?),
                 (None, None) => Cow::Borrowed(&plain_codes[(own.start - here.start) * stride..][..own.len() * stride]),
@@ -164,14 +176,19 @@ pub(super) fn pieces(
             let number = starts[block + 1] - starts[block];
             let mut found = Vec::with_capacity(number);
             let own_outliers = starts[block]..starts[block + 1];
-            let plain = match &columns {
-                Some(_) if steps.is_none() => None,
-                Some(_) => known.and_then(|known| coded::part_of(known.columns, &own_outliers, width)),
+            let plain = match coded_columns {
+                Some(_) => known_columns(own_outliers),
                 None => coded::part_of((outliers.start, &plain_columns), &own_outliers, width),
             };
             match (plain, &columns) {
+                (Some(plain), _) if long => {
+                    found.extend(plain.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
+                }
+                (Some(plain), _) => {
+                    found.extend(plain.as_chunks::<2>().0.iter().map(|bytes| u32::from(u16::from_le_bytes(*bytes))));
+                }
                 (None, Some(columns)) => columns.decode(block, &codes, counts, &mut found)?,
-                (plain, _) => found.extend((0..number).map(|i| column(plain.unwrap_or_default(), i, long))),
+                (None, None) => return Err(Error::corrupt(0, "columns of outliers end before their counts do")),
             }
             let Some(steps) = &steps else {
                 let mut out = Vec::with_capacity(width * number);
@@ -207,14 +224,4 @@ pub(super) fn pieces(
         block = last;
     }
     Ok(())
-}
-
-/// A column in a plane of them.
-fn column(plane: &[u8], index: usize, long: bool) -> u32 {
-    if long {
-        let bytes = &plane[4 * index..];
-        u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-    } else {
-        u32::from(u16::from_le_bytes([plane[2 * index], plane[2 * index + 1]]))
-    }
 }

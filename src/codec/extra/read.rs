@@ -2,6 +2,8 @@
 //!
 //! Memory may be anyone's, so an outlier beyond its row is an error of whoever reads it, and never a panic.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::{Extras, SHORT, kinds, of_number};
@@ -132,11 +134,7 @@ impl<'a> ExtraPlanes<'a> {
         let mut at = 0;
         for (row, weights) in weights.chunks_exact_mut(outliers.cols).enumerate() {
             let count = outliers.count(row);
-            for i in at..at + count {
-                let column = outliers.column(i);
-                let w = weights.get_mut(column).ok_or_else(|| outliers.beyond(column))?;
-                *w += outliers.value(i);
-            }
+            outliers.add(at..at + count, weights)?;
             at += count;
         }
         Ok(())
@@ -228,11 +226,7 @@ impl Rows<'_> {
     /// # Errors
     /// [`Error::Invalid`] for an outlier beyond its row.
     pub fn add(&self, row: usize, weights: &mut [f32]) -> Result<()> {
-        for i in self.starts[row]..self.starts[row] + self.outliers.count(row) {
-            let column = self.outliers.column(i);
-            *weights.get_mut(column).ok_or_else(|| self.outliers.beyond(column))? += self.outliers.value(i);
-        }
-        Ok(())
+        self.outliers.add(self.starts[row]..self.starts[row] + self.outliers.count(row), weights)
     }
 }
 
@@ -288,6 +282,25 @@ impl Outliers<'_> {
 
     fn value(&self, i: usize) -> f32 {
         f16::from_le_bytes([self.values[2 * i], self.values[2 * i + 1]]).to_f32()
+    }
+
+    /// Adds some of them to the weights of their row.
+    fn add(&self, outliers: Range<usize>, weights: &mut [f32]) -> Result<()> {
+        let values = &self.values.as_chunks::<2>().0[outliers.clone()];
+        let mut one = |column: usize, value: &[u8; 2]| {
+            let weight = weights.get_mut(column).ok_or_else(|| self.beyond(column))?;
+            *weight += f16::from_le_bytes(*value).to_f32();
+            Ok(())
+        };
+        if self.cols as u64 > SHORT {
+            let columns = &self.columns.as_chunks::<4>().0[outliers];
+            columns.iter().zip(values).try_for_each(|(column, value)| {
+                one(usize::try_from(u32::from_le_bytes(*column)).unwrap_or(usize::MAX), value)
+            })
+        } else {
+            let columns = &self.columns.as_chunks::<2>().0[outliers];
+            columns.iter().zip(values).try_for_each(|(column, value)| one(u16::from_le_bytes(*column).into(), value))
+        }
     }
 
     fn slice(&self, first: usize, count: usize) -> Self {
