@@ -146,6 +146,8 @@ INTERRUPTED = """
 import os, random, signal, sys, threading, tenpak
 source, out, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 random.seed(1)
+# What a shell starts in its background ignores the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for i in range(count):
     timer = threading.Timer(random.uniform(0, 0.15), lambda: os.kill(os.getpid(), signal.SIGINT))
     try:
