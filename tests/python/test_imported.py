@@ -223,7 +223,7 @@ def test_bitsandbytes_decodes_what_comes_in(tmp_path: Path, kind: str, nested: b
     if cols % 64 == 0:
         # Of blocks that cross rows, the kernel for CPUs takes the scales of others; some of its zeros have another sign
         # than those of its table, depending on the processor.
-        np.testing.assert_array_equal(found, own.dequantize_4bit(codes, state).numpy())
+        assert_bits(found, own.dequantize_4bit(codes, state).numpy() + np.float32(0))
     held = kind == "nf4" and not nested and cols == 128
     assert told["codec"] == ("nf4_g64_fp16_v1" if held else "raw_v1"), told["reason"]
     assert told["imported"] == f"bitsandbytes {kind}"
