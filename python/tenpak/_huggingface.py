@@ -5,9 +5,10 @@ directory of planes, whichever of the two was imported first. So where transform
 yet, a finder waits for it and adds the entry when it is.
 """
 
-import os
 import sys
 from typing import Any
+
+from ._types import Path
 
 #: The module with transformers' table of quantizers.
 _TABLE = "transformers.quantizers.auto"
@@ -61,7 +62,7 @@ def watch() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def from_pretrained(path: str | os.PathLike[str], *, act: str | None = None, mmap: bool = False, **options: Any) -> Any:
+def from_pretrained(path: Path, *, act: str | None = None, mmap: bool = False, **options: Any) -> Any:
     """Load a compressed model for transformers, its weights as planes: no dense copy of them is ever made.
 
     Parameters
