@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -132,18 +133,21 @@ pub(crate) fn names(dir: &Path) -> Result<Option<Vec<String>>> {
     Ok(Some(names))
 }
 
-/// How many bytes the files of these names in a directory have together; one that is not there has none.
+/// How many bytes each file of these names in a directory has; one that is not there has none.
 ///
 /// # Errors
 /// Those of [`names`].
-pub(crate) fn bytes(dir: &Path, names: &[&str]) -> Result<u64> {
+pub(crate) fn lengths(dir: &Path, names: &[&str]) -> Result<Vec<u64>> {
     match of(dir)? {
         Location::Local(dir) => {
-            Ok(names.iter().map(|name| std::fs::metadata(dir.join(name)).map_or(0, |found| found.len())).sum())
+            Ok(names.iter().map(|name| std::fs::metadata(dir.join(name)).map_or(0, |found| found.len())).collect())
         }
         Location::Remote(url) => match url.list()? {
-            Some(found) => Ok(found.iter().filter(|(name, _)| names.contains(&&**name)).map(|(_, bytes)| bytes).sum()),
-            None => names.iter().map(|name| Ok(url.child(name)?.bytes()?.unwrap_or(0))).sum(),
+            Some(found) => {
+                let found: HashMap<_, _> = found.into_iter().collect();
+                Ok(names.iter().map(|name| found.get(*name).copied().unwrap_or(0)).collect())
+            }
+            None => names.iter().map(|name| Ok(url.child(name)?.bytes()?.unwrap_or(0))).collect(),
         },
     }
 }

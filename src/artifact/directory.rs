@@ -212,10 +212,11 @@ fn build(
     attached: Vec<Content>,
 ) -> Result<ArtifactFile> {
     let shards: Vec<InputFile> = source.into_files();
-    let weight_bytes = shards.iter().map(InputFile::len).sum::<u64>() + location::bytes(path, &[HEADER_FILE])?;
     let mut others: HashSet<&str> = header.files().iter().map(|f| &*f.name).collect();
     others.extend([CONFIG, source::INDEX, "README.md"]);
-    let bytes = weight_bytes + location::bytes(path, &others.into_iter().collect::<Vec<_>>())?;
+    let lengths = location::lengths(path, &[&[HEADER_FILE], &*others.into_iter().collect::<Vec<_>>()].concat())?;
+    let weight_bytes = shards.iter().map(InputFile::len).sum::<u64>() + lengths[0];
+    let bytes = weight_bytes + lengths[1..].iter().sum::<u64>();
     let path = path.to_owned();
     let directory = Directory { path, shards, places, attached, weight_bytes, bytes };
     Ok(ArtifactFile::new(Store::Directory(directory), header))
