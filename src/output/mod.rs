@@ -45,12 +45,12 @@ impl OutputFile {
     /// [`Error::Invalid`] when the target exists and `force` is not set, is not a regular file or is a symbolic link that
     /// points to nothing, or is a URL that is not written to; [`Error::Io`] when its directory cannot be written.
     pub fn create(target: &Path, force: bool) -> Result<Self> {
-        if let Some(url) = location::url(target)? {
-            url.check_file(force)?;
-            let spool = Self::nameless_in(&location::beside(target)?)?;
-            return Ok(Self { target: target.to_owned(), url: Some(url), force, ..spool });
-        }
+        let url = location::url(target)?;
         let target = Self::check(target, force)?;
+        if url.is_some() {
+            let spool = Self::nameless_in(&location::beside(&target)?)?;
+            return Ok(Self { target, url, force, ..spool });
+        }
         let dir = directory(&target);
         if let Some(file) = nameless(dir) {
             return Ok(Self { target, file, named: None, url: None, force });
