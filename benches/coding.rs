@@ -1,8 +1,9 @@
 //! What coded planes cost: bits beside those of an ideal coder, error at given rates, and speed on one thread.
 //!
 //! `cargo bench --bench coding` takes matrices of known statistics; `cargo bench --bench coding -- FILE.safetensors` takes
-//! those of a file besides; `cargo bench --bench coding -- files [BITS]` only decodes whole files. The *ideal* gives every row and column the real-valued deviation that suits its codes best,
-//! and the shape that suits the matrix best, out of the same family, and pays for neither.
+//! those of a file besides; `cargo bench --bench coding -- files [BITS]` only decodes whole files. The *ideal* gives every row
+//! and column the real-valued deviation that suits its codes best, and the shape that suits the matrix best, out of the same
+//! family, and pays for neither.
 
 #![expect(clippy::print_stdout, reason = "the table is what it is run for")]
 #![expect(clippy::cast_possible_truncation, reason = "levels and deviations are small, weights are singles")]

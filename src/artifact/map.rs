@@ -226,7 +226,7 @@ impl ArtifactFile {
         self.range_by(tensor, plane, start, bytes, None)
     }
 
-    /// The same, where codes that the plane leans on may be known.
+    /// The same, where something of what the plane leans on may be known.
     fn range_by(&self, tensor: usize, plane: usize, start: u64, bytes: u64, known: Option<Known<'_>>) -> Result<Block> {
         let entry = &self.tensors()[tensor];
         let place = &entry.planes()[plane];
@@ -360,7 +360,7 @@ pub(super) fn bad_file(entry: &AttachedFile, bytes: &[u8]) -> Option<(Option<u64
     (digest != entry.blake3).then(|| (None, format!("digest is {digest}, expected {}", entry.blake3)))
 }
 
-/// Decodes rows of a tensor, given a way to read `bytes` bytes of a plane from `start` on, with the codes that are known.
+/// Decodes rows of a tensor, given a way to read `bytes` bytes of a plane from `start` on, with what is known of others.
 pub(crate) fn decode_rows<B: Deref<Target = [u8]>>(
     entry: &Entry,
     first_row: u64,
