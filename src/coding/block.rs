@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 /// States are at least this, so that a word refills them at once.
 pub(crate) const LOW: u32 = 1 << 16;
 
+/// Codes that are looked at together for escapes.
+const PIECE: usize = 64;
+
 /// For every context and slot: frequency, slot minus start, and code, in 12, 12 and 8 bits; even states first.
 pub(crate) fn slots(tables: &[Table]) -> Vec<u32> {
     let mut slots = vec![0; tables.len() << LOG_TOTAL];
@@ -230,7 +233,10 @@ pub(crate) fn decode(
         return refuse(format!("a block ends with {} bytes left over, or in a wrong state", progress.words.len()));
     }
     let trellis = contexts.model.trellis.is_some();
-    for code in out.iter_mut().filter(|code| **code < escape_codes(trellis)) {
+    let is_escape = |code: &u8| *code < escape_codes(trellis);
+    // Most pieces have none, which vectors see at once.
+    let pieces = out.chunks_mut(PIECE).filter(|piece| piece.iter().fold(false, |any, code| any | is_escape(code)));
+    for code in pieces.flatten().filter(|code| is_escape(code)) {
         match escaped.split_first() {
             Some((&real, rest)) if escapes(*code, real, trellis) => {
                 *code = real;
