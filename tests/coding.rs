@@ -3,7 +3,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "levels are clamped to those of codes")]
 
 use proptest::prelude::*;
-use tenpak::coding::ends::{self, Codes, Columns, Steps};
+use tenpak::coding::ends::{self, Codes, Columns};
+use tenpak::coding::tail::{self, Steps};
 use tenpak::coding::{self, ByteStream, Stream, Trellis};
 use tenpak::fit::entropy::{Choice, Quantized, quantize, quantize_step, quantize_with};
 
@@ -81,7 +82,7 @@ impl Beyond {
         let matrix = Codes { plane: codes, stride: cols, cols };
         let columns = ends::encode_columns(&matrix, &self.counts, &self.columns).expect("no outlier at level zero");
         let counts = ends::encode_counts(&self.counts).expect("counts of a small matrix");
-        [counts, columns, ends::encode_steps(cols, &self.counts, &self.steps)]
+        [counts, columns, tail::encode_steps(cols, &self.counts, &self.steps)]
     }
 
     /// What three streams say.
@@ -293,6 +294,10 @@ fn outliers_of_all_kinds_come_back_and_streams_of_other_lengths_are_refused() {
             for least in [0, 128, 255] {
                 assert!(read([&counts, &[&[least], &columns[1..]].concat(), &steps]).is_err());
             }
+            // No such shape, no such deviation, too few and too many classes, and a Gaussian that ends before the codes do.
+            for head in [[10, 40, 90], [0, 128, 90], [0, 40, 1], [0, 40, 176], [9, 8, 90]] {
+                assert!(read([&counts, &columns, &[&head, &steps[3..]].concat()]).is_err(), "{head:?}");
+            }
         }
     }
     // More outliers than there are codes at the ends, and codes that are none of the ends.
@@ -315,22 +320,22 @@ fn a_number_of_steps_is_what_its_half_precision_value_says() {
     for step in [1.5e-3f32, 0.25, 1.0, -0.125, 3e-8, 600.0] {
         for number in [1u32, 2, 3, 17, 100, 2047, 2048, 5000, 70_000] {
             for negative in [false, true] {
-                let value = ends::value(number, negative, step);
-                let found = ends::steps(value, negative, step);
+                let value = tail::value(number, negative, step);
+                let found = tail::steps(value, negative, step);
                 if !value.is_finite() {
                     assert_eq!(found, None, "{number} of {step}");
                 } else if let Some(found) = found {
-                    assert_eq!(ends::value(found, negative, step).to_bits(), value.to_bits(), "{number} of {step}");
+                    assert_eq!(tail::value(found, negative, step).to_bits(), value.to_bits(), "{number} of {step}");
                 } else {
                     // Below the subnormals of half precision all numbers are zero, which is none.
                     assert!(value.to_f32().abs() <= step.abs(), "{number} of {step} is {value}, which no number is");
                 }
-                assert_eq!(ends::steps(-value, negative, step).is_some(), value.to_bits() == 0 && found.is_some());
+                assert_eq!(tail::steps(-value, negative, step).is_some(), value.to_bits() == 0 && found.is_some());
             }
         }
     }
-    assert_eq!(ends::steps(half::f16::NAN, false, 1.0), None);
-    assert_eq!(ends::steps(half::f16::from_f32(0.3), false, 1.0), None);
+    assert_eq!(tail::steps(half::f16::NAN, false, 1.0), None);
+    assert_eq!(tail::steps(half::f16::from_f32(0.3), false, 1.0), None);
 }
 
 #[test]
@@ -585,7 +590,7 @@ fn the_bytes_of_streams_stay_as_they_are() {
         if spread > 0 {
             compare(&format!("clipped-{rows}-{cols}-{spread}.hex"), &stream);
         }
-        for (name, stream) in ["counts", "columns", "steps"].iter().zip(streams) {
+        for (name, stream) in ["counts", "columns", "tails"].iter().zip(streams) {
             compare(&format!("{name}-{rows}-{cols}-{spread}.hex"), &stream);
         }
     }

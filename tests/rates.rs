@@ -278,7 +278,7 @@ fn what_lies_beyond_the_codes_is_coded_too_and_read_in_any_part() {
     assert_eq!(verify::verify(&artifact, |_| Ok(())).unwrap().problems, []);
     for (index, (entry, t)) in artifact.tensors().iter().zip(&report.tensors).enumerate() {
         let codings: Vec<_> = entry.planes().iter().map(|place| place.coding.map_or("-", Coding::id)).collect();
-        assert_eq!(codings, ["rows_v2", "scales_v1", "counts_v1", "columns_v1", "steps_v1"], "{}", t.name);
+        assert_eq!(codings, ["rows_v2", "scales_v1", "counts_v1", "columns_v1", "tails_v1"], "{}", t.name);
         assert!(t.stored_bytes <= t.rate.unwrap().bytes(t.elements()), "{}: {} bytes", t.name, t.stored_bytes);
         let all = decode(&artifact, index).unwrap();
         let source = tensors.iter().find(|tensor| tensor.name == t.name).unwrap().weights();

@@ -39,8 +39,8 @@ pub enum Coding {
     Counts,
     /// Columns of outliers among the codes at the ends; see [`crate::coding::ends`].
     Columns,
-    /// Values of outliers in whole steps beyond their codes.
-    Steps,
+    /// Values of outliers in whole steps beyond their codes; see [`crate::coding::tail`].
+    Tails,
 }
 
 /// Bytes of scales that are all equal.
@@ -56,7 +56,7 @@ impl Coding {
         ("words_v1", Self::Words),
         ("counts_v1", Self::Counts),
         ("columns_v1", Self::Columns),
-        ("steps_v1", Self::Steps),
+        ("tails_v1", Self::Tails),
     ];
 
     /// The id in files.
@@ -88,7 +88,7 @@ impl Coding {
             Self::Words => return *layout == Layout::Raw && plane == Plane::Data && words::is_width(dtype.size()),
             Self::Counts => Plane::OutlierCounts,
             Self::Columns => Plane::OutlierColumns,
-            Self::Steps => Plane::OutlierValues,
+            Self::Tails => Plane::OutlierValues,
             _ => return Self::of(layout, plane) == Some(self),
         };
         // Steps are those of a row, and codes are compared with their ends.
@@ -103,7 +103,7 @@ impl Coding {
 
     /// Whether a plane is decoded with the help of others.
     fn leans(self) -> bool {
-        matches!(self, Self::Columns | Self::Steps)
+        matches!(self, Self::Columns | Self::Tails)
     }
 
     /// The coding that planes of this kind take by themselves.
@@ -172,7 +172,7 @@ pub(super) fn stream(entry: &Entry, plane: usize, plain: &[u8]) -> Result<Option
             }
         }
         // None that a plane takes by itself.
-        Coding::Clipped | Coding::Counts | Coding::Columns | Coding::Steps => return Ok(None),
+        Coding::Clipped | Coding::Counts | Coding::Columns | Coding::Tails => return Ok(None),
         Coding::Scales => {
             let scales: Vec<f32> = (0..plain.len() / 4).map(|i| Float::F32.load(plain, i)).collect();
             coding::encode_scales(&scales)
@@ -230,7 +230,7 @@ impl<'a> Coded<'a> {
                 let counts = coding::ends::decode_counts(stored, rows)?;
                 Inner::Whole(counts.iter().flat_map(|count| count.to_le_bytes()).collect())
             }
-            Coding::Columns | Coding::Steps => return Err(Error::invalid("a plane that is decoded with others")),
+            Coding::Columns | Coding::Tails => return Err(Error::invalid("a plane that is decoded with others")),
             Coding::Bytes => Inner::Bytes(ByteStream::open(stored, rows, stride)?),
             Coding::Scales => {
                 let scales = coding::decode_scales(stored, rows * stride / 4)?;
@@ -369,7 +369,7 @@ pub(super) fn digest(
 }
 
 /// Bytes of an element of a plane of outliers.
-fn width(entry: &Entry, plane: usize) -> usize {
+pub(super) fn width(entry: &Entry, plane: usize) -> usize {
     let (rows, cols) = entry.matrix();
     let elements = entry.extras().elements(entry.planes()[plane].plane, rows, cols);
     elements.map_or(1, |(dtype, _)| usize::try_from(dtype.size()).expect("at most 8"))

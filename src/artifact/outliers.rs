@@ -11,7 +11,8 @@ use rayon::prelude::*;
 
 use super::coded::{self, Coded, Coding, Known, Read};
 use super::entry::Entry;
-use crate::coding::ends::{self, Codes, Columns, Steps};
+use crate::coding::ends::{Codes, Columns};
+use crate::coding::tail::{self, Steps};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, Plane};
 
@@ -105,7 +106,7 @@ pub(super) fn pieces(
     let coded_columns =
         matrix.index(Plane::OutlierColumns).filter(|&i| entry.planes()[i].coding == Some(Coding::Columns));
     let steps = match place.coding {
-        Some(Coding::Steps) => Some(Steps::open(&stored, rows, cols)?),
+        Some(Coding::Tails) => Some(Steps::open(&stored, rows, cols)?),
         _ => None,
     };
     let per_block = coded::rows_per_block(cols);
@@ -207,7 +208,7 @@ pub(super) fn pieces(
                         return Err(Error::corrupt(0, format!("an outlier in column {column} of {cols}")));
                     };
                     let step = column_scales.get(column).map_or(scale, |factor| scale * factor);
-                    let value: f16 = ends::value(number, code < 128, step);
+                    let value: f16 = tail::value(number, code < 128, step);
                     if !value.is_finite() {
                         return Err(Error::corrupt(
                             0,

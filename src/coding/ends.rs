@@ -1,15 +1,13 @@
 //! Outliers that go on where the codes end: their planes on disk, in little more than the entropy of what codes do not say.
 //!
 //! A weight beyond the codes has the code at their end, and as an outlier a whole number of steps more: then its place is
-//! known but for a decision per code at the ends, its sign is that of the code, and what remains is a small number. All of
-//! it goes through the adaptive coder of `range`, in blocks of rows that are those of `block`, so that
-//! rows are read without those before them.
+//! known but for a decision per code at the ends, its sign is that of the code, and what remains is the number, of which
+//! [`super::tail`] knows. Places and counts go through the adaptive coder of `range`; places in blocks of rows that are
+//! those of `block`, so that rows are read without those before them.
 
 #![expect(clippy::cast_possible_truncation, reason = "numbers are below 2^24 where they are coded")]
 
 use std::ops::Range;
-
-use half::f16;
 
 use super::head::rows_per_block;
 use super::range::{Decoder, Encoder, Odds};
@@ -138,7 +136,7 @@ pub struct Blocks<'a> {
 
 impl<'a> Blocks<'a> {
     /// Reads the lengths that stand in front of the blocks of a matrix.
-    fn open(bytes: &'a [u8], at: usize, rows: usize, cols: usize) -> Result<Self> {
+    pub(super) fn open(bytes: &'a [u8], at: usize, rows: usize, cols: usize) -> Result<Self> {
         let per_block = rows_per_block(cols);
         let count = rows.div_ceil(per_block);
         let Some(index) = bytes.get(at..).filter(|rest| rest.len() / 4 >= count) else {
@@ -157,7 +155,8 @@ impl<'a> Blocks<'a> {
         Ok(Self { bytes, per_block, spans })
     }
 
-    fn write(head: &[u8], blocks: &[Vec<u8>]) -> Vec<u8> {
+    /// A stream of blocks, with what stands before the lengths.
+    pub(super) fn write(head: &[u8], blocks: &[Vec<u8>]) -> Vec<u8> {
         let mut out = head.to_vec();
         for block in blocks {
             out.extend((block.len() as u32).to_le_bytes());
@@ -172,19 +171,10 @@ impl<'a> Blocks<'a> {
         self.per_block
     }
 
-    /// A decoder of a block, and where it begins.
-    fn block(&self, block: usize) -> (Decoder<'a>, usize) {
+    /// The bytes of a block, and where it begins.
+    pub(super) fn bytes(&self, block: usize) -> (&'a [u8], usize) {
         let span = self.spans[block].clone();
-        (Decoder::new(&self.bytes[span.clone()]), span.start)
-    }
-
-    /// Refuses what a block has that was not needed.
-    fn finish(&self, block: usize, from: Decoder<'_>, used: bool) -> Result<()> {
-        let span = &self.spans[block];
-        if !used && !span.is_empty() {
-            return refuse(span.start, format!("a block of {} bytes that says nothing", span.len()));
-        }
-        from.finish(span.start as u64)
+        (&self.bytes[span.clone()], span.start)
     }
 }
 
@@ -312,7 +302,8 @@ impl<'a> Columns<'a> {
     /// # Errors
     /// [`Error::Corrupt`] when its bytes are not those of a block; `out` has grown by no more than the counts then.
     pub fn decode(&self, block: usize, codes: &Codes<'_>, counts: &[u32], out: &mut Vec<u32>) -> Result<()> {
-        let (mut from, at) = self.blocks.block(block);
+        let (bytes, at) = self.blocks.bytes(block);
+        let mut from = Decoder::new(bytes);
         let mut odds = [Odds::EVEN; 128];
         let mut used = false;
         for (row, &count) in counts.iter().enumerate() {
@@ -331,78 +322,10 @@ impl<'a> Columns<'a> {
                 return refuse(at, format!("a row of {count} outliers has codes for {} of them", count - left));
             }
         }
-        self.blocks.finish(block, from, used)
-    }
-}
-
-/// What an outlier adds that is so many steps beyond its code, as it is stored.
-#[must_use]
-pub fn value(steps: u32, negative: bool, step: f32) -> f16 {
-    let value = f16::from_f32(steps as f32 * step);
-    if negative { -value } else { value }
-}
-
-/// How many steps beyond its code an outlier is; nothing where no number of them is stored as this value.
-#[must_use]
-pub fn steps(stored: f16, negative: bool, step: f32) -> Option<u32> {
-    let near = (stored.to_f64() / f64::from(step)).abs().round_ties_even();
-    if !(near < f64::from(Numbers::END) && stored.is_finite()) {
-        return None;
-    }
-    let near = near as u32;
-    [near, near.saturating_sub(1), near + 1]
-        .into_iter()
-        .find(|&steps| (1..Numbers::END).contains(&steps) && value(steps, negative, step).to_bits() == stored.to_bits())
-}
-
-/// How many steps beyond its code each outlier is, as bytes, given how many there are in each row of a matrix of `cols` columns.
-///
-/// # Panics
-/// When a number is 0 or there are not as many as counts say.
-#[must_use]
-pub fn encode_steps(cols: usize, counts: &[u32], steps: &[u32]) -> Vec<u8> {
-    let mut rest = steps;
-    let blocks = counts.chunks(rows_per_block(cols)).map(|counts| {
-        let number = counts.iter().map(|&count| count as usize).sum();
-        let (own, later) = rest.split_at(number);
-        rest = later;
-        let (mut to, mut numbers) = (Encoder::new(), Numbers::new());
-        own.iter().for_each(|&steps| numbers.encode(&mut to, steps - 1));
-        to.finish()
-    });
-    Blocks::write(&[], &blocks.collect::<Vec<_>>())
-}
-
-/// How far outliers go beyond their codes, open for reading.
-#[derive(Debug)]
-pub struct Steps<'a> {
-    blocks: Blocks<'a>,
-}
-
-impl<'a> Steps<'a> {
-    /// Reads the head of the stream of a matrix.
-    ///
-    /// # Errors
-    /// [`Error::Corrupt`] when the head contradicts the matrix or the length.
-    pub fn open(bytes: &'a [u8], rows: usize, cols: usize) -> Result<Self> {
-        Ok(Self { blocks: Blocks::open(bytes, 0, rows, cols)? })
-    }
-
-    /// The blocks.
-    #[must_use]
-    pub fn blocks(&self) -> &Blocks<'a> {
-        &self.blocks
-    }
-
-    /// Appends the numbers of a block of so many outliers.
-    ///
-    /// # Errors
-    /// [`Error::Corrupt`] when its bytes are not those of a block.
-    pub fn decode(&self, block: usize, number: usize, out: &mut Vec<u32>) -> Result<()> {
-        let (mut from, _) = self.blocks.block(block);
-        let mut numbers = Numbers::new();
-        out.extend((0..number).map(|_| numbers.decode(&mut from) + 1));
-        self.blocks.finish(block, from, number > 0)
+        if !used && !bytes.is_empty() {
+            return refuse(at, format!("a block of {} bytes that says nothing", bytes.len()));
+        }
+        from.finish(at as u64)
     }
 }
 

@@ -29,6 +29,7 @@ mod lanes;
 mod range;
 mod scales;
 pub(crate) mod table;
+pub mod tail;
 mod trellis;
 #[cfg(target_arch = "x86_64")]
 mod vector;

@@ -103,7 +103,7 @@ pub(crate) struct Table {
 
 impl Table {
     /// The codes of the alphabet and the upper end of each one's room, from `upper(i)`.
-    fn build(escapes: &[u8], codes: &[u8], ends: &[f64], outside: f64) -> Self {
+    pub(super) fn build(escapes: &[u8], codes: &[u8], ends: &[f64], outside: f64) -> Self {
         let mut table = Self { freq: [0; 256], start: [0; 256] };
         let symbols = escapes.len() + codes.len();
         let mut before = 0u32;

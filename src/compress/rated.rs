@@ -79,7 +79,7 @@ pub(super) fn encode(
         Prepared::new(codes, Some((Coding::of_rows(&quantized.stream), quantized.stream))),
         Prepared::new(plane, Some((Coding::Scales, quantized.scales_stream))),
     ];
-    let mut streams = [Coding::Counts, Coding::Columns, Coding::Steps].into_iter().zip(quantized.outlier_streams);
+    let mut streams = [Coding::Counts, Coding::Columns, Coding::Tails].into_iter().zip(quantized.outlier_streams);
     for (&kind, plane) in done.extras.planes().iter().zip(extra) {
         let stream = if kind == Plane::ColumnScales { None } else { streams.next() };
         planes.push(Prepared::new(plane, stream.and_then(|(coding, stream)| Some((coding, stream?)))));

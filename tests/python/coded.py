@@ -160,6 +160,11 @@ def table(nu: int, sigma: float, kind: str, ends: bool) -> Table:
         if levels[i] > 0:
             symbols.append((ZERO - levels[i], outside + (inside - (upper[i - 1] if i else 0.0))))
     symbols += [(ZERO + level, outside + (inside + end)) for level, end in zip(levels, upper, strict=True)]
+    return filled(symbols)
+
+
+def filled(symbols: list[tuple[int, float]]) -> Table:
+    """Build the table of symbols with their ends."""
     built = Table(*(np.zeros(TOTAL, np.int64) for _ in range(3)))
     start = 0
     for i, (symbol, end) in enumerate(symbols, 1):
@@ -422,6 +427,56 @@ def decode_columns(data: bytes, codes: Bytes, counts: Integers) -> Integers:
     return np.array(columns, np.int64)
 
 
+def greatest(kind: int) -> int:
+    """Return the greatest number of a class."""
+    return kind if kind < 16 else ((9 + kind % 8) << (kind // 8 - 1)) - 1
+
+
+def tail(nu: int, sigma: float, last: int) -> Table:
+    """Build the table of classes 1 to `last`."""
+    inside = half(nu, 127.5 / sigma)
+    beyond = 0.5 - inside
+    require(beyond >= 2**-20, "a distribution without a tail")
+    ends = [(half(nu, (127.5 + greatest(kind)) / sigma) - inside) / beyond for kind in range(1, last)]
+    return filled(list(enumerate([*ends, 1.0], 1)))
+
+
+def decode_numbers(block: bytes, classes: Table, count: int) -> list[int]:
+    """Numbers of steps `[count]` of a block."""
+    require(len(block) >= 8 and len(block) % 2 == 0, "a short block")
+    states = np.frombuffer(block, "<u4", 2).tolist()
+    words = np.frombuffer(block, "<u2", -1, 8).tolist()
+    require(min(states) >= LOW, "a low state")
+    taken = 0
+
+    def take(lane: int, start: int, freq: int) -> None:
+        nonlocal taken
+        state = freq * (states[lane] // TOTAL) + states[lane] % TOTAL - start
+        if state < LOW:
+            require(taken < len(words), "too few words")
+            state = state * LOW + words[taken]
+            taken += 1
+        states[lane] = state
+
+    numbers = []
+    for i in range(count):
+        slot = states[i % 2] % TOTAL
+        kind = int(classes.symbol[slot])
+        take(i % 2, int(classes.start[slot]), int(classes.freq[slot]))
+        rest = max(0, kind // 8 - 1)
+        number = kind if rest == 0 else (8 + kind % 8) << rest
+        while rest > 0:
+            bits = min(rest, 12)
+            rest -= bits
+            freq = 2 ** (12 - bits)
+            found = states[i % 2] % TOTAL // freq
+            take(i % 2, found * freq, freq)
+            number += found << rest
+        numbers.append(number)
+    require(taken == len(words) and states == [LOW, LOW], "words left over, or a wrong state")
+    return numbers
+
+
 def decode_steps(
     data: bytes, codes: Bytes, counts: Integers, columns: Integers, scales: F32, column_scales: F32 | None
 ) -> npt.NDArray[np.float16]:
@@ -433,13 +488,14 @@ def decode_steps(
         When the text refuses the stream.
     """
     rows = np.repeat(np.arange(len(counts)), counts)
+    require(len(data) >= 3 and data[0] < len(SHAPES) and data[1] < 128 and 2 <= data[2] <= 175, "head")
+    classes = tail(SHAPES[data[0]], deviation(8 * data[1]), data[2])
     steps = []
-    for first, last, block in blocks_of(data, *codes.shape):
-        source, numbers = Decisions(block), Numbers()
+    for first, last, block in blocks_of(data[3:], *codes.shape):
         number = int(counts[first:last].sum())
-        steps += [numbers.read(source) + 1 for _ in range(number)]
         require(number > 0 or not block, "bytes of nothing")
-        source.finish()
+        if number:
+            steps += decode_numbers(block, classes, number)
     step = scales[rows] if column_scales is None else scales[rows] * column_scales[columns]
     with np.errstate(over="ignore", invalid="ignore"):
         values = (np.array(steps, np.float32) * step).astype(np.float16)

@@ -347,7 +347,7 @@ def chunk_checksums(plane: bytes | memoryview) -> str:
 
 # Header
 
-OUTLIERS = {"outlier_counts": "counts_v1", "outlier_columns": "columns_v1", "outlier_values": "steps_v1"}
+OUTLIERS = {"outlier_counts": "counts_v1", "outlier_columns": "columns_v1", "outlier_values": "tails_v1"}
 CODINGS = ("rows_v1", "rows_v2", "scales_v1", "bytes_v1", "words_v1", *OUTLIERS.values())
 
 

@@ -95,7 +95,7 @@ def test_pinned_outliers_decode(path):
     rows, cols, spread = map(int, path.stem.split("-")[1:])
     name = path.stem.removeprefix("counts")
     counts, columns, steps = (
-        bytes.fromhex((DATA / f"{kind}{name}.hex").read_text()) for kind in ("counts", "columns", "steps")
+        bytes.fromhex((DATA / f"{kind}{name}.hex").read_text()) for kind in ("counts", "columns", "tails")
     )
     plane = clipped(rows, cols, spread)
     places = np.flatnonzero(abs(plane.reshape(-1).astype(int) - 128) == 127)

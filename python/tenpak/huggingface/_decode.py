@@ -15,7 +15,7 @@ from ..torch._planes import Quantized
 #: Where a module keeps the streams of planes that are decoded with others, until all are there.
 _STREAMS = "_tenpak_streams"
 #: Planes of outliers, by the coding that they have where they have one.
-_OUTLIERS = {"outlier_counts": "counts_v1", "outlier_columns": "columns_v1", "outlier_values": "steps_v1"}
+_OUTLIERS = {"outlier_counts": "counts_v1", "outlier_columns": "columns_v1", "outlier_values": "tails_v1"}
 
 
 class DecodePlane(ConversionOps):

@@ -3,7 +3,7 @@
 //! Three things can be done, and each costs squared error or bits, which are squared error too at the slope of a quantizer
 //! at high rates. A row can have a longer step: it saves the bits of all its codes and loses at all of them. A weight
 //! can be clipped, and lose what it lies beyond. Or it goes on for a number of steps beyond its code, as an outlier
-//! ([`crate::codec::extra`]), for the bits of that number ([`crate::coding::ends`]). Per row the cheapest of all mixtures is
+//! ([`crate::codec::extra`]), for the bits of that number ([`crate::coding::tail`]). Per row the cheapest of all mixtures is
 //! taken.
 
 #![expect(clippy::cast_possible_truncation, reason = "rounded to single precision on purpose")]
@@ -17,7 +17,7 @@ use super::{Choice, Matrix, level};
 use crate::codec::extra::{Extras, Outlier};
 use crate::coding::context::log2;
 use crate::coding::ends::{self, Codes};
-use crate::coding::{self, head};
+use crate::coding::{self, head, tail};
 use crate::layout::Plane;
 
 /// The level that weights beyond the codes are clipped to: the greatest one that has a frequency in every state.
@@ -52,14 +52,14 @@ pub(super) fn streams(
     let columns: Option<Vec<u32>> = outliers.iter().map(|outlier| u32::try_from(outlier.column).ok()).collect();
     let number = |outlier: &Outlier| {
         let negative = codes[outlier.row * cols + outlier.column] < coding::table::ZERO;
-        ends::steps(outlier.value, negative, step(outlier.row, outlier.column))
+        tail::steps(outlier.value, negative, step(outlier.row, outlier.column))
     };
     let steps: Option<Vec<u32>> = outliers.iter().map(number).collect();
     let matrix = Codes { plane: codes, stride: cols, cols };
     let streams = [
         ends::encode_counts(&counts),
         columns.and_then(|columns| ends::encode_columns(&matrix, &counts, &columns)),
-        steps.map(|steps| ends::encode_steps(cols, &counts, &steps)),
+        steps.map(|steps| tail::encode_steps(cols, &counts, &steps)),
     ];
     let extras = Extras { column_scales: false, outliers: outliers.len() as u64 };
     let plain = extras.plane_bytes(rows as u64, cols as u64).unwrap_or_default();
@@ -204,7 +204,7 @@ pub(super) fn whole(beyond: f32, negative: bool, step: f32) -> Option<f16> {
     if steps.is_nan() || steps < 1.0 {
         return None;
     }
-    let value = ends::value(steps.min(f64::from(u32::MAX)) as u32, negative, step);
+    let value = tail::value(steps.min(f64::from(u32::MAX)) as u32, negative, step);
     // What was within the range before scales were fitted may be a little beyond it.
     Some(f16::from_f32(value.to_f32().clamp(f16::MIN.to_f32(), f16::MAX.to_f32())))
 }

@@ -187,14 +187,14 @@ impl<'a> Stepped<'a> {
         if self.own {
             for outlier in &mut outliers {
                 let (row, column) = (outlier.row, outlier.column);
-                let was = coding::ends::steps(
+                let was = coding::tail::steps(
                     outlier.value,
                     outlier.value.is_sign_negative(),
                     scales[row] * self.columns[column],
                 );
                 let step = scales[row] * columns[column];
                 outlier.value =
-                    was.map_or(outlier.value, |n| coding::ends::value(n, outlier.value.is_sign_negative(), step));
+                    was.map_or(outlier.value, |n| coding::tail::value(n, outlier.value.is_sign_negative(), step));
             }
         }
         let step_at = |row: usize, column: usize| if self.own { scales[row] * columns[column] } else { scales[row] };
