@@ -237,8 +237,17 @@ impl<'a> Ends<'a> {
         Self { row, less, base: 0, found: Self::look(row, less) }
     }
 
-    /// A bit for each of the first codes of `row` that is an end, eight codes at a time.
-    fn look(row: &[u8], [first, many]: [u64; 2]) -> u64 {
+    /// A bit for each of the first codes of `row` that is an end.
+    fn look(row: &[u8], less: [u64; 2]) -> u64 {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(codes) = row.first_chunk::<LOOK>() {
+            return super::vector::outside(codes, less.map(|bytes| (bytes & 0xFF) as u8));
+        }
+        Self::look_by_eight(row, less)
+    }
+
+    /// The same, eight codes at a time.
+    fn look_by_eight(row: &[u8], [first, many]: [u64; 2]) -> u64 {
         let eight = |codes: &[u8; 8]| {
             let word = u64::from_le_bytes(*codes);
             // Byte by byte: how far the code is from the first that is none, and whether that is at least `many`.
@@ -313,7 +322,7 @@ impl<'a> Columns<'a> {
                 && let Some(column) = ends.next()
             {
                 used = true;
-                if from.bit(&mut odds[usize::from(magnitude(row[column]))]) {
+                if from.likely(&mut odds[usize::from(magnitude(row[column]))]) {
                     out.push(column as u32);
                     left -= 1;
                 }
@@ -340,7 +349,9 @@ mod tests {
             for len in [0, 1, 7, 8, 63, 64, 65, 128, row.len()] {
                 let row = &row[..len];
                 let expected: Vec<usize> = (0..len).filter(|&i| magnitude(row[i]) >= least).collect();
-                assert_eq!(Ends::new(row, least).collect::<Vec<_>>(), expected, "{least} in {len}");
+                let ends = Ends::new(row, least);
+                assert_eq!(ends.found, Ends::look_by_eight(row, ends.less), "{least} in {len}");
+                assert_eq!(ends.collect::<Vec<_>>(), expected, "{least} in {len}");
             }
         }
     }

@@ -93,6 +93,11 @@ impl Encoder {
     }
 }
 
+/// Tells the compiler that the branch which calls it is seldom taken.
+#[cold]
+#[inline(always)]
+fn seldom() {}
+
 /// Reads decisions.
 #[derive(Debug)]
 pub(super) struct Decoder<'a> {
@@ -137,6 +142,30 @@ impl<'a> Decoder<'a> {
         self.window -= u64::from(bound & one) << 32;
         self.range = bound ^ (bound ^ (self.range - bound)) & one;
         odds.learn(bit);
+        self.refill();
+        bit
+    }
+
+    /// The same for one that is nearly always a one: a branch foretells it, so that the next one need not wait for it.
+    #[inline(always)]
+    pub(super) fn likely(&mut self, odds: &mut Odds) -> bool {
+        let bound = odds.bound(self.range);
+        let bit = (self.window >> 32) as u32 >= bound;
+        if bit {
+            self.window -= u64::from(bound) << 32;
+            self.range -= bound;
+        } else {
+            seldom();
+            self.range = bound;
+        }
+        odds.learn(bit);
+        self.refill();
+        bit
+    }
+
+    /// Moves bytes into the code where the range has become small.
+    #[inline(always)]
+    fn refill(&mut self) {
         let shift = self.range.leading_zeros() & !7;
         if shift > 0 {
             self.range <<= shift;
@@ -147,7 +176,6 @@ impl<'a> Decoder<'a> {
             self.ahead -= shift;
             self.at += (shift / 8) as usize;
         }
-        bit
     }
 
     /// Refuses bytes that no decision has looked at, and zeros at the end.

@@ -249,7 +249,7 @@ impl<'a> Steps<'a> {
                 rest -= bits;
                 let low = *state & (TOTAL - 1);
                 let freq = 1 << (LOG_TOTAL - bits);
-                found |= low / freq << rest;
+                found |= (low / freq) << rest;
                 enough &= take(state, freq << 20 | (low & (freq - 1)) << 8, &mut words);
             }
             if !enough {

@@ -190,9 +190,27 @@ pub(super) fn decode_bytes(slots: &[u32], progress: &mut Bytes<'_>, out: &mut [u
     0
 }
 
+/// A bit for each code that is not one of `many` from `first` on, which may go over the end; by SSE2.
+pub(super) fn outside(codes: &[u8; 64], [first, many]: [u8; 2]) -> u64 {
+    let sixteen = |codes| u64::from(x86::outside(codes, first, many));
+    codes.as_chunks::<16>().0.iter().rev().fold(0, |bits, codes| bits << 16 | sixteen(codes))
+}
+
 mod x86 {
+    use std::arch::x86_64::*;
+
     use super::super::lanes::{Y, Z};
     use super::{Bytes, LANES, Progress, Rows, decode, rounds};
+
+    pub(super) fn outside(codes: &[u8; 16], first: u8, many: u8) -> u32 {
+        // SAFETY: every x86-64 has SSE2, and sixteen codes are read.
+        unsafe {
+            let codes = _mm_loadu_si128(codes.as_ptr().cast());
+            let from = _mm_sub_epi8(codes, _mm_set1_epi8(first.cast_signed()));
+            let outside = _mm_cmpeq_epi8(_mm_max_epu8(from, _mm_set1_epi8(many.cast_signed())), from);
+            _mm_movemask_epi8(outside).cast_unsigned()
+        }
+    }
 
     #[target_feature(enable = "avx512f")]
     pub(super) fn avx512(rows: &Rows<'_>, progress: &mut Progress<'_>, out: &mut [u8]) -> usize {
