@@ -223,7 +223,7 @@ fn time(codes: usize, mut run: impl FnMut()) -> f64 {
         run();
         start.elapsed().as_secs_f64()
     };
-    (0..7).map(once).fold(f64::INFINITY, f64::min) * 1e9 / codes as f64
+    (0..30).map(once).fold(f64::INFINITY, f64::min) * 1e9 / codes as f64
 }
 
 fn speeds() {
