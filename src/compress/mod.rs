@@ -15,14 +15,15 @@ mod import;
 mod journal;
 mod manifest;
 mod merge;
+mod options;
 mod part;
 mod rated;
+mod report;
 mod sample;
 mod size;
 mod whole;
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use crate::artifact::header::Header;
 use crate::artifact::writer::{Whole, Written, planned};
@@ -30,17 +31,15 @@ use crate::artifact::{Identity, Provenance, SourceFile, Writer};
 use crate::codec::Codec;
 use crate::codec::extra::Extras;
 use crate::codecs;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::file::InputFile;
 use crate::fit::{Method, Rate};
 use crate::layout::Layout;
 use crate::location;
-use crate::measure::Distance;
 use crate::output;
-use crate::recipe::{Choice, Reason, Recipe};
+use crate::recipe::{Choice, Reason};
 use crate::source::{self, Source, SourceTensor};
 use crate::stats::Stats;
-use crate::tensor;
 use budget::Budget;
 pub(crate) use encode::encode_tensor;
 pub use forecast::{Expected, Frontier, Point, frontier};
@@ -49,82 +48,14 @@ pub use form::{compress_as, plan_as};
 use journal::Journal;
 pub use journal::leftover;
 pub use merge::{Merged, merge};
+pub use options::{Nonfinite, Options, Quantized};
 pub use part::{Part, compress_part, plan_part};
 pub(crate) use rated::padded;
+pub use report::{Imported, Report, TensorReport};
 use size::Settled;
 
 /// Source bytes that are in memory at once.
 pub const BLOCK_BYTES: u64 = 8 << 20;
-
-/// What to do about weights that are NaN or infinite in a tensor that is to be quantized.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Nonfinite {
-    /// Refuse the checkpoint, naming tensor, first index and count.
-    #[default]
-    Error,
-    /// Store zero in their place.
-    Zero,
-    /// Store zero for NaN, and for an infinity the largest finite magnitude of its row, with its sign.
-    Clamp,
-    /// Store the whole tensor as it is, in `raw_v1`.
-    Raw,
-}
-
-impl Nonfinite {
-    /// Every choice, with its name.
-    pub const ALL: &[(&'static str, Self)] =
-        &[("error", Self::Error), ("zero", Self::Zero), ("clamp", Self::Clamp), ("raw", Self::Raw)];
-
-    /// The name in options and provenance.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(_, choice)| *choice == self).map_or("", |(name, _)| name)
-    }
-}
-
-impl std::str::FromStr for Nonfinite {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.iter().find(|(name, _)| *name == s).map(|(_, choice)| *choice).ok_or_else(|| {
-            Error::invalid(format!("unknown policy '{s}' for non-finite weights, expected error, zero, clamp or raw"))
-        })
-    }
-}
-
-/// What to do with matrices that another tool has quantized already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Quantized {
-    /// Refuse the checkpoint: a recipe would quantize what is quantized.
-    #[default]
-    Refuse,
-    /// Take over what a codec holds as it is, store everything else raw, and leave the recipe out of it.
-    Keep,
-    /// Quantize the decoded weights as the recipe says, but take over what its codec holds as it is.
-    Anew,
-}
-
-impl Quantized {
-    /// What a user wants who has asked for a codec, a rate or anything else of a recipe, or has not, and who allows
-    /// quantizing again, or does not.
-    #[must_use]
-    pub fn wanted(asked: bool, allowed: bool) -> Self {
-        match (asked, allowed) {
-            (false, _) => Self::Keep,
-            (true, true) => Self::Anew,
-            (true, false) => Self::Refuse,
-        }
-    }
-}
-
-/// What a matrix was before: quantized by another tool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Imported {
-    /// The format.
-    pub format: &'static str,
-    /// Whether its codes and scales are taken over as they are.
-    pub taken_over: bool,
-}
 
 /// How far the work is; given to a callback, which stops the work by returning an error.
 #[derive(Debug, Clone, Copy)]
@@ -140,190 +71,6 @@ pub struct Progress<'a> {
 /// What is told about progress.
 pub type OnProgress<'a> = dyn FnMut(Progress<'_>) -> Result<()> + Send + 'a;
 
-/// How to compress.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Which codec for which tensor.
-    pub recipe: Recipe,
-    /// What to do about NaN and infinities.
-    pub nonfinite: Nonfinite,
-    /// The most bytes of the output; the recipe's rate is chosen so that it is filled.
-    pub target_bytes: Option<u64>,
-    /// Entropy-code every plane that gets shorter by it; needs a tensor at a time in memory.
-    pub coded: bool,
-    /// Replace an existing output.
-    pub force: bool,
-    /// Keep a journal of finished tensors beside the output, and go on with the one that a run that was stopped has left.
-    pub resume: bool,
-    /// What is known of the inputs of the weights, for the fits of the recipe that need it.
-    pub stats: Option<Arc<Stats>>,
-    /// What to do with matrices that are quantized already.
-    pub quantized: Quantized,
-}
-
-impl Options {
-    /// A recipe with nothing known of the inputs, at no size in particular.
-    #[must_use]
-    pub fn new(recipe: Recipe, nonfinite: Nonfinite, force: bool) -> Self {
-        let quantized = Quantized::default();
-        Self { recipe, nonfinite, target_bytes: None, coded: false, force, resume: false, stats: None, quantized }
-    }
-
-    /// Says what to do with a checkpoint that is quantized already; where it is kept, the recipe becomes that of raw tensors.
-    ///
-    /// # Errors
-    /// Never, unless the registry lacks a codec.
-    pub fn for_quantized(self, source: &Source, quantized: Quantized) -> Result<Self> {
-        if !source.is_quantized() || quantized != Quantized::Keep {
-            return Ok(Self { quantized, ..self });
-        }
-        let recipe = Recipe::new(codecs::get(codecs::RAW)?).all(true);
-        Ok(Self { recipe, stats: None, target_bytes: None, quantized, ..self })
-    }
-
-    /// Adds what is known of the inputs. It decides the fit where that is the codecs' own and none is asked for: `gptq`
-    /// with second moments, `weighted` without; and with squared gradients the bits of a rate are dealt out by them, unless
-    /// the recipe says otherwise. For `weighted` without statistics, the `activation_stats` of a JSON bundle
-    /// serve.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] when the fit needs statistics and there are none, or has no use for those that are given.
-    pub fn with_stats(self, given: Option<Stats>, fit_asked: bool, source: &Source) -> Result<Self> {
-        let recipe = match &given {
-            Some(stats) if !fit_asked && self.recipe.method() == Method::Codec => {
-                self.recipe.fit(if stats.has_second_moments() { Method::Gptq } else { Method::Weighted })
-            }
-            _ => self.recipe,
-        };
-        let method = recipe.method();
-        let gradients = given.as_ref().is_some_and(Stats::has_gradients);
-        let recipe = match recipe.allocates() {
-            None if gradients && recipe.takes_rate() => recipe.allocate(true),
-            Some(true) if !gradients => {
-                return Err(Error::invalid(
-                    "bits are to be dealt out by what errors cost the model, but there are no squared gradients; make them \
-                     with tenpak calibrate --fisher and pass the file with --stats",
-                ));
-            }
-            _ => recipe,
-        };
-        let of_use = method.needs_stats() || recipe.allocates() == Some(true);
-        if let (Some(stats), false) = (&given, of_use) {
-            let (stats, fit) = (stats.name(), method.name());
-            return Err(Error::invalid(format!("fit '{fit}' has no use for {stats}; leave out one of the two")));
-        }
-        let stats = match given {
-            None if method == Method::Weighted => Stats::of_bundle(source)?,
-            given => given,
-        };
-        if stats.is_none() && method.needs_stats() {
-            return Err(Error::invalid(format!(
-                "fit '{}' needs statistics of the model's inputs; make them with tenpak calibrate and pass them with --stats",
-                method.name()
-            )));
-        }
-        Ok(Self { recipe, stats: stats.map(Arc::new), ..self })
-    }
-}
-
-/// What happened, or will happen, to one tensor.
-#[derive(Debug, Clone)]
-pub struct TensorReport {
-    /// Name.
-    pub name: String,
-    /// Dtype of the source.
-    pub dtype: tensor::DType,
-    /// Shape in the source.
-    pub shape: Vec<u64>,
-    /// Rows and columns of the matrix as a codec sees it.
-    pub matrix: (u64, u64),
-    /// The codec it is stored with.
-    pub codec: &'static Codec,
-    /// Bits per weight on disk that were asked for, where the codec leaves them open.
-    pub rate: Option<Rate>,
-    /// Which planes there are beside the codec's.
-    pub extras: Extras,
-    /// The most squared error that it may have, where a loss was asked for: the rate is then the least that keeps it.
-    pub most_noise: Option<f64>,
-    /// Why that codec.
-    pub reason: String,
-    /// Whether it is not the one that was asked for: rows shorter than a group, scales out of range, non-finite weights.
-    pub changed_codec: bool,
-    /// How its scales and codes are chosen.
-    pub method: Method,
-    /// Why that is not what was asked for.
-    pub method_reason: Option<String>,
-    /// Bytes in the source.
-    pub source_bytes: u64,
-    /// Bytes of its planes in the file.
-    pub stored_bytes: u64,
-    /// Bytes of its planes in memory.
-    pub memory_bytes: u64,
-    /// Distance to the source, where the codec is lossy; `None` before it has been encoded.
-    pub distance: Option<Distance>,
-    /// Weights that were NaN or infinite and have been replaced.
-    pub repaired: u64,
-    /// How it was quantized before, where it was.
-    pub imported: Option<Imported>,
-}
-
-impl TensorReport {
-    /// Elements of the tensor.
-    #[must_use]
-    pub fn elements(&self) -> u64 {
-        self.shape.iter().product()
-    }
-
-    /// Says which planes there are beside the codec's, in sizes too.
-    fn set_extras(&mut self, extras: Extras) -> Result<()> {
-        let bytes = |extras: Extras| -> Result<u64> {
-            Ok(extras.plane_bytes(self.matrix.0, self.matrix.1)?.iter().map(|(_, bytes)| bytes).sum())
-        };
-        let (before, after) = (bytes(self.extras)?, bytes(extras)?);
-        self.extras = extras;
-        self.stored_bytes = self.stored_bytes - before + after;
-        self.memory_bytes = self.memory_bytes - before + after;
-        Ok(())
-    }
-}
-
-/// What a run did, or, before anything was written, will do.
-#[derive(Debug, Clone)]
-pub struct Report {
-    /// One line per tensor, in stored order.
-    pub tensors: Vec<TensorReport>,
-    /// Length of the artifact.
-    pub file_bytes: u64,
-    /// Bytes of it that weights and header take, attached files left out.
-    pub weight_bytes: u64,
-    /// Names and lengths of the attached files.
-    pub attached: Vec<(String, u64)>,
-    /// The files of a directory, with their lengths; empty where the artifact is one file.
-    pub files: Vec<(PathBuf, u64)>,
-    /// What a reader should know.
-    pub notes: Vec<String>,
-    /// Identity of the artifact; `None` for a plan.
-    pub identity: Option<Identity>,
-    /// Which part of an artifact this is, where it is not all of it.
-    pub part: Option<Part>,
-}
-
-impl Report {
-    fn new(tensors: Vec<TensorReport>, header: &Header, identity: Option<Identity>) -> Self {
-        let file_bytes = header.file_bytes();
-        Self {
-            tensors,
-            file_bytes,
-            weight_bytes: file_bytes - header.attached_room(),
-            attached: header.files().iter().map(|f| (f.name.to_string(), f.bytes)).collect(),
-            files: Vec::new(),
-            notes: Vec::new(),
-            identity,
-            part: None,
-        }
-    }
-}
-
 /// What will be written, to the byte, from the source's headers alone.
 ///
 /// A tensor whose scales turn out not to fit its codec, or that holds NaN, is what headers cannot tell; [`compress`] then
@@ -331,7 +78,7 @@ impl Report {
 /// for, or, with [`Options::coded`], what they take as they are.
 ///
 /// # Errors
-/// [`Error::Invalid`] when a codec cannot hold a tensor.
+/// [`crate::Error::Invalid`] when a codec cannot hold a tensor.
 pub fn plan(source: &Source, options: &Options) -> Result<Report> {
     plan_settled(source, &size::settled(source, options, |header| Ok(header.file_bytes()))?)
 }
@@ -391,7 +138,7 @@ fn planned_header(source: &Source, options: &Options, tensors: &[TensorReport]) 
 /// Compresses a source into an artifact at `target`.
 ///
 /// # Errors
-/// [`Error::Nonfinite`] by default policy, [`Error::Invalid`] when the output exists or is an input, [`Error::Io`],
+/// [`crate::Error::Nonfinite`] by default policy, [`crate::Error::Invalid`] when the output exists or is an input, [`crate::Error::Io`],
 /// whatever is wrong with the source, and whatever `on_progress` returns. Nothing is left behind, unless
 /// [`Options::resume`] asks for a journal, which is gone once the output is complete.
 pub fn compress(source: &Source, target: &Path, options: &Options, on_progress: &mut OnProgress<'_>) -> Result<Report> {
